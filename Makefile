@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Each sets up .venv first if that is missing.
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= runs/quickstart
+# Where pip finds torch. Without a GPU, point it at PyTorch's CPU wheels to save several GB, for example
+#   make install TORCH_PIP_ARGS="--index-url <PyTorch's CPU index>"
+TORCH_PIP_ARGS ?=
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install quickstart test lint clean
+help:
+	@echo "make quickstart   the whole job on synthetic radiographs, on this machine (OUT=$(OUT))"
+	@echo "make test         lint, type check, tests"
+	@echo "make install      only set up $(VENV)"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "mmclip_dist needs Python 3.11 or newer; found $$($(PYTHON) -V). Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	@command -v g++ >/dev/null \
+	  || { echo "g++ is missing: DeepSpeed compiles a small communication op with it. Install it first (Debian: apt-get install g++)."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_PIP_ARGS) torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[nlp,s3,dev]'
+	$(BIN)/python -m mmclip_launch.build_ops
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/mmclip quickstart --out $(OUT)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

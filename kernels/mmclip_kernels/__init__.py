@@ -1,0 +1,5 @@
+"""Losses for contrastive pretraining on large, distributed batches. Imports nothing of mmclip_dist."""
+
+from mmclip_kernels.contrastive import contrastive_loss, gather_with_gradient
+
+__all__ = ["contrastive_loss", "gather_with_gradient"]

@@ -1,0 +1,340 @@
+"""The configuration tree: one recipe YAML, then `key.sub=value` overrides, checked before anything is built.
+
+A letter in a comment says where a default comes from: K known from the paper's abstract or figure, N the nearest
+published code, O our own decision (README, "What is known of the method").
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of the tree that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Source(Section):
+    """One packed set and its sidecars; every URL is a folder that holds a manifest.json."""
+
+    url: str
+    entities: str | None = None
+    attention: str | None = None
+    weight: float = Field(1.0, gt=0)  # share of the batch, relative to the other sources
+
+
+class Augment(Section):
+    """Random crop, with the attention grid cropped alike."""
+
+    crop_area: tuple[float, float] = (0.6, 1.0)  # share of the image's area (N: MAE 0.2 to 1; O: keep small findings)
+    flip: float = Field(0.0, ge=0, le=1)  # probability; off, since left and right carry meaning in radiology (O)
+
+    @model_validator(mode="after")
+    def _area(self) -> Self:
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError("crop_area is [smallest, largest] with 0 < smallest <= largest <= 1")
+        return self
+
+
+class Data(Section):
+    sources: tuple[Source, ...] = ()
+    streams: int = Field(64, gt=0)  # virtual streams: ranks x workers must divide this, and this the global batch
+    shuffle_block: int = Field(1024, gt=0)  # samples of one stream that are permuted together
+    workers: int = Field(0, ge=0)  # loader processes of each rank
+    prefetch: int = Field(4, gt=0)  # batches that each worker prepares ahead
+    max_bad_fraction: float = Field(1e-3, ge=0, le=1)  # undecodable samples above this share stop the run
+    augment: Augment = Augment()
+
+
+class ImageEncoder(Section):
+    pretrained: str | None = None  # transformers ViT: hub id or folder; None: random weights of the shape below
+    size: int = Field(224, gt=0)  # pixels, square
+    patch: int = Field(16, gt=0)
+    width: int = Field(768, gt=0)
+    depth: int = Field(12, gt=0)
+    heads: int = Field(12, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        _divide("model.image.size", self.size, "model.image.patch", self.patch)
+        _divide("model.image.width", self.width, "model.image.heads", self.heads)
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.size // self.patch
+
+
+class TextEncoder(Section):
+    pretrained: str | None = None  # transformers BERT family: hub id or folder
+    tokenizer: str | None = None  # hub id or folder; None: that of `pretrained`
+    max_tokens: int = Field(112, gt=2)  # N
+    width: int = Field(768, gt=0)
+    depth: int = Field(12, gt=0)
+    heads: int = Field(12, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        _divide("model.text.width", self.width, "model.text.heads", self.heads)
+        return self
+
+
+class Decoder(Section):
+    depth: int = Field(4, gt=0)  # N: MAE, MRM
+    width: int = Field(512, gt=0)
+    heads: int = Field(8, gt=0)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        _divide("decoder.width", self.width, "decoder.heads", self.heads)
+        return self
+
+
+class Model(Section):
+    image: ImageEncoder = ImageEncoder()
+    text: TextEncoder = TextEncoder()
+    embed: int = Field(256, gt=0)  # width of the shared space (N)
+    temperature: float = Field(0.07, gt=0)  # at the start; learned (N)
+    max_scale: float = Field(100.0, gt=1)  # clamp of 1 / temperature (N)
+
+
+class AttMIM(Section):
+    """Attention-guided masked image modelling; the two modes are described in `mmclip_dist.model.mmclip`."""
+
+    mode: Literal["feature", "split"] = "feature"  # K: feature; O: split
+    ratio: float = Field(0.5, gt=0, lt=1)  # feature: share of patches masked (K: about half)
+    hint: float = Field(0.1, ge=0, lt=1)  # share of the chosen patches left visible, others masked instead (N)
+    salient_keep: float = Field(0.5, gt=0, lt=1)  # split: share of patches in the contrastive view (N)
+    context_keep: float = Field(0.25, gt=0, lt=1)  # split: share of patches in the reconstruction view (O)
+    unmasked_last_steps: int = Field(0, ge=0)  # split: steps at the end on whole images (N: FLIP)
+    score_temperature: float = Field(0.1, gt=0)  # N
+    decoder: Decoder = Decoder()
+
+    @model_validator(mode="after")
+    def _views(self) -> Self:
+        if self.salient_keep + self.context_keep > 1:
+            raise ValueError("attmim.salient_keep + attmim.context_keep may not pass 1: a patch is in one view only")
+        return self
+
+
+class EntMLM(Section):
+    """Entity-driven masked language modelling."""
+
+    probability: float = Field(0.5, gt=0, le=1)  # of each entity; at least one a report (O)
+    word_probability: float = Field(0.15, gt=0, le=1)  # of each word of a report without entities (N: M3AE)
+    decoder: Decoder = Decoder(depth=2)
+
+
+class Prompts(Section):
+    file: str | None = None  # YAML of templates and disease names; None: the embedded one
+    diseases: tuple[str, ...] = ()  # label names; empty: the labels of all sources
+
+
+class Loss(Section):
+    """Weights of the three terms (N: unweighted sum); a term of weight 0 is not computed."""
+
+    contrastive: float = Field(1.0, ge=0)
+    image: float = Field(1.0, ge=0)
+    entity: float = Field(1.0, ge=0)
+    impl: Literal["torch"] = "torch"  # of the contrastive loss
+    chunk: int = Field(4096, gt=0)  # rows of logits in memory at once
+
+    @model_validator(mode="after")
+    def _any(self) -> Self:
+        if self.contrastive == self.image == self.entity == 0:
+            raise ValueError("all loss weights are 0: nothing would be trained")
+        return self
+
+
+class Optim(Section):
+    steps: int = Field(gt=0)  # length of the learning-rate schedule, counted from step 0
+    stop_at: int | None = Field(None, gt=0)  # stop before the schedule's end: a run in two phases
+    global_batch: int = Field(1024, gt=0)  # samples of one step over all ranks
+    lr: float = Field(1e-4, gt=0)  # at a global batch of 1024; scaled linearly with the batch (N)
+    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps (N)
+    betas: tuple[float, float] = (0.9, 0.95)  # N
+    weight_decay: float = Field(0.05, ge=0)  # N
+    clip: float = Field(1.0, gt=0)  # global gradient norm (N)
+
+    @model_validator(mode="after")
+    def _stop(self) -> Self:
+        if self.stop_at is not None and self.stop_at > self.steps:
+            raise ValueError(f"optim.stop_at={self.stop_at} lies after the last step, optim.steps={self.steps}")
+        return self
+
+    @property
+    def last_step(self) -> int:
+        return self.steps if self.stop_at is None else self.stop_at
+
+
+class Checkpoint(Section):
+    every: int = Field(1000, gt=0)  # steps
+    keep: int = Field(2, gt=0)  # newest ones kept
+    start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
+
+
+class Config(Section):
+    """The whole tree. `run_dir` holds everything that a run writes."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    zero_stage: Literal[0, 1, 2] = 1
+    threads: int | None = Field(None, gt=0)  # torch threads of each rank on the CPU; None: cores / ranks
+    log_every: int = Field(10, gt=0)  # steps
+    data: Data = Data()
+    model: Model = Model()
+    attmim: AttMIM = AttMIM()
+    entmlm: EntMLM = EntMLM()
+    prompts: Prompts = Prompts()
+    loss: Loss = Loss()
+    optim: Optim
+    checkpoint: Checkpoint = Checkpoint()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
+
+    def check_world(self, world: int) -> None:
+        """Raise ValueError if this run cannot be spread over `world` ranks."""
+        batch, streams, readers = self.optim.global_batch, self.data.streams, world * max(1, self.data.workers)
+        if streams % readers:
+            near = _nearest_divisors(streams, readers)
+            raise ValueError(
+                f"data.streams={streams} does not divide over {world} ranks x {max(1, self.data.workers)} loader "
+                f"workers = {readers}; set data.streams to a multiple of it, or use {near} readers"
+            )
+        if batch % streams:
+            low = max(1, batch // streams) * streams
+            raise ValueError(
+                f"optim.global_batch={batch} is no multiple of data.streams={streams}; "
+                f"the nearest ones are {low} and {low + streams}, or lower data.streams"
+            )
+
+    def check_sources(self) -> None:
+        """Raise ValueError if training lacks a set or a sidecar that its losses need."""
+        if not self.data.sources:
+            raise ValueError("data.sources is empty: name at least one set, data.sources='[{url: SET/train}]'")
+        if self.loss.entity and not any(source.entities for source in self.data.sources):
+            raise ValueError(
+                "loss.entity needs entity sidecars: run `mmclip entities SET/train`, then set `entities` of the "
+                "source, or train without the term: loss.entity=0"
+            )
+        bare = [source.url for source in self.data.sources if source.attention is None]
+        if self.attmim.mode == "split" and self.loss.image and bare:
+            raise ValueError(
+                f"attmim.mode=split needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
+                "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=feature"
+            )
+
+
+def _divide(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        raise ValueError(f"{name}={value} is no multiple of {by_name}={by}")
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    divisors = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+    return " or ".join(str(d) for d in sorted(divisors[:2]))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("mmclip_dist") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    if recipe in recipe_names():
+        text = (resources.files("mmclip_dist") / "recipes" / f"{recipe}.yaml").read_text()
+    elif Path(recipe).is_file():
+        text = Path(recipe).read_text()
+    else:
+        raise ValueError(f"no recipe or YAML file {recipe!r}; the recipes are {', '.join(recipe_names())}")
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{recipe} must hold a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"an override has the form key.sub=value, found {override!r}")
+    *parents, leaf = path.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"{override!r}: {parent!r} is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text, and so do its users once
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    node[leaf] = value
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def one_line(error: ValidationError) -> str:
+    """All faults of a configuration in one line, an unknown key with its nearest valid names."""
+    parts = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, _known_keys(Config), n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(near)}?" if near else "; `mmclip config RECIPE` lists the valid keys"
+            parts.append(f"unknown config key {key!r}{hint}")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            parts.append(f"{key}: {message}" if key else message)
+    return "; ".join(parts)
+
+
+def parse(tree: dict[str, Any]) -> Config:
+    """A checked tree from plain values; ValueError in one line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(one_line(error)) from error
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The resolved tree of a recipe (a name or a YAML file) with `key.sub=value` overrides, in order."""
+    tree = _read_recipe(recipe)
+    for override in overrides:
+        _override(tree, override)
+    return parse(tree)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML; `load_config` of it gives the same tree."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_hash(*parts: object) -> str:
+    """sha256 of plain values: the identity of what made an output."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

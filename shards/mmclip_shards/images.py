@@ -1,0 +1,152 @@
+"""One study image, as it comes, to the 8-bit single-channel image that a shard holds."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mmclip_shards.schema import Box
+
+MAX_PIXELS = 100_000_000
+"""A decompression bomb is refused by the size in its header. The largest radiographs have about 25 million pixels."""
+
+JPEG_QUALITY = 95
+
+_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,  # what Pillow raises for a broken PNG
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class PreparedImage(NamedTuple):
+    """data: JPEG or PNG, 8-bit single channel; suffix: "jpg" or "png"; width, height and boxes: in its pixels."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    boxes: tuple[Box, ...] = ()
+
+
+def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
+    """Upright, 8-bit, single channel, the shorter side reduced to at most `short_side` pixels (never enlarged).
+
+    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. Anything deeper than 8 bits is rescaled from its
+    own minimum and maximum. No metadata is kept: it can name the patient. ValueError that names the file when it
+    cannot be used.
+    """
+    name = str(image) if isinstance(image, Path) else "image data"
+    if isinstance(image, np.ndarray):
+        pixels, suffix = Image.fromarray(_array_to_8_bit(image, name)), "png"
+    else:
+        pixels, suffix = _decode(image, name)
+    before = pixels.size
+    pixels = _reduce(pixels, short_side)
+    scale_x, scale_y = pixels.width / before[0], pixels.height / before[1]
+    return PreparedImage(
+        data=_encode(pixels, suffix),
+        suffix=suffix,
+        width=pixels.width,
+        height=pixels.height,
+        boxes=tuple(_scale_box(box, scale_x, scale_y) for box in boxes),
+    )
+
+
+def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
+    """Minimum to 0, maximum to 255, linearly; a constant image becomes 0. values [height, width] -> uint8.
+
+    Pillow's own `.convert("L")` clips at 255 instead, which turns a 16-bit radiograph white.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("it holds pixels that are not finite numbers")
+    if low == high:
+        return np.zeros(values.shape, np.uint8)
+    return np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
+
+
+def _decode(image: Path | bytes, name: str) -> tuple[Image.Image, str]:
+    """The upright 8-bit image and the suffix to store it under."""
+    try:
+        # Only these two decoders: Pillow knows some 40 formats, among them ones that start other programs.
+        source = Image.open(image if isinstance(image, Path) else io.BytesIO(image), formats=("JPEG", "PNG"))
+        with source:
+            _check_pixels(source.size)
+            suffix = "jpg" if source.format in ("JPEG", "MPO") else "png"
+            source.load()
+            return _to_8_bit(ImageOps.exif_transpose(source)), suffix
+    except _DECODE_ERRORS as error:
+        raise ValueError(f"{name} is not a usable JPEG or PNG: {_reason(error)}") from error
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    if image.mode in _DEEP_MODES:
+        return Image.fromarray(rescale_to_8_bit(np.asarray(image)))
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, "black")  # the background of a radiograph
+        image = Image.alpha_composite(opaque, image.convert("RGBA"))
+    if image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # palettes and CMYK have no direct way to luma
+    # Through an array, because Pillow would copy comments and profiles of the source into the output.
+    return Image.fromarray(np.asarray(image.convert("L")))
+
+
+def _array_to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
+    if array.ndim != 2 or array.size == 0:
+        raise ValueError(f"{name} has shape {array.shape}; a single-channel image [height, width] is needed")
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"{name} has pixels of type {array.dtype}; whole or floating-point numbers are needed")
+    try:
+        _check_pixels((array.shape[1], array.shape[0]))
+        return array if array.dtype == np.uint8 else rescale_to_8_bit(array)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be used: {error}") from error
+
+
+def _check_pixels(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
+
+
+def _reduce(image: Image.Image, short_side: int) -> Image.Image:
+    if short_side < 1:
+        raise ValueError(f"short_side is {short_side}; it must be at least 1 pixel")
+    shorter = min(image.size)
+    if shorter <= short_side:
+        return image
+    width, height = (max(1, round(side * short_side / shorter)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _encode(image: Image.Image, suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    if suffix == "jpg":
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    else:
+        image.save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def _scale_box(box: Box, scale_x: float, scale_y: float) -> Box:
+    return replace(
+        box, x=box.x * scale_x, y=box.y * scale_y, width=box.width * scale_x, height=box.height * scale_y
+    )
+
+
+def _reason(error: BaseException) -> str:
+    # Pillow's message for an unknown format holds the address of a buffer, which differs from run to run.
+    return "it has another format" if isinstance(error, Image.UnidentifiedImageError) else str(error)

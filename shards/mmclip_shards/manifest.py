@@ -1,0 +1,205 @@
+"""The manifest beside a set's shards, and the offset index beside each shard: read, checked, written."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from mmclip_shards import storage
+from mmclip_shards.schema import SCHEMA_VERSION, canonical_json, split_member
+from mmclip_shards.storage import Url
+
+MANIFEST_NAME = "manifest.json"
+
+Kind = Literal["base", "entities", "attention"]
+
+_PATH_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_XXH3 = re.compile(r"[0-9a-f]{16}")
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a set. path, index: relative to the manifest's folder; samples, bytes: counts; sha256: of the tar."""
+
+    path: str
+    samples: int
+    bytes: int
+    sha256: str
+    index: str
+
+    def __post_init__(self) -> None:
+        check_relative(self.path)
+        check_relative(self.index)
+        if not (_is_count(self.samples) and self.samples > 0 and _is_count(self.bytes)):
+            raise ValueError(f"shard {self.path}: samples and bytes must be positive whole numbers")
+        _check_sha256(self.sha256, f"shard {self.path}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole set: which shards, how many samples, and the hash of the configuration that made them.
+
+    base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
+    checkpoint: hash of the checkpoint (attention sidecars only). ValueError when the fields do not fit together.
+    """
+
+    kind: Kind
+    dataset: str
+    split: str
+    shards: tuple[Shard, ...]
+    config_hash: str
+    labels: tuple[str, ...] = ()
+    base: dict[str, str] | None = None
+    checkpoint: str | None = None
+    version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != SCHEMA_VERSION:
+            raise ValueError(
+                f"schema version {self.version!r}, but this program reads version {SCHEMA_VERSION}: "
+                "pack again, or use the release of mmclip_dist that wrote it"
+            )
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
+        if not all(isinstance(text, str) and text for text in (self.dataset, self.split, self.config_hash)):
+            raise ValueError("dataset, split and config_hash must be non-empty texts")
+        if not self.shards:
+            raise ValueError("it lists no shards")
+        paths = [name for shard in self.shards for name in (shard.path, shard.index)]
+        if len(set(paths)) != len(paths):
+            raise ValueError("two of its shards share a path")
+        if not all(isinstance(name, str) and name for name in self.labels):
+            raise ValueError("labels must be non-empty texts")
+        if (self.base is None) != (self.kind == "base"):
+            raise ValueError("a sidecar needs `base`, the sha256 of each base shard, and a base set has none")
+        for path, sha256 in (self.base or {}).items():
+            check_relative(path)
+            _check_sha256(sha256, f"base shard {path}")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, str):
+            raise ValueError("checkpoint must be a text or null")
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file inside a shard. offset: of its data in the tar, in bytes; xxh3: 64-bit hash of the data, in hex."""
+
+    offset: int
+    length: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where every sample of a shard lies. keys: in order; members: key -> suffix -> Member."""
+
+    keys: list[str]
+    members: dict[str, dict[str, Member]]
+
+
+def load_manifest(url: Url) -> Manifest:
+    """The checked manifest in folder `url`. ValueError when it is missing, of another version, or malformed."""
+    where = storage.join(url, MANIFEST_NAME)
+    try:
+        data = storage.read_bytes(where)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"no {MANIFEST_NAME} in {url}: make the set with `mmclip pack`, or correct the path") from error
+    try:
+        return _parse_manifest(json.loads(data))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{where} is not a usable manifest: {_cause(error)}") from error
+
+
+def save_manifest(url: Url, manifest: Manifest) -> None:
+    """Write the manifest into folder `url`, atomically. The same manifest is the same bytes."""
+    document = {**asdict(manifest), "samples": manifest.samples}
+    storage.write_atomic(storage.join(url, MANIFEST_NAME), canonical_json(document))
+
+
+def find_split(url: Url, split: str) -> str:
+    """The folder that holds a split: `url` itself, or its sub-folder `split`. ValueError that says what was found."""
+    for folder in (str(url), storage.join(url, split)):
+        if storage.exists(storage.join(folder, MANIFEST_NAME)):
+            return folder
+    names = storage.list_folder(url)
+    found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    raise ValueError(
+        f"no {MANIFEST_NAME} in {url} or {storage.join(url, split)} (found: {found}): "
+        f"name a folder made by `mmclip pack` that has a split {split!r}, or run `mmclip pack`"
+    )
+
+
+def index_bytes(members: list[tuple[str, Member]]) -> bytes:
+    """The index file of a shard, from (member name, Member) in the order of the tar."""
+    rows = [[name, member.offset, member.length, member.xxh3] for name, member in members]
+    return canonical_json({"version": SCHEMA_VERSION, "members": rows})
+
+
+def load_index(url: Url, shard: Shard) -> ShardIndex:
+    """The checked index of one shard of the set in folder `url`. ValueError when it is missing or does not fit."""
+    where = storage.join(url, shard.index)
+    try:
+        return _parse_index(json.loads(storage.read_bytes(where)), shard)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"index {where} is missing: pack the set again or copy it again") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"index {where} does not fit shard {shard.path}: {_cause(error)}") from error
+
+
+def check_relative(path: str) -> None:
+    """ValueError unless `path` is a plain relative one: no root, `..`, scheme or command (`pipe:`), hidden name."""
+    if not isinstance(path, str) or not all(_PATH_PART.fullmatch(part) for part in path.split("/")):
+        raise ValueError(f"path {path!r} is refused: a set may only name files below its own folder")
+
+
+def _parse_manifest(document: dict[str, Any]) -> Manifest:
+    if document["version"] != SCHEMA_VERSION:  # before the fields: another version may have others
+        document = {**document, "shards": []}
+    fields = {name: value for name, value in document.items() if name != "samples"}
+    fields["shards"] = tuple(Shard(**row) for row in document["shards"])
+    fields["labels"] = tuple(document["labels"])
+    manifest = Manifest(**fields)
+    if manifest.samples != document["samples"]:
+        raise ValueError(f"its shards hold {manifest.samples} samples, but it promises {document['samples']}")
+    return manifest
+
+
+def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
+    if document["version"] != SCHEMA_VERSION:
+        raise ValueError(f"version {document['version']!r}, expected {SCHEMA_VERSION}")
+    members: dict[str, dict[str, Member]] = {}
+    last_key, end = "", 0
+    for name, offset, length, xxh3 in document["members"]:
+        key, suffix = split_member(name)
+        if key < last_key or (key == last_key and suffix in members[key]):
+            raise ValueError(f"{name} is a duplicate or out of order")
+        if not (_is_count(offset) and _is_count(length) and _XXH3.fullmatch(xxh3)):
+            raise ValueError(f"{name} has no usable offset, length and hash")
+        if offset < end + _TAR_BLOCK or offset % _TAR_BLOCK or offset + length > shard.bytes:
+            raise ValueError(f"{name} lies at {offset} to {offset + length}, which is not in the {shard.bytes} bytes")
+        members.setdefault(key, {})[suffix] = Member(offset, length, xxh3)
+        last_key, end = key, offset + length
+    if len(members) != shard.samples:
+        raise ValueError(f"it has {len(members)} samples, but the manifest promises {shard.samples}")
+    return ShardIndex(keys=list(members), members=members)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_sha256(value: object, of_what: str) -> None:
+    if not (isinstance(value, str) and _SHA256.fullmatch(value)):
+        raise ValueError(f"{of_what}: sha256 must be 64 lower-case hex digits")
+
+
+def _cause(error: Exception) -> str:
+    return f"field {error} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,190 @@
+"""What is inside a shard: names of members, the sample key, and the raw record that packing turns into one sample."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
+"""A dot splits a WebDataset member name at its *first* dot, so a dotted key silently merges two samples into one."""
+
+MAX_KEY_LENGTH = 80
+"""A ustar name holds 100 bytes; this leaves 20 for the longest suffix."""
+
+ALLOWED_SUFFIXES = ("jpg", "png", "json", "txt", "npy")
+"""The last extension of a member. Nothing else is ever decoded: shards are untrusted, and a pickle runs code."""
+
+ENTITIES_SUFFIX = "entities.json"
+ATTENTION_SUFFIX = "attention.npy"
+IMAGE_SUFFIXES = ("jpg", "png")
+
+LABEL_VALUES = (1, 0, -1, None)
+"""present, absent, uncertain, not mentioned."""
+
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_SUFFIX_PATTERN = re.compile(r"(?:[a-z0-9_]{1,12}\.)?[a-z]{3,4}")
+
+
+@dataclass(frozen=True)
+class Box:
+    """Where a finding is, in pixels of the image it comes with (origin top left; upright, where EXIF turns it)."""
+
+    label: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One study image of a raw data set, before packing.
+
+    image: a file, encoded bytes, or 8/16-bit single-channel pixels [height, width].
+    report: full text, or "" for an unpaired image; findings and impression are its sections where known.
+    labels: disease -> 1 present, 0 absent, -1 uncertain, None not mentioned.
+    patient: the raw patient id; only its keyed hash is ever written.
+    source: the image's path relative to the raw data set (or any stable name).
+    split: the data set's own split of this image, where it has one.
+    """
+
+    key: str
+    image: Path | bytes | np.ndarray
+    patient: str
+    source: str
+    report: str = ""
+    findings: str | None = None
+    impression: str | None = None
+    labels: dict[str, int | None] = field(default_factory=dict)
+    view: str | None = None
+    boxes: tuple[Box, ...] = ()
+    split: str | None = None
+
+
+def check_key(key: str) -> None:
+    """ValueError unless `key` may name a sample."""
+    if not KEY_PATTERN.fullmatch(key):
+        raise ValueError(f"sample key {key!r} may hold only A-Z a-z 0-9 _ and -; map it with schema.make_key")
+    if len(key) > MAX_KEY_LENGTH:
+        raise ValueError(f"sample key {key!r} is longer than {MAX_KEY_LENGTH} characters; map it with schema.make_key")
+
+
+def make_key(text: str) -> str:
+    """Map any text (a DICOM UID, a dotted file name) to a legal key; two different texts never share one.
+
+    Characters outside the set become `-`. Where that, or cutting to the longest key, loses anything, 8 hex digits of the
+    text's BLAKE2b are appended. ValueError for an empty text.
+    """
+    if not text:
+        raise ValueError("a sample key cannot be made from an empty text")
+    clean = re.sub(r"[^A-Za-z0-9_-]", "-", text)
+    if clean == text and len(text) <= MAX_KEY_LENGTH:
+        return text
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return f"{clean[: MAX_KEY_LENGTH - 9]}-{digest}"
+
+
+def check_suffix(suffix: str) -> None:
+    """ValueError unless a member may end in `suffix` (what follows the key's dot, such as `jpg` or `entities.json`)."""
+    if not _SUFFIX_PATTERN.fullmatch(suffix) or suffix.rpartition(".")[2] not in ALLOWED_SUFFIXES:
+        raise ValueError(f"member suffix {suffix!r} is refused: it must end in one of {', '.join(ALLOWED_SUFFIXES)}")
+
+
+def member_name(key: str, suffix: str) -> str:
+    """The checked name of a member inside a shard."""
+    check_key(key)
+    check_suffix(suffix)
+    return f"{key}.{suffix}"
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """The checked (key, suffix) of a member's name. ValueError for a name that may not be in a shard."""
+    key, _, suffix = name.partition(".")
+    check_key(key)
+    check_suffix(suffix)
+    return key, suffix
+
+
+def canonical_json(value: object) -> bytes:
+    """The one JSON encoding used for everything written, so that the same content is the same bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8") + b"\n"
+
+
+def encode_npy(array: np.ndarray) -> bytes:
+    """An array as .npy bytes. ValueError for object arrays, which would need pickle."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def decode_npy(data: bytes) -> np.ndarray:
+    """The array in .npy bytes. ValueError for anything else, pickled objects included."""
+    buffer = io.BytesIO(data)
+    try:
+        read_header = _NPY_HEADERS[np.lib.format.read_magic(buffer)]
+        shape, fortran_order, dtype = read_header(buffer)
+    except (ValueError, KeyError, SyntaxError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"not .npy data: {error}") from error
+    if dtype.hasobject:
+        raise ValueError("a .npy of Python objects is refused: unpickling it would run code")
+    body = memoryview(data)[buffer.tell() :]
+    # Checked before anything is allocated: the header is untrusted and may claim terabytes.
+    if math.prod(shape) * dtype.itemsize != len(body) or any(length < 0 for length in shape):
+        raise ValueError(f".npy data of shape {shape} and type {dtype} does not fit its {len(body)} bytes")
+    flat = np.frombuffer(body, dtype=dtype) if len(body) else np.empty(0, dtype)
+    return flat.reshape(shape, order="F" if fortran_order else "C").copy()
+
+
+def check_labels(labels: dict[str, int | None]) -> None:
+    """ValueError unless every label is a name with a known value."""
+    for name, value in labels.items():
+        if not name.strip():
+            raise ValueError("a label has an empty name")
+        if isinstance(value, bool) or value not in LABEL_VALUES:
+            raise ValueError(f"label {name!r} is {value!r}; use 1 present, 0 absent, -1 uncertain, None not mentioned")
+
+
+def sample_document(
+    record: Record,
+    *,
+    label_names: tuple[str, ...],
+    patient_hash: str,
+    dataset: str,
+    width: int,
+    height: int,
+    boxes: tuple[Box, ...],
+) -> dict[str, Any]:
+    """What `KEY.json` holds. width, height, boxes: of the stored image, in pixels; all `label_names` are present."""
+    document: dict[str, Any] = {
+        "report": _report(record),
+        "labels": {name: record.labels.get(name) for name in label_names},
+        "patient": patient_hash,
+        "view": record.view,
+        "dataset": dataset,
+        "source": record.source,
+        "width": width,
+        "height": height,
+    }
+    if boxes:
+        document["boxes"] = [
+            {"label": box.label, "x": box.x, "y": box.y, "width": box.width, "height": box.height} for box in boxes
+        ]
+    return document
+
+
+def _report(record: Record) -> dict[str, str] | None:
+    if not record.report.strip():
+        return None
+    sections = {"findings": record.findings, "impression": record.impression}
+    return {"text": record.report, **{name: text for name, text in sections.items() if text}}
