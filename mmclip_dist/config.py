@@ -18,6 +18,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
+def _divide(name: str, value: int, by_name: str, by: int) -> None:
+    if value % by:
+        raise ValueError(f"{name}={value} is no multiple of {by_name}={by}")
+
+
 class Section(BaseModel):
     """A frozen part of the tree that refuses keys it does not know."""
 
@@ -234,11 +239,6 @@ class Config(Section):
                 f"attmim.mode=split needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
                 "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=feature"
             )
-
-
-def _divide(name: str, value: int, by_name: str, by: int) -> None:
-    if value % by:
-        raise ValueError(f"{name}={value} is no multiple of {by_name}={by}")
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:

@@ -1,1 +1,1 @@
-"""WebDataset shards for medical image-report pairs: pack a raw data set, read any sample back with its bytes checked."""
+"""WebDataset shards for medical image-report pairs: pack a raw data set, read samples back with every byte checked."""

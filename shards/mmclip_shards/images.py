@@ -45,9 +45,9 @@ class PreparedImage(NamedTuple):
 def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
     """Upright, 8-bit, single channel, the shorter side reduced to at most `short_side` pixels (never enlarged).
 
-    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. Anything deeper than 8 bits is rescaled from its
-    own minimum and maximum. No metadata is kept: it can name the patient. ValueError that names the file when it
-    cannot be used.
+    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. Anything deeper than 8 bits is rescaled
+    from its own minimum and maximum. No metadata is kept: it can name the patient. ValueError that names the file when
+    it cannot be used.
     """
     name = str(image) if isinstance(image, Path) else "image data"
     if isinstance(image, np.ndarray):
@@ -142,9 +142,7 @@ def _encode(image: Image.Image, suffix: str) -> bytes:
 
 
 def _scale_box(box: Box, scale_x: float, scale_y: float) -> Box:
-    return replace(
-        box, x=box.x * scale_x, y=box.y * scale_y, width=box.width * scale_x, height=box.height * scale_y
-    )
+    return replace(box, x=box.x * scale_x, y=box.y * scale_y, width=box.width * scale_x, height=box.height * scale_y)
 
 
 def _reason(error: BaseException) -> str:

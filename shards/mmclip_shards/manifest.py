@@ -58,11 +58,7 @@ class Manifest:
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.version != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema version {self.version!r}, but this program reads version {SCHEMA_VERSION}: "
-                "pack again, or use the release of mmclip_dist that wrote it"
-            )
+        _check_version(self.version)
         if self.kind not in get_args(Kind):
             raise ValueError(f"kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
         if not all(isinstance(text, str) and text for text in (self.dataset, self.split, self.config_hash)):
@@ -111,7 +107,7 @@ def load_manifest(url: Url) -> Manifest:
     try:
         data = storage.read_bytes(where)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"no {MANIFEST_NAME} in {url}: make the set with `mmclip pack`, or correct the path") from error
+        raise ValueError(f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack`, or correct the path") from error
     try:
         return _parse_manifest(json.loads(data))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -161,8 +157,9 @@ def check_relative(path: str) -> None:
 
 
 def _parse_manifest(document: dict[str, Any]) -> Manifest:
-    if document["version"] != SCHEMA_VERSION:  # before the fields: another version may have others
-        document = {**document, "shards": []}
+    if not isinstance(document, dict) or not isinstance(document.get("labels"), list):
+        raise ValueError("it is not a JSON object with the fields of a manifest")
+    _check_version(document["version"])  # before the fields: another version may have others
     fields = {name: value for name, value in document.items() if name != "samples"}
     fields["shards"] = tuple(Shard(**row) for row in document["shards"])
     fields["labels"] = tuple(document["labels"])
@@ -173,8 +170,7 @@ def _parse_manifest(document: dict[str, Any]) -> Manifest:
 
 
 def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
-    if document["version"] != SCHEMA_VERSION:
-        raise ValueError(f"version {document['version']!r}, expected {SCHEMA_VERSION}")
+    _check_version(document["version"])
     members: dict[str, dict[str, Member]] = {}
     last_key, end = "", 0
     for name, offset, length, xxh3 in document["members"]:
@@ -190,6 +186,14 @@ def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
     if len(members) != shard.samples:
         raise ValueError(f"it has {len(members)} samples, but the manifest promises {shard.samples}")
     return ShardIndex(keys=list(members), members=members)
+
+
+def _check_version(version: object) -> None:
+    if version != SCHEMA_VERSION or isinstance(version, bool):
+        raise ValueError(
+            f"schema version {version!r}, but this program reads version {SCHEMA_VERSION}: "
+            "pack again, or use the release of mmclip_dist that wrote it"
+        )
 
 
 def _is_count(value: object) -> bool:

@@ -19,7 +19,7 @@ from mmclip_shards.storage import Url
 class ShardReader:
     """Random access to the samples of the set in folder `url`.
 
-    open_indexes, open_files: how many loaded indexes and open local shards are kept, the least recently used going first.
+    open_indexes, open_files: how many loaded indexes and open local shards are kept (the last used ones).
     Threads may share a reader; a copy sent to another process opens its own files there.
     """
 
@@ -39,7 +39,7 @@ class ShardReader:
         return self._index(shard_number).keys
 
     def read(self, shard_number: int, key: str) -> dict[str, bytes]:
-        """A sample's members: suffix -> bytes. ValueError that names shard, key, offset and cause when a byte is wrong."""
+        """A sample's members: suffix -> bytes. ValueError naming shard, key, offset and cause when a byte is wrong."""
         shard = self.manifest.shards[shard_number]
         members = self._index(shard_number).members.get(key)
         where = f"shard {storage.join(self.url, shard.path)}, key {key}"

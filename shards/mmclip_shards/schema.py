@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ LABEL_VALUES = (1, 0, -1, None)
 """present, absent, uncertain, not mentioned."""
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# NumPy parses a header as Python source, and lets the parser's own errors through.
+_NPY_HEADER_ERRORS = (ValueError, KeyError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, MemoryError)
 _SUFFIX_PATTERN = re.compile(r"(?:[a-z0-9_]{1,12}\.)?[a-z]{3,4}")
 
 
@@ -82,8 +85,8 @@ def check_key(key: str) -> None:
 def make_key(text: str) -> str:
     """Map any text (a DICOM UID, a dotted file name) to a legal key; two different texts never share one.
 
-    Characters outside the set become `-`. Where that, or cutting to the longest key, loses anything, 8 hex digits of the
-    text's BLAKE2b are appended. ValueError for an empty text.
+    Characters outside the set become `-`. Where that, or cutting to the longest key, loses anything, 8 hex digits of
+    the text's BLAKE2b are appended. ValueError for an empty text.
     """
     if not text:
         raise ValueError("a sample key cannot be made from an empty text")
@@ -134,7 +137,7 @@ def decode_npy(data: bytes) -> np.ndarray:
     try:
         read_header = _NPY_HEADERS[np.lib.format.read_magic(buffer)]
         shape, fortran_order, dtype = read_header(buffer)
-    except (ValueError, KeyError, SyntaxError, EOFError, UnicodeDecodeError) as error:
+    except _NPY_HEADER_ERRORS as error:
         raise ValueError(f"not .npy data: {error}") from error
     if dtype.hasobject:
         raise ValueError("a .npy of Python objects is refused: unpickling it would run code")
@@ -146,13 +149,18 @@ def decode_npy(data: bytes) -> np.ndarray:
     return flat.reshape(shape, order="F" if fortran_order else "C").copy()
 
 
-def check_labels(labels: dict[str, int | None]) -> None:
-    """ValueError unless every label is a name with a known value."""
-    for name, value in labels.items():
+def check_record(record: Record) -> None:
+    """ValueError unless key, labels and boxes of a record can be stored."""
+    check_key(record.key)
+    for name, value in record.labels.items():
         if not name.strip():
             raise ValueError("a label has an empty name")
         if isinstance(value, bool) or value not in LABEL_VALUES:
             raise ValueError(f"label {name!r} is {value!r}; use 1 present, 0 absent, -1 uncertain, None not mentioned")
+    for box in record.boxes:
+        sides = (box.x, box.y, box.width, box.height)
+        if not box.label.strip() or not all(map(math.isfinite, sides)) or min(box.width, box.height) <= 0:
+            raise ValueError(f"box {box} needs a label, finite numbers, and a width and height above 0")
 
 
 def sample_document(

@@ -43,7 +43,9 @@ def parse_splits(text: str) -> dict[str, float]:
         except ValueError:
             value = math.nan
         if not equals or math.isnan(value):
-            raise ValueError(f"splits {text!r}: {part!r} is not NAME=FRACTION; write for example train=.8,val=.1,test=.1")
+            raise ValueError(
+                f"splits {text!r}: {part!r} is not NAME=FRACTION; write for example train=.8,val=.1,test=.1"
+            )
         if name in splits:
             raise ValueError(f"splits {text!r}: {name!r} comes twice")
         splits[name] = value
@@ -59,7 +61,9 @@ def check_splits(splits: Mapping[str, float]) -> None:
             raise ValueError(f"split {name!r} has fraction {fraction}; it must be between 0 and 1")
     total = math.fsum(splits.values())
     if abs(total - 1) > 1e-6:
-        raise ValueError(f"the split fractions sum to {total:g}; they must sum to 1, for example train=.8,val=.1,test=.1")
+        raise ValueError(
+            f"the split fractions sum to {total:g}; they must sum to 1, for example train=.8,val=.1,test=.1"
+        )
 
 
 def check_split_name(name: str) -> None:
@@ -75,7 +79,7 @@ def check_patient(patient: str) -> None:
 
 
 def check_patients_stay(rows: Iterable[tuple[str, str, str]]) -> None:
-    """ValueError when a patient is in two splits. rows: (place, patient, split); only places are named, never the id."""
+    """ValueError when a patient is in two splits. rows: (place, patient, split); names places, never the id."""
     first: dict[str, tuple[str, str]] = {}
     for place, patient, split in rows:
         first_place, first_split = first.setdefault(patient, (place, split))
@@ -89,6 +93,8 @@ def check_patients_stay(rows: Iterable[tuple[str, str, str]]) -> None:
 def hash_patient(patient: str, key: bytes) -> str:
     """What is stored of a patient id: keyed BLAKE2b, 32 hex digits. Without the key, ids cannot be tried out."""
     check_patient(patient)
+    if not 0 < len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
+        raise ValueError(f"the patient key has {len(key)} bytes; it must have 1 to {hashlib.blake2b.MAX_KEY_SIZE}")
     return hashlib.blake2b(patient.encode("utf-8", "surrogatepass"), key=key, digest_size=16).hexdigest()
 
 

@@ -67,7 +67,7 @@ def read_range(url: Url, offset: int, length: int) -> bytes:
 
 
 def write_atomic(url: Url, data: bytes) -> None:
-    """Publish a whole file or nothing: a rename on a local disk, one put (or one completed upload) on object storage."""
+    """Publish a whole file or nothing: a rename on a local disk, one completed upload on object storage."""
     path = local_path(url)
     if path is None:
         filesystem, name = _open_remote(url)

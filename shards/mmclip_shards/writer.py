@@ -36,8 +36,8 @@ def index_name(number: int) -> str:
 def write_shard(url: Url, number: int, samples: Iterable[Sample]) -> Shard:
     """Publish one shard and then its index in folder `url`; the row for the manifest.
 
-    samples: (key, {suffix: bytes}), keys strictly increasing. ValueError for a key or suffix that is refused, unsorted or
-    duplicate keys, or no samples. The same samples are the same bytes, and writing again replaces both files.
+    samples: (key, {suffix: bytes}), keys strictly increasing. ValueError for a key or suffix that is refused,
+    unsorted or duplicate keys, or no samples. The same samples are the same bytes; writing again replaces both files.
     """
     chunks: list[bytes] = []
     members: list[tuple[str, Member]] = []
@@ -75,9 +75,9 @@ def check_next_key(key: str, last_key: str) -> None:
 class ShardWriter:
     """Writes a set, sample by sample: `with ShardWriter(url, ...) as writer: writer.add(key, {suffix: bytes})`.
 
-    Keys must be strictly increasing. A full shard is published at once; the manifest comes last, on a clean exit, and is then
-    in `.manifest`. On an exception everything this writer published is removed. ValueError when the folder already
-    holds a finished set.
+    Keys must be strictly increasing. A full shard is published at once; the manifest comes last, on a clean exit,
+    and is then in `.manifest`. On an exception everything this writer published is removed. ValueError when the folder
+    already holds a finished set.
     """
 
     def __init__(

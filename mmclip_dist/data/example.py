@@ -1,0 +1,113 @@
+"""From the members of one packed sample to the tensors of one training example. Everything random is a function of
+(seed, epoch, key), so it survives resume and does not depend on who reads the sample."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.config import Augment, EntMLM
+from mmclip_dist.data.batch import Example
+from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, decode_image, random_crop
+from mmclip_dist.model.masking import masked_tokens
+
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class ExampleMaker:
+    """Turns samples into examples.
+
+    diseases: the label names, in the order of the model's prompts. augment: None leaves images whole and unmasked
+    (evaluation, attention scores). needs_entities: refuse a report without entity sidecar.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    diseases: Sequence[str]
+    size: int
+    grid: int
+    max_tokens: int
+    entmlm: EntMLM
+    augment: Augment | None
+    seed: int = 0
+    needs_entities: bool = False
+
+    def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
+        """ValueError if the image cannot be decoded."""
+        random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}")))
+        crop = random_crop(random, self.augment) if self.augment else WHOLE
+        data = members.get("jpg") or members.get("png")
+        if data is None:
+            raise ValueError(f"sample {key} has no jpg or png")
+        example = {
+            "key": key,
+            "image": torch.from_numpy(crop_image(decode_image(data), crop, self.size)),
+            "noise": torch.from_numpy(random.random(self.grid**2, dtype=np.float32)),
+            "replaced": [],
+        }
+        about = json.loads(members["json"])
+        example["labels"] = torch.tensor([self._label(about["labels"].get(name)) for name in self.diseases], dtype=torch.int64)
+        example |= self._attention(members.get("attention.npy"), crop)
+        example |= self._report(key, (about["report"] or {}).get("text", ""), members.get("entities.json"), random)
+        return example
+
+    @staticmethod
+    def _label(value: int | None) -> int:
+        return value if value in (0, 1) else _UNKNOWN
+
+    def _attention(self, data: bytes | None, crop: object) -> Example:
+        if data is None:
+            return {"attention": torch.zeros(self.grid, self.grid), "has_attention": False}
+        scores = np.load(io.BytesIO(data), allow_pickle=False)
+        return {"attention": torch.from_numpy(crop_grid(scores, crop, self.grid)), "has_attention": True}  # type: ignore[arg-type]
+
+    def _report(self, key: str, text: str, entities: bytes | None, random: np.random.Generator) -> Example:
+        if not text:
+            nothing = torch.zeros(1, dtype=torch.int64)
+            return {
+                "tokens": nothing + self.tokenizer.pad_token_id, "token_mask": nothing.bool(),
+                "masked_tokens": nothing + self.tokenizer.pad_token_id, "target_tokens": nothing - 100,
+                "evidence": nothing.bool(), "report_id": -1,
+            }  # fmt: skip
+        if entities is None and self.needs_entities:
+            raise LookupError(
+                f"sample {key} has a report but its source names no entity sidecar: run `mmclip entities SET/train` "
+                "and set `entities` of the source, or train without the term: loss.entity=0"
+            )
+        encoded = self.tokenizer(
+            text, truncation=True, max_length=self.max_tokens, return_offsets_mapping=True, return_attention_mask=False
+        )
+        tokens = np.asarray(encoded["input_ids"], dtype=np.int64)
+        offsets = np.asarray(encoded["offset_mapping"])
+        words = np.asarray([_UNKNOWN if word is None else word for word in encoded.word_ids()])
+        spans = [] if entities is None else json.loads(entities)
+        positions = [_tokens_of(offsets, span["start"], span["end"]) for span in spans]
+        hidden = masked_tokens(
+            words, [found for found in positions if len(found)], random,
+            probability=self.entmlm.probability, word_probability=self.entmlm.word_probability,
+        )  # fmt: skip
+        evidence = np.zeros(len(tokens), dtype=bool)
+        for span, found in zip(spans, positions, strict=True):
+            evidence[found] |= not span["negated"]
+        if not evidence.any():  # nothing but negated findings, or no entity: the words as a whole
+            evidence = words >= 0
+        return {
+            "tokens": torch.from_numpy(tokens),
+            "token_mask": torch.ones(len(tokens), dtype=torch.bool),
+            "masked_tokens": torch.from_numpy(np.where(hidden, self.tokenizer.mask_token_id, tokens)),
+            "target_tokens": torch.from_numpy(np.where(hidden, tokens, -100)),
+            "evidence": torch.from_numpy(evidence),
+            "report_id": xxhash.xxh3_64_intdigest(text) >> 1,  # int64 and never negative
+        }
+
+
+def _tokens_of(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
+    """Positions of the tokens that overlap characters [start, end). offsets [T, 2]; special tokens have none."""
+    return np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0]))

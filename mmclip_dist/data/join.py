@@ -1,0 +1,59 @@
+"""A packed set with its sidecars, joined by key. Stale and short sidecars are refused."""
+
+from __future__ import annotations
+
+from mmclip_shards.manifest import Manifest, load_manifest
+from mmclip_shards.reader import ShardReader
+
+from mmclip_dist.config import Source
+
+REBUILD = {
+    "entities": "mmclip entities {base} --out {sidecar}",
+    "attention": "mmclip attention {base} --checkpoint CHECKPOINT --out {sidecar}",
+}
+
+
+def check_sidecar(kind: str, base_url: str, base: Manifest, url: str, sidecar: Manifest) -> None:
+    """Raise ValueError unless `sidecar` was made, complete, from exactly the shards of `base`."""
+    command = REBUILD[kind].format(base=base_url, sidecar=url)
+    if sidecar.kind != kind:
+        raise ValueError(f"{url} holds {sidecar.kind}, not {kind}; rebuild it with `{command}`")
+    wanted = {shard.path: shard.sha256 for shard in base.shards}
+    if sidecar.base != wanted:
+        raise ValueError(f"the {kind} sidecar {url} was made from other shards than {base_url}; rebuild it: `{command}`")
+    if [shard.samples for shard in sidecar.shards] != [shard.samples for shard in base.shards]:
+        raise ValueError(
+            f"the {kind} sidecar {url} holds {sidecar.samples} of {base.samples} samples; rebuild it: `{command}`"
+        )
+
+
+class JoinedSet:
+    """Random access to the samples of one source: members of the base shard and of its sidecars together."""
+
+    def __init__(self, source: Source) -> None:
+        self.url = source.url
+        self.manifest = load_manifest(source.url)
+        if self.manifest.kind != "base":
+            raise ValueError(f"{source.url} holds {self.manifest.kind} sidecars; name the packed set itself as `url`")
+        self._base = ShardReader(source.url, self.manifest)
+        self._sidecars = []
+        for kind, url in (("entities", source.entities), ("attention", source.attention)):
+            if url is not None:
+                sidecar = load_manifest(url)
+                check_sidecar(kind, source.url, self.manifest, url, sidecar)
+                self._sidecars.append(ShardReader(url, sidecar))
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard.samples for shard in self.manifest.shards]
+
+    def key(self, shard: int, row: int) -> str:
+        return self._base.keys(shard)[row]
+
+    def read(self, shard: int, key: str) -> dict[str, bytes]:
+        """All members of a sample: suffix -> bytes, each checked against its index."""
+        members = dict(self._base.read(shard, key))
+        for sidecar in self._sidecars:
+            members.update(sidecar.read(shard, key))
+        return members

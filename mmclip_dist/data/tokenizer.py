@@ -1,0 +1,70 @@
+"""The tokenizer: any of `transformers`, or a WordPiece vocabulary trained on packed reports. Nothing is downloaded
+unless a hub id is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mmclip_shards.reader import iterate
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+
+
+def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub id or folder. ValueError if it lacks what EntMLM needs: offsets, a mask and a padding token."""
+    if name is None:
+        raise ValueError(
+            "model.text.tokenizer is not set: name a transformers tokenizer (id or folder), "
+            "or train one with `mmclip tokenizer SET/train --out DIR`"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at model.text.tokenizer={name!r}: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast or tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer {name!r} must be a fast one with a mask and a padding token")
+    return tokenizer
+
+
+def reports_of(urls: Sequence[str]) -> Iterator[str]:
+    """The report texts of packed sets, in the order of their shards."""
+    for url in urls:
+        for _, members in iterate(url):
+            report = json.loads(members["json"])["report"]
+            if report and report["text"]:
+                yield report["text"]
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece tokenizer of at most `vocabulary` tokens. Errors: ValueError without any text."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, min_frequency=2, special_tokens=list(_SPECIAL.values()), show_progress=False
+    )
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen += 1
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not seen:
+        raise ValueError("no report to train a tokenizer on: name at least one set with reports")
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    tokenizer.save_pretrained(str(folder))

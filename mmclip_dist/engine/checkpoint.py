@@ -1,0 +1,133 @@
+"""Checkpoints: written under a temporary name, published whole by one rename.
+
+`checkpoints/step-00001000/` holds DeepSpeed's state (weights, optimizer) and, for every use that is not training,
+`model.safetensors` with `config.yaml` and `meta.json`. The folder `tokenizer/` and the label names make it complete:
+a checkpoint can be moved and used without its run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from mmclip_shards.storage import write_atomic
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.config import Config, dump_config, load_config
+from mmclip_dist.data.tokenizer import load_tokenizer
+from mmclip_dist.model.build import build_model
+from mmclip_dist.model.mmclip import MMCLIP
+
+_NAME = re.compile(r"step-(\d{8})")
+_WEIGHTS, _CONFIG, _META, _TOKENIZER = "model.safetensors", "config.yaml", "meta.json", "tokenizer"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint says of itself. trained_on: sha256 of every base shard that training could read."""
+
+    step: int
+    world_size: int
+    zero_stage: int
+    diseases: tuple[str, ...]
+    trained_on: tuple[str, ...]
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest whole checkpoint of a run; a torn one never carries the final name."""
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return max(found, default=None)
+
+
+def resolve_checkpoint(path: str) -> Path:
+    """A checkpoint folder, or the newest one of a run folder. ValueError if there is none."""
+    folder = Path(path)
+    if (folder / _META).is_file():
+        return folder
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise ValueError(f"no checkpoint at {path}: name a run folder or one of its checkpoints/step-* folders")
+    return newest
+
+
+def read_meta(checkpoint: Path) -> Meta:
+    values = json.loads((checkpoint / _META).read_text())
+    return Meta(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta) -> None:
+    """Save all ranks' state; a collective call. Older checkpoints beyond `config.checkpoint.keep` are removed after it."""
+    final = checkpoint_path(run_dir, meta.step)
+    temporary = final.with_name(f".{final.name}.writing")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
+    if first:
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in engine.module.state_dict().items()}
+        save_file(weights, temporary / _WEIGHTS)
+        (temporary / _CONFIG).write_text(dump_config(config))
+        tokenizer.save_pretrained(str(temporary / _TOKENIZER))
+        (temporary / _META).write_text(json.dumps(vars(meta)))
+        _sync(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        _sync(final.parent, deep=False)
+        for old in sorted(run_dir.glob("checkpoints/step-*"))[: -config.checkpoint.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def _sync(folder: Path, deep: bool = True) -> None:
+    for path in [folder, *(folder.rglob("*") if deep else ())]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def resume(run_dir: Path, engine: Any, config: Config) -> int:
+    """Load the newest checkpoint of the run, or the one to start from; the step to go on with (0: nothing to load)."""
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None and config.checkpoint.start_from is not None:
+        checkpoint = resolve_checkpoint(config.checkpoint.start_from)
+    if checkpoint is None:
+        return 0
+    meta = read_meta(checkpoint)
+    if (meta.world_size, meta.zero_stage) != (dist.get_world_size(), config.zero_stage):
+        raise ValueError(
+            f"{checkpoint} was written by {meta.world_size} ranks at zero_stage={meta.zero_stage}; this run has "
+            f"{dist.get_world_size()} ranks at zero_stage={config.zero_stage}: start it with the same"
+        )
+    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if loaded is None:
+        raise ValueError(f"DeepSpeed could not load {checkpoint}; delete that folder to go on from an older one")
+    return meta.step
+
+
+def load_model(checkpoint: Path) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
+    """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta."""
+    config, meta = load_config(str(checkpoint / _CONFIG)), read_meta(checkpoint)
+    tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
+    model = build_model(config, tokenizer, meta.diseases, pretrained=False)
+    model.load_state_dict(load_file(checkpoint / _WEIGHTS))
+    return model.eval(), tokenizer, config, meta
+
+
+def weights_hash(checkpoint: Path) -> str:
+    """sha256 of the weights: the identity of a checkpoint for what is made with it."""
+    with (checkpoint / _WEIGHTS).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,47 @@
+"""A rank must not outlive the launcher that started it: an orphan would go on writing into a folder that the next run
+is using."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+EXIT_CODE = 143
+OWNER = "MMCLIP_OWNER_PID"
+"""Environment variable: process id of the job that this one works for, beyond the launcher (the quick start sets it)."""
+
+
+def _watched() -> list[psutil.Process]:
+    """The `deepspeed` launchers among our ancestors, and the job named by the environment."""
+    ancestors = [process for process in psutil.Process().parents() if _is_launcher(process)]
+    if OWNER in os.environ:
+        ancestors.append(psutil.Process(int(os.environ[OWNER])))
+    return ancestors
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    try:
+        words = process.cmdline()[:4]
+    except psutil.Error:
+        return False
+    return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words)
+
+
+def exit_with_launcher(interval_s: float = 0.5) -> None:
+    """Watch the launchers from a thread and end this process, hard, when one is gone."""
+    try:
+        watched = _watched()
+    except psutil.NoSuchProcess:
+        sys.exit(EXIT_CODE)
+
+    def watch() -> None:
+        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
+            time.sleep(interval_s)
+        os._exit(EXIT_CODE)  # a rank may hang in a collective, where no exception reaches it
+
+    threading.Thread(target=watch, name="exit-with-launcher", daemon=True).start()

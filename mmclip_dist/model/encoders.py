@@ -1,0 +1,125 @@
+"""The two encoders, from `transformers`: a hub id, a local folder, or random weights of a configured shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
+
+from mmclip_dist.config import ImageEncoder, TextEncoder
+
+
+class VisionEncoder(nn.Module):
+    """ViT over single-channel radiographs. It has no use for a [CLS] token: features are pooled over patches, so that a
+    patch and a whole image live in one space and attention scores need no training of their own."""
+
+    def __init__(self, config: ImageEncoder) -> None:
+        super().__init__()
+        self.vit = _load_vit(config) if config.pretrained else ViTModel(_vit_config(config), add_pooling_layer=False)
+        self.width: int = self.vit.config.hidden_size
+        self.patch: int = self.vit.config.patch_size
+
+    def embed(self, image: Tensor) -> Tensor:
+        """image [B, 1, S, S] -> patch embeddings with positions [B, P, D]."""
+        embeddings: Tensor = self.vit.embeddings(image)
+        return embeddings[:, 1:]
+
+    def encode(self, patches: Tensor) -> Tensor:
+        """Any subset of embedded patches [B, K, D] -> features [B, K, D]."""
+        for layer in self._layers:
+            patches = layer(patches)
+        features: Tensor = self.vit.layernorm(patches)
+        return features
+
+    @property
+    def _layers(self) -> nn.ModuleList:
+        # transformers 5.17 keeps the layers in an inner encoder, 5.23 in the model itself.
+        return self.vit.layers if hasattr(self.vit, "layers") else self.vit.encoder.layer
+
+
+class ReportEncoder(nn.Module):
+    """BERT-family encoder of reports and prompts."""
+
+    def __init__(self, config: TextEncoder, vocabulary: int) -> None:
+        super().__init__()
+        if config.pretrained:
+            found = AutoConfig.from_pretrained(_resolve(config.pretrained))
+            found.hidden_dropout_prob = found.attention_probs_dropout_prob = 0.0
+            self.bert = AutoModel.from_pretrained(_resolve(config.pretrained), config=found, add_pooling_layer=False)
+            if self.bert.config.vocab_size < vocabulary:
+                raise ValueError(
+                    f"model.text.tokenizer has {vocabulary} tokens, but {config.pretrained} embeds "
+                    f"{self.bert.config.vocab_size}; use the tokenizer that the weights were trained with"
+                )
+        else:
+            self.bert = BertModel(_bert_config(config, vocabulary), add_pooling_layer=False)
+        self.width: int = self.bert.config.hidden_size
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens [N, T] int64, mask [N, T] bool (True: a token) -> features [N, T, D]."""
+        features: Tensor = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
+        return features
+
+
+def pool(features: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the features that count. [N, T, D], [N, T] bool -> [N, D]."""
+    weight = mask[:, :, None].to(features.dtype)
+    return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _resolve(name: str) -> str:
+    if "/" in name and name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ValueError(f"no folder {name!r} with pretrained weights")
+    return name
+
+
+def _vit_config(config: ImageEncoder) -> ViTConfig:
+    # Dropout stays at 0, the usual choice in pretraining, which also keeps a step a function of its batch.
+    return ViTConfig(
+        image_size=config.size, patch_size=config.patch, num_channels=1, hidden_size=config.width,
+        num_hidden_layers=config.depth, num_attention_heads=config.heads, intermediate_size=4 * config.width,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+def _bert_config(config: TextEncoder, vocabulary: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.depth,
+        num_attention_heads=config.heads, intermediate_size=4 * config.width, max_position_embeddings=max(512, config.max_tokens),
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+def _load_vit(config: ImageEncoder) -> ViTModel:
+    """Pretrained weights, made to take one channel and `config.size` pixels."""
+    vit = ViTModel.from_pretrained(_resolve(config.pretrained or ""), add_pooling_layer=False)
+    if vit.config.patch_size != config.patch:
+        raise ValueError(f"model.image.patch={config.patch}, but {config.pretrained} has patches of {vit.config.patch_size}")
+    projection = vit.embeddings.patch_embeddings.projection
+    if projection.in_channels != 1:
+        # A grey image repeated over the channels gives the same as one channel with the summed kernel.
+        summed = nn.Conv2d(1, projection.out_channels, projection.kernel_size, projection.stride)
+        with torch.no_grad():
+            summed.weight.copy_(projection.weight.sum(1, keepdim=True))
+            summed.bias.copy_(projection.bias)
+        vit.embeddings.patch_embeddings.projection = summed
+        vit.embeddings.patch_embeddings.num_channels = vit.config.num_channels = 1
+    if vit.embeddings.position_embeddings.shape[1] != 1 + config.grid**2:
+        _resize_positions(vit, config)
+    return vit
+
+
+def _resize_positions(vit: ViTModel, config: ImageEncoder) -> None:
+    """Interpolate the position embeddings to the grid of `config.size` pixels, once, at load."""
+    positions = vit.embeddings.position_embeddings.detach()
+    side = round((positions.shape[1] - 1) ** 0.5)
+    grid = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(config.grid, config.grid), mode="bicubic", align_corners=False)
+    resized = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    vit.embeddings.position_embeddings = nn.Parameter(resized)
+    patches = vit.embeddings.patch_embeddings
+    patches.image_size = vit.embeddings.image_size = (config.size, config.size)
+    patches.num_patches = config.grid**2
+    vit.config.image_size = config.size

@@ -1,0 +1,262 @@
+"""MMCLIP: two encoders, a shared space, and two decoders that rebuild what was masked.
+
+Shape letters: B samples of this rank, n of them with a report, P patches, K kept patches, T tokens, C diseases,
+D width of an encoder, E shared width.
+
+AttMIM has two modes. `feature` encodes the whole image once and hides the features of the patches that respond most to
+the report (the paper's own way). `split` knows the scores beforehand and encodes each patch at most once: the salient
+view feeds the contrastive loss, the context view must rebuild what it cannot see.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from mmclip_kernels import contrastive_loss
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Batch
+from mmclip_dist.model.decoders import CrossDecoder
+from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder, pool
+from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
+from mmclip_dist.model.masking import attention_scores, patch_pixels, split_views, top_patches
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the vision encoder made of a batch, and what AttMIM hid of it.
+
+    seen [B, K, D]: features of every encoded patch. embedding [B, E]: of the contrastive view.
+    query [B, P, D], masked [B, P]: the decoder's input and what it must rebuild; None without AttMIM.
+    """
+
+    seen: Tensor
+    embedding: Tensor
+    query: Tensor | None
+    masked: Tensor | None
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """What guides an image: its report's tokens, or its disease prompts where it has none.
+
+    features [B, T + 2C, D], present [B, T + 2C]: for the image decoder. evidence [B, T + 2C]: the words that may score
+    patches, which a negated finding never does.
+    """
+
+    features: Tensor
+    present: Tensor
+    evidence: Tensor
+
+
+class MMCLIP(nn.Module):
+    prompt_tokens: Tensor
+    prompt_mask: Tensor
+
+    def __init__(self, config: Config, *, vocabulary: int, prompt_tokens: Tensor, prompt_mask: Tensor) -> None:
+        """`vocabulary`: tokens of the tokenizer. prompt_tokens, prompt_mask [R, 2C, T]: see `tokenize_prompts`."""
+        super().__init__()
+        self.config = config
+        self.vision = VisionEncoder(config.model.image)
+        self.text = ReportEncoder(config.model.text, vocabulary)
+        self.image_head = nn.Linear(self.vision.width, config.model.embed, bias=False)
+        self.text_head = nn.Linear(self.text.width, config.model.embed, bias=False)
+        # Shape [1]: ZeRO cannot partition a 0-dim parameter in bf16 under gloo.
+        self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / config.model.temperature)))
+        self.mask_token = nn.Parameter(torch.randn(1, 1, self.vision.width) * 0.02)
+        patches, patch = config.model.image.grid**2, config.model.image.patch
+        self.image_decoder = CrossDecoder(
+            config.attmim.decoder, query_width=self.vision.width, memory_width=self.text.width,
+            output_width=patch**2, max_length=patches,
+        )  # fmt: skip
+        self.text_decoder = CrossDecoder(
+            config.entmlm.decoder, query_width=self.text.width, memory_width=self.vision.width,
+            output_width=vocabulary, max_length=config.model.text.max_tokens,
+        )  # fmt: skip
+        self.register_buffer("prompt_tokens", prompt_tokens, persistent=False)
+        self.register_buffer("prompt_mask", prompt_mask, persistent=False)
+
+    # -- The objective --------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of one batch: "contrastive", "image" and "entity", those with a weight. Each is a scalar whose mean over
+        the ranks is the loss of the global batch."""
+        weights = self.config.loss
+        tokens, token_mask = batch["tokens"], batch["token_mask"]
+        paired = batch["report_id"] >= 0
+        reports = self.text(tokens[paired], token_mask[paired])  # [n, T, D]
+        prompts = self._prompt_features(batch["step"])  # [2C, D]
+        memory = self._text_memory(batch, paired, reports, prompts)
+        images = self._encode_images(batch, memory)
+
+        losses = {}
+        if weights.contrastive:
+            losses["contrastive"] = self._contrastive(batch, paired, reports, prompts, images)
+        if images.query is not None and images.masked is not None:
+            losses["image"] = self._rebuild_image(batch, memory, images.query, images.masked)
+        elif weights.image:
+            losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
+        if weights.entity:
+            losses["entity"] = self._rebuild_entities(batch, paired, images)
+        return losses
+
+    def _contrastive(
+        self, batch: Batch, paired: Tensor, reports: Tensor, prompts: Tensor, images: ImageFeatures
+    ) -> Tensor:
+        """Reports against their images, prompts against unpaired images; the mean over all images of the global batch."""
+        group, scale = _world(), self.scale()
+        report_embedding = self._embed_text(pool(reports, batch["token_mask"][paired]))
+        over_reports = contrastive_loss(
+            images.embedding[paired], report_embedding, scale, image_ids=batch["report_id"][paired],
+            text_ids=batch["report_id"][paired], chunk=self.config.loss.chunk, impl=self.config.loss.impl, group=group,
+        )  # fmt: skip
+        over_prompts, unpaired_rows = prompt_contrastive(
+            images.embedding[~paired], self._embed_text(prompts), scale, batch["labels"][~paired], group
+        )
+        paired_rows = _sum_over_ranks(paired.sum())
+        rows = (paired_rows + unpaired_rows).clamp(min=1)
+        return (paired_rows * over_reports + unpaired_rows * over_prompts) / rows
+
+    def _rebuild_image(self, batch: Batch, memory: TextMemory, query: Tensor, masked: Tensor) -> Tensor:
+        """AttMIM: normalised pixels of the masked patches, from the rest and the text."""
+        features = self.image_decoder(query, None, memory.features, memory.present)
+        target = patch_pixels(batch["image"], self.vision.patch)
+        return masked_mean_square(self.image_decoder.head(features), target, masked)
+
+    def _rebuild_entities(self, batch: Batch, paired: Tensor, images: ImageFeatures) -> Tensor:
+        """EntMLM: the masked entities, from the rest of the report and the image."""
+        mask, target = batch["token_mask"][paired], batch["target_tokens"][paired]
+        query = self.text(batch["masked_tokens"][paired], mask)
+        features = self.text_decoder(query, mask, images.seen[paired], None)
+        hidden = target >= 0
+        count = _sum_over_ranks(hidden.sum())
+        return masked_cross_entropy(self.text_decoder.head(features[hidden]), target[hidden], count / _world_size())
+
+    # -- Encoders -------------------------------------------------------------------------------------------------
+
+    def _encode_images(self, batch: Batch, memory: TextMemory) -> ImageFeatures:
+        options, step = self.config.attmim, batch["step"]
+        patches = self.vision.embed(batch["image"].to(self.mask_token.dtype))
+        unmasked_from = self.config.optim.steps - options.unmasked_last_steps
+        if not self.config.loss.image or (options.mode == "split" and step >= unmasked_from):
+            seen = self.vision.encode(patches)
+            return ImageFeatures(seen, self._embed_image(seen.mean(1)), None, None)
+        if options.mode == "split":
+            return self._encode_views(batch, patches)
+        seen = self.vision.encode(patches)
+        scores = self._scores(batch, seen, memory)
+        count = round(options.ratio * patches.shape[1])
+        masked = top_patches(scores, count, batch["noise"], options.hint)
+        query = torch.where(masked[:, :, None], self.mask_token, seen)
+        return ImageFeatures(seen, self._embed_image(seen.mean(1)), query, masked)
+
+    def _encode_views(self, batch: Batch, patches: Tensor) -> ImageFeatures:
+        """Split mode: each patch enters the encoder once at most, in one of two views."""
+        options, total = self.config.attmim, patches.shape[1]
+        salient_at, context_at = split_views(
+            batch["attention"].flatten(1), round(options.salient_keep * total), round(options.context_keep * total),
+            batch["noise"], options.hint,
+        )  # fmt: skip
+        salient = self.vision.encode(_rows(patches, salient_at))
+        context = self.vision.encode(_rows(patches, context_at))
+        index = context_at[:, :, None].expand_as(context)
+        query = self.mask_token.expand_as(patches).scatter(1, index, context)
+        masked = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, context_at, False)
+        return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, masked)
+
+    def _scores(self, batch: Batch, seen: Tensor, memory: TextMemory) -> Tensor:
+        """Attention per patch [B, P]: the sidecar's where there is one, else computed from this very step."""
+        known, stored = batch["has_attention"], batch["attention"].flatten(1)
+        if bool(known.all()):
+            return stored
+        computed = self.score_patches(seen.detach(), memory.features.detach(), memory.evidence)
+        return torch.where(known[:, None], stored, computed)
+
+    def score_patches(self, seen: Tensor, words: Tensor, evidence: Tensor) -> Tensor:
+        """seen [B, P, D], words [B, T, D], evidence [B, T] bool -> attention per patch [B, P] float32, no gradient."""
+        return attention_scores(
+            self._embed_text(words), self._embed_image(seen), evidence, self.config.attmim.score_temperature
+        )
+
+    def _prompt_features(self, step: int) -> Tensor:
+        """Pooled prompts [2C, D]; every step takes another pair of templates."""
+        template = step % len(self.prompt_tokens)
+        return self.encode_text(self.prompt_tokens[template], self.prompt_mask[template])
+
+    def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens, mask [N, T] -> pooled features [N, D]."""
+        if len(tokens) == 0:
+            return self.text_head.weight.new_zeros(0, self.text.width)
+        return pool(self.text(tokens, mask), mask)
+
+    def _text_memory(self, batch: Batch, paired: Tensor, reports: Tensor, prompts: Tensor) -> TextMemory:
+        rows, length = batch["tokens"].shape
+        half = len(prompts) // 2
+        report_features = reports.new_zeros(rows, length, self.text.width).masked_scatter(
+            paired[:, None, None].expand(-1, length, self.text.width), reports
+        )
+        positive, allowed = prompt_targets(batch["labels"])
+        unlabelled = ~allowed.any(1, keepdim=True)
+        every_disease = torch.arange(2 * half, device=positive.device) < half  # the sum over all disease prompts
+        guides = torch.where(unlabelled, every_disease, positive) & ~paired[:, None]
+        sick = positive[:, :half].any(1, keepdim=True)
+        evidence = torch.where(sick, positive, every_disease) & every_disease & ~paired[:, None]
+        return TextMemory(
+            torch.cat([report_features, prompts.expand(rows, -1, -1)], dim=1),
+            torch.cat([batch["token_mask"] & paired[:, None], guides], dim=1),
+            torch.cat([batch["evidence"] & paired[:, None], evidence], dim=1),
+        )
+
+    def _embed_image(self, features: Tensor) -> Tensor:
+        return F.normalize(self.image_head(features), dim=-1)
+
+    def _embed_text(self, features: Tensor) -> Tensor:
+        return F.normalize(self.text_head(features), dim=-1)
+
+    # -- Inference ------------------------------------------------------------------------------------------------
+
+    def scale(self) -> Tensor:
+        """1 / temperature, shape [1]. Clamped here: a clamp of the weight itself is undone by ZeRO's fp32 copy."""
+        return self.log_scale.clamp(max=math.log(self.config.model.max_scale)).exp()
+
+    def embed_images(self, image: Tensor) -> Tensor:
+        """image [B, 1, S, S] -> embeddings of whole images [B, E], L2-normalised."""
+        return self._embed_image(self.vision.encode(self.vision.embed(image)).mean(1))
+
+    def embed_texts(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens, mask [N, T] -> embeddings [N, E], L2-normalised."""
+        return self._embed_text(self.encode_text(tokens, mask))
+
+    def attention_grid(self, batch: Batch) -> Tensor:
+        """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts."""
+        paired = batch["report_id"] >= 0
+        reports = self.text(batch["tokens"][paired], batch["token_mask"][paired])
+        memory = self._text_memory(batch, paired, reports, self._prompt_features(0))
+        seen = self.vision.encode(self.vision.embed(batch["image"]))
+        side = self.config.model.image.grid
+        return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))
+
+
+def _rows(patches: Tensor, index: Tensor) -> Tensor:
+    """patches [B, P, D] at index [B, K] -> [B, K, D]."""
+    return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))
+
+
+def _world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _sum_over_ranks(count: Tensor) -> Tensor:
+    count = count.clone()
+    if dist.is_initialized():
+        dist.all_reduce(count)
+    return count

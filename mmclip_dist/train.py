@@ -1,0 +1,146 @@
+"""Training: `deepspeed --module mmclip_dist.train RECIPE key=value ...`
+
+Builds the sets, the loader, the model, the engine and the run folder, then loops. The state of a run is its weights,
+its optimizer and one integer, the step: the order of samples, the learning rate and the random masks follow from it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmclip_dist.config import Config, Loss, load_config
+from mmclip_dist.data.batch import Batch, to_device
+from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.join import JoinedSet
+from mmclip_dist.data.loader import build_loader, build_order, label_names
+from mmclip_dist.data.tokenizer import load_tokenizer
+from mmclip_dist.engine import checkpoint
+from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
+from mmclip_dist.engine.orphans import exit_with_launcher
+from mmclip_dist.engine.quarantine import Quarantine
+from mmclip_dist.engine.run import MetricsLog, describe, host_memory_gib, locked
+from mmclip_dist.model.build import build_model
+
+
+def train(config: Config) -> None:
+    """Train until `config.optim.last_step`, from the newest checkpoint of the run folder if there is one."""
+    config.check_sources()
+    rank, world, device = start_distributed(config.threads)
+    config.check_world(world)
+    run_dir, first = Path(config.run_dir), rank == 0
+
+    with locked(run_dir) if first else nullcontext():
+        tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
+        sets = [JoinedSet(source) for source in config.data.sources]
+        diseases = config.prompts.diseases or label_names(sets)
+        order = build_order(sets, config.data, config.seed)
+        maker = ExampleMaker(
+            tokenizer, diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
+            config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
+        )  # fmt: skip
+        ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
+        if first:
+            describe(run_dir, config, world, ds_json)
+        engine = build_engine(build_model(config, tokenizer, diseases).to(device), config, ds_json)
+        step = checkpoint.resume(run_dir, engine, config)
+        batches = build_loader(
+            sets, order, maker, data=config.data, global_batch=config.optim.global_batch, rank=rank, world=world, start=step
+        )  # fmt: skip
+        quarantine = Quarantine(run_dir, config.data.max_bad_fraction, device)
+        log = ProgressLog(config, MetricsLog(run_dir, step) if first else None, step)
+        trained_on = tuple(shard.sha256 for joined in sets for shard in joined.manifest.shards)
+        if first:
+            for joined in order.sets:
+                print(f"{config.data.sources[joined.number].url}: {joined.samples} samples, "
+                      f"{joined.remainder} of them left out of each epoch in turn", flush=True)  # fmt: skip
+
+        while step < config.optim.last_step:
+            batch = log.wait_for(batches)
+            rate = set_learning_rate(engine, step, config)
+            losses = engine(to_device(batch, device))
+            engine.backward(weighted_sum(losses, config.loss))
+            engine.step()
+            step += 1
+            quarantine.count(batch, step)
+            if step % config.log_every == 0 or step in (1, config.optim.last_step):
+                log.write(step, losses, rate, engine)
+            if step % config.checkpoint.every == 0 or step == config.optim.last_step:
+                meta = checkpoint.Meta(step, world, config.zero_stage, tuple(diseases), trained_on)
+                checkpoint.save(run_dir, engine, tokenizer, config, meta)
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:
+    return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
+
+
+class ProgressLog:
+    """Metrics of the global batch on the first rank: a row in metrics.jsonl and a line on the terminal."""
+
+    def __init__(self, config: Config, metrics: MetricsLog | None, start: int) -> None:
+        self.config, self.metrics = config, metrics
+        self.last_step, self.last_time, self.waited = start, time.monotonic(), 0.0
+
+    def wait_for(self, batches: Any) -> Batch:
+        """The next batch; the time it takes is the data's share of the step."""
+        started = time.monotonic()
+        batch: Batch = next(batches)
+        self.waited += time.monotonic() - started
+        return batch
+
+    def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
+        """A collective call: losses are means over all ranks."""
+        values = torch.stack([value.detach().float().reshape(()) for value in losses.values()])
+        dist.all_reduce(values)
+        means = dict(zip(losses, (values / dist.get_world_size()).tolist(), strict=True))
+        if self.metrics is None:
+            return
+        elapsed = time.monotonic() - self.last_time
+        done = step - self.last_step
+        samples_per_s = done * self.config.optim.global_batch / elapsed
+        left = (self.config.optim.last_step - step) * elapsed / done
+        row = {
+            "step": step, "samples": step * self.config.optim.global_batch, "loss": means, "lr": rate,
+            "temperature": 1 / float(engine.module.scale()), "samples_per_s": round(samples_per_s, 1),
+            "data_wait": round(self.waited / elapsed, 4), "memory_gib": round(host_memory_gib(), 3),
+        }  # fmt: skip
+        self.metrics.write(row)
+        terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        print(
+            f"step {step}/{self.config.optim.last_step}  {terms}  lr {rate:.2e}  {samples_per_s:.0f} samples/s  "
+            f"data wait {row['data_wait']:.0%}  {left:.0f} s left",
+            flush=True,
+        )
+        self.last_step, self.last_time, self.waited = step, time.monotonic(), 0.0
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 with one line for what a user can mend."""
+    arguments = [word for word in arguments if not word.startswith("--local_rank")]
+    try:
+        if not arguments:
+            raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
+        exit_with_launcher()
+        train(load_config(arguments[0], arguments[1:]))
+    except ValueError as error:
+        if "MMCLIP_DEBUG" in os.environ:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
