@@ -310,7 +310,8 @@ def one_line(error: ValidationError) -> str:
             parts.append(f"unknown config key {key!r}{hint}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            parts.append(f"{key}: {message}" if key else message)
+            own = fault["type"] == "value_error"  # our own checks name their keys themselves
+            parts.append(message if own or not key else f"{key}: {message}")
     return "; ".join(parts)
 
 

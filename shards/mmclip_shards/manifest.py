@@ -133,10 +133,10 @@ def find_split(url: Url, split: str) -> str:
     )
 
 
-def index_bytes(members: list[tuple[str, Member]]) -> bytes:
-    """The index file of a shard, from (member name, Member) in the order of the tar."""
+def index_bytes(members: list[tuple[str, Member]], sha256: str) -> bytes:
+    """The index file of a shard, from (member name, Member) in the order of the tar, and the sha256 of the tar."""
     rows = [[name, member.offset, member.length, member.xxh3] for name, member in members]
-    return canonical_json({"version": SCHEMA_VERSION, "members": rows})
+    return canonical_json({"version": SCHEMA_VERSION, "sha256": sha256, "members": rows})
 
 
 def load_index(url: Url, shard: Shard) -> ShardIndex:
@@ -171,6 +171,9 @@ def _parse_manifest(document: dict[str, Any]) -> Manifest:
 
 def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
     _check_version(document["version"])
+    # Ties the hashes of the members to the manifest: shard and index replaced together would agree with each other.
+    if document["sha256"] != shard.sha256:
+        raise ValueError("it was written for another build of the shard than the manifest: copy or pack the set again")
     members: dict[str, dict[str, Member]] = {}
     last_key, end = "", 0
     for name, offset, length, xxh3 in document["members"]:

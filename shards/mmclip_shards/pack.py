@@ -60,6 +60,9 @@ def pack(
     Packing again skips what is done. Everything but the images' content is checked before anything is written; when
     images turn out unreadable, one error lists them and nothing is left behind. ValueError for all of it.
     """
+    for name, value in (("short_side", short_side), ("samples_per_shard", samples_per_shard), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     key = stored_patient_key() if patient_key is None else patient_key
     numbered = _check_records(records)
     plan = _assign(numbered, splits, split_of_record, seed)
@@ -73,7 +76,7 @@ def pack(
         samples_per_shard=samples_per_shard,
         patient_key=hash_patient("fingerprint of the key", key),
     )
-    manifests = _load_finished(dest, plan, full_hash)
+    manifests = _load_finished(dest, full_hash)
     todo = {split: rows for split, rows in plan.items() if split not in manifests}
     if todo:
         _check_images_exist(numbered)
@@ -172,7 +175,7 @@ def _hash_settings(**settings: object) -> str:
     return hashlib.sha256(canonical_json(settings)).hexdigest()
 
 
-def _load_finished(dest: Url, plan: Mapping[str, list[Numbered]], config_hash: str) -> dict[str, Manifest]:
+def _load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
     """Manifests that an earlier run with the same settings left in `dest`. ValueError when `dest` holds another set."""
     if storage.exists(storage.join(dest, MANIFEST_NAME)):
         raise ValueError(f"{dest} is itself a split of a packed set: name a new folder, or the folder above it")
@@ -182,7 +185,9 @@ def _load_finished(dest: Url, plan: Mapping[str, list[Numbered]], config_hash: s
         if not storage.exists(storage.join(folder, MANIFEST_NAME)):
             continue
         manifest = load_manifest(folder)
-        if manifest.config_hash != config_hash or name not in plan:
+        if manifest.kind != "base":
+            continue  # sidecars may lie beside the splits
+        if manifest.config_hash != config_hash:
             raise ValueError(
                 f"{dest} holds another set (split {name!r} of {manifest.dataset!r}, packed from other data or with "
                 "other settings): pack into a new folder, or remove this one first"
@@ -239,8 +244,6 @@ def _encode_samples(
 
 def _prepare_all(records: list[Record], short_side: int, workers: int) -> Generator[PreparedImage | str, None, None]:
     """The prepared image of every record in order, or why there is none; a bounded number is under way at once."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be at least 1")
     if workers == 1:
         yield from (_prepare(record, short_side) for record in records)
         return

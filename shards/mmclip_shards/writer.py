@@ -57,9 +57,9 @@ def write_shard(url: Url, number: int, samples: Iterable[Sample]) -> Shard:
     if not count:
         raise ValueError(f"shard {shard_name(number)} would hold no samples")
     tar = b"".join([*chunks, _END_OF_TAR])
-    storage.write_atomic(storage.join(url, shard_name(number)), tar)
-    storage.write_atomic(storage.join(url, index_name(number)), index_bytes(members))
     digest = hashlib.sha256(tar).hexdigest()
+    storage.write_atomic(storage.join(url, shard_name(number)), tar)
+    storage.write_atomic(storage.join(url, index_name(number)), index_bytes(members, digest))
     return Shard(shard_name(number), count, len(tar), digest, index_name(number))
 
 

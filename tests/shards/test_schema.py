@@ -60,7 +60,9 @@ def test_long_texts_that_differ_at_the_end_stay_apart() -> None:
     assert make_key("x" * 100 + "a") != make_key("x" * 100 + "b")
 
 
-@pytest.mark.parametrize("suffix", ["pkl", "pyd", "pickle", "pth", "jpg.pkl", "npy.gz", "json.", "", ".jpg", "JPG", "a/b.jpg", "a.b.jpg"])
+@pytest.mark.parametrize(
+    "suffix", ["pkl", "pyd", "pickle", "pth", "jpg.pkl", "npy.gz", "json.", "", ".jpg", "JPG", "a/b.jpg", "a.b.jpg"]
+)
 def test_other_suffixes_are_refused(suffix: str) -> None:
     with pytest.raises(ValueError, match="suffix"):
         check_suffix(suffix)

@@ -114,8 +114,9 @@ def test_an_interrupt_removes_only_what_this_writer_published(tmp_path: Path) ->
 
 
 def test_an_empty_set_and_a_finished_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none was added"), ShardWriter(
-        tmp_path / "empty", kind="base", dataset="d", split="s", config_hash="c"
+    with (
+        pytest.raises(ValueError, match="none was added"),
+        ShardWriter(tmp_path / "empty", kind="base", dataset="d", split="s", config_hash="c"),
     ):
         pass
     assert not (tmp_path / "empty").exists()
@@ -162,7 +163,9 @@ def test_every_flipped_bit_of_a_sample_is_noticed(tmp_path: Path) -> None:
             broken = bytearray(whole)
             broken[position] ^= 1
             tar.write_bytes(broken)
-            with pytest.raises(ValueError, match=rf"000000\.tar, key k-01, offset {member.offset}.*k-01\.{suffix}.*hash"):
+            with pytest.raises(
+                ValueError, match=rf"000000\.tar, key k-01, offset {member.offset}.*k-01\.{suffix}.*hash"
+            ):
                 ShardReader(tmp_path, manifest).read(0, "k-01")
             assert ShardReader(tmp_path, manifest).read(0, "k-00") == SAMPLES[0][1]
     broken = bytearray(whole)
@@ -189,15 +192,24 @@ def test_missing_and_replaced_shards_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "000001.tar").unlink()
     with pytest.raises(ValueError, match=r"000001\.tar, key k-04, offset 0: cannot be read"):
         ShardReader(tmp_path, manifest).read(1, "k-04")
-    write_shard(tmp_path, 1, [(key, {"jpg": files["jpg"][::-1] + b"x", "json": b"{}"}) for key, files in SAMPLES[4:8]])
-    with pytest.raises(ValueError):
+    write_shard(tmp_path, 1, [(key, {"jpg": files["jpg"][::-1], "json": b"{}"}) for key, files in SAMPLES[4:8]])
+    assert (tmp_path / "000001.tar").stat().st_size == manifest.shards[1].bytes
+    with pytest.raises(ValueError, match="another build of the shard"):
         read_all(tmp_path)
+
+
+def test_a_shard_that_grew_is_noticed(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    with (tmp_path / "000000.tar").open("ab") as file:
+        file.write(bytes(512))
+    with pytest.raises(ValueError, match="its manifest promises"):
+        ShardReader(tmp_path, manifest).read(0, "k-00")
 
 
 def test_an_index_of_another_shard_is_noticed(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "000000.index.json").write_bytes((tmp_path / "000001.index.json").read_bytes())
-    with pytest.raises(ValueError, match="key k-04"):
+    with pytest.raises(ValueError, match="another build of the shard"):
         read_all(tmp_path)
 
 

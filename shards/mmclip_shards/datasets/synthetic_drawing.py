@@ -27,7 +27,9 @@ LUNG_CENTRE_OFFSET = 0.015
 DOME_TOP = 0.46
 BOX_LEVEL = 0.35
 """A box holds the pixels that a finding changed by at least this share of its largest change."""
-MIN_BOX = 2
+VESSEL_TREES = 64
+CURVE_STEPS = 4095
+"""Attenuation is looked up in a table of this many steps: a power costs as much as all the lungs."""
 
 HEART_RATIO: dict[Severity, float] = {"mild": 0.555, "moderate": 0.61, "severe": 0.68}
 SEVERITY_STEP: dict[Severity, int] = {"mild": 0, "moderate": 1, "severe": 2}
@@ -177,47 +179,57 @@ def _shade_lungs(canvas: Canvas, vessels: Plane) -> None:
 
 
 def _vessels(canvas: Canvas) -> Plane:
-    """Lung markings: branching lines that leave each hilum and thin out towards the chest wall, in 0 to 0.25.
+    """Lung markings in 0 to 0.26: the patient's own tree, posed like the rest of him."""
+    size, anatomy, pose = canvas.size, canvas.study.anatomy, canvas.study.pose
+    half = size / 2
+    cos, sin = np.cos(pose.rotation) / pose.scale, np.sin(pose.rotation) / pose.scale
+    wide = anatomy.lung_width / 0.37
+    # The map of `_anatomy_coordinates` in pixels, from the picture back to the sheet, as Pillow asks for it.
+    u, v = 1 + pose.shift_x, 1 + pose.shift_y
+    to_x = (cos / wide, sin / wide, half * (1 - (cos * u + sin * v) / wide))
+    to_y = (-sin, cos, half * (1 - (cos * v - sin * u)))
+    sheet = _vessel_sheet(int(anatomy.vessel_tree * VESSEL_TREES), size)
+    posed = sheet.transform((size, size), Image.Transform.AFFINE, (*to_x, *to_y), Image.Resampling.BILINEAR)
+    return np.asarray(posed, dtype=np.float32) * np.float32(0.30 / 255)
 
-    Drawn at twice the size and reduced, which is how Pillow's lines become smooth.
+
+@lru_cache(maxsize=VESSEL_TREES)
+def _vessel_sheet(tree: int, size: int) -> Image.Image:
+    """Branching lines that leave each hilum and thin out towards the chest wall: 8 bit [size, size], anatomy upright.
+
+    Drawn at twice the size and reduced, which is how Pillow's lines become smooth. A line costs more than anything
+    else here, so there is a fixed stock of trees.
     """
-    size, anatomy = canvas.size, canvas.study.anatomy
     sheet = Image.new("L", (2 * size, 2 * size))
     pen = ImageDraw.Draw(sheet)
-    x0, y0, x1, y1, weight = _vessel_tree(int(anatomy.vessel_seed))
-    wide = anatomy.lung_width / 0.37
-    ax, ay = _to_pixels(canvas.study.pose, 2 * size, x0 * wide, y0)
-    bx, by = _to_pixels(canvas.study.pose, 2 * size, x1 * wide, y1)
-    scale = size / 128
-    points = np.stack([ax, ay, bx, by], axis=1).tolist()
-    for line, heft in zip(points, weight.tolist(), strict=True):
-        pen.line(line, fill=int(70 + 150 * heft), width=max(1, round(scale * (1 + 5 * heft))))
-    return np.asarray(sheet.reduce(2), dtype=np.float32) * np.float32(0.26 / 255)
+    segments, weight = _vessel_tree(tree)
+    for line, heft in zip(((segments + 1) * size).tolist(), weight.tolist(), strict=True):
+        pen.line(line, fill=int(70 + 150 * heft), width=max(1, round(size / 128 * (1 + 5 * heft))))
+    return sheet.reduce(2)
 
 
-@lru_cache(maxsize=8)
-def _vessel_tree(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Segments (x0, y0, x1, y1) [n] in anatomy units and their weight in 0 to 1, for both lungs."""
+def _vessel_tree(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segments (x0, y0, x1, y1) [n, 4] of both lungs in anatomy units, and their weights [n] in 0 to 1."""
     rng = np.random.default_rng(seed)
     stems = 9
     side = np.repeat(np.array([-1.0, 1.0]), stems)
-    # Directions fan from straight up (-pi/2) over lateral (0) to down, most of them to the large lower lobes.
+    # Directions fan from straight up (-pi/2) over lateral (0) to down.
     angle = np.tile(np.linspace(-1.45, 1.25, stems), 2) + rng.normal(0, 0.10, 2 * stems)
-    x, y = side * 0.17, np.full(2 * stems, -0.04) + 0.10 * np.sin(angle)
+    x, y = side * 0.17, -0.04 + 0.10 * np.sin(angle)
     parts = []
-    heft = np.ones(2 * stems)
+    weight = np.ones(2 * stems)
     length = 0.17
     for _ in range(4):
         reach = length * rng.uniform(0.75, 1.25, len(angle))
         # The lung is taller than wide.
         x1, y1 = x + side * np.cos(angle) * reach * 0.85, y + np.sin(angle) * reach * 1.15
-        parts.append(np.stack([x, y, x1, y1, heft]))
+        parts.append(np.stack([x, y, x1, y1, weight], axis=1))
         turn = rng.uniform(0.12, 0.42, len(angle))
         angle = np.concatenate([angle + turn, angle - turn])
-        x, y, side, heft = (np.tile(a, 2) for a in (x1, y1, side, heft * 0.5))
+        x, y, side, weight = (np.tile(values, 2) for values in (x1, y1, side, weight * 0.5))
         length *= 0.88
-    x0, y0, x1, y1, weight = np.concatenate(parts, axis=1)
-    return x0, y0, x1, y1, weight
+    tree = np.concatenate(parts)
+    return tree[:, :4], tree[:, 4]
 
 
 def _mediastinum(canvas: Canvas) -> None:
@@ -270,19 +282,20 @@ def _bones(canvas: Canvas) -> None:
     spine = _step(np.float32(0.085) - np.abs(canvas.x - np.float32(anatomy.spine_bend) * y), 25)
     spine *= np.float32(0.07) + np.float32(0.03) * np.sin(y * np.float32(2 * np.pi / 0.16))
     image += spine * (image > 0.15)
+    # Bone adds less where the film is nearly white: over the heart, and least below the diaphragm.
     cage = _step(canvas.depth + np.float32(0.22), 6)
+    cage *= np.clip(np.float32(1.35) - image * np.float32(1.7), 0.12, 1) * contrast
     turns = np.float32(2 * np.pi / anatomy.rib_spacing)
-    phase = np.float32(2 * np.pi * anatomy.rib_phase)
     # Posterior ribs rise a little from the spine, then fall towards the side, the lower ones more steeply.
-    bend = across - np.float32(0.22)
-    posterior = np.cos((y - bend * bend * (np.float32(0.75) + y * np.float32(0.45))) * turns + phase)
-    posterior -= np.float32(0.15)
-    image += np.clip(posterior * 2.5, 0, 1) * cage * contrast
+    bend = across - np.float32(0.20)
+    wave = y - bend * bend * (np.float32(0.85) + y * np.float32(0.45))
+    posterior = np.cos(wave * turns + np.float32(2 * np.pi * anatomy.rib_phase))
+    image += np.clip(posterior * 2 - np.float32(0.3), 0, 1) * cage
     # Anterior ribs fall towards the midline and end in cartilage, which is not seen.
     bend = np.float32(0.80) - across
-    anterior = np.cos((y - bend * np.float32(0.55) + bend * bend * np.float32(0.2)) * (turns * np.float32(0.8)))
-    anterior -= np.float32(0.35)
-    image += np.clip(anterior * 2.5, 0, 1) * cage * np.clip((across - np.float32(0.30)) * 6, 0, 1) * contrast * 0.6
+    anterior = np.cos((y - bend * np.float32(0.75) + bend * bend * np.float32(0.3)) * (turns * np.float32(0.8)))
+    cage *= np.clip(np.float32(2.6) - bend * np.float32(6), 0, 0.6)
+    image += np.clip(anterior * 2 - np.float32(0.5), 0, 1) * cage
     along = across - np.float32(0.10)
     level = np.float32(-0.60) - along * np.float32(0.42) + along * along * np.float32(0.40)
     clavicle = np.clip(np.float32(2.0) - np.abs(y - level) * np.float32(60), 0, 1)
@@ -449,13 +462,13 @@ def _expose(canvas: Canvas) -> np.ndarray:
     rng = np.random.default_rng(canvas.study.noise_seed)
     image = canvas.image
     image += _smooth_noise(rng, 7, size) * np.float32(0.018) * (image > 0.04)
-    grain = rng.standard_normal((size + 1, size + 1), dtype=np.float32)
-    # Two neighbours share light in the screen: grain is not white.
-    blurred = grain[1:] + grain[:-1]
-    grain = blurred[:, 1:] + blurred[:, :-1]
-    image += grain * np.float32(pose.noise / 2)
-    np.clip(image, 0, 1, out=image)
-    np.power(image, np.float32(pose.gamma), out=image)
-    image *= np.float32(pose.gain * 255)
-    image += np.float32(pose.offset * 255)
-    return np.clip(image, 0, 255).astype(np.uint8)
+    # The mean of 2 x 2 uniform draws: nearly normal, and not white, as light spreads in the screen.
+    grain = rng.random((size + 1, size + 1), dtype=np.float32)
+    grain = grain[1:] + grain[:-1]
+    grain = grain[:, 1:] + grain[:, :-1]
+    grain -= 2
+    image += grain * np.float32(pose.noise * 1.73)
+    curve = np.linspace(0, 1, CURVE_STEPS + 1) ** pose.gamma * pose.gain + pose.offset
+    table = np.clip(curve * 255, 0, 255).astype(np.uint8)
+    image *= CURVE_STEPS
+    return table[np.clip(image, 0, CURVE_STEPS).astype(np.uint16)]

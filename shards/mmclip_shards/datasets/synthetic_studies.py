@@ -70,7 +70,7 @@ class Anatomy:
     breast: float
     dome_step: float
     spine_bend: float
-    vessel_seed: float
+    vessel_tree: float
 
 
 ANATOMY_RANGES: dict[str, tuple[float, float]] = {
@@ -89,7 +89,7 @@ ANATOMY_RANGES: dict[str, tuple[float, float]] = {
     "breast": (-0.10, 0.12),
     "dome_step": (0.02, 0.09),
     "spine_bend": (-0.04, 0.04),
-    "vessel_seed": (0.0, 2.0**31),
+    "vessel_tree": (0.0, 1.0),
 }
 
 
@@ -140,12 +140,17 @@ class Study:
 def patient_of(index: int, *, seed: int, unpaired: bool) -> tuple[int, int]:
     """The patient's number and the visit's (0 to 2) of study `index`: three patients share every six indices."""
     block, place = divmod(index, BLOCK)
-    rng = np.random.default_rng((seed, int(unpaired), 1, block))
-    for slot, studies in enumerate(STUDIES_PER_PATIENT[int(rng.integers(len(STUDIES_PER_PATIENT)))]):
+    for slot, studies in enumerate(_studies_of_block(block, seed, unpaired)):
         if place < studies:
             return 3 * block + slot, place
         place -= studies
     raise AssertionError("a block holds six studies")
+
+
+@lru_cache(maxsize=8)
+def _studies_of_block(block: int, seed: int, unpaired: bool) -> tuple[int, ...]:
+    rng = np.random.default_rng((seed, int(unpaired), 1, block))
+    return STUDIES_PER_PATIENT[int(rng.integers(len(STUDIES_PER_PATIENT)))]
 
 
 def sample_study(index: int, *, seed: int, unpaired: bool) -> Study:

@@ -1,0 +1,140 @@
+"""Zero-shot classification: how much closer an image is to "There is X." than to "No evidence of X."."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmclip_shards.manifest import load_manifest
+from mmclip_shards.reader import ShardReader
+from torch import Tensor
+
+from mmclip_dist.data.batch import Example, collate, to_device
+from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.engine.checkpoint import load_model, read_meta, resolve_checkpoint, weights_hash
+from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc
+from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
+
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The result; per_class holds classes with both positives and negatives, left_out the others."""
+
+    auc_macro: float
+    auc_macro_ci95: tuple[float, float]
+    per_class: dict[str, float]
+    left_out: tuple[str, ...]
+    samples: int
+    patients: int
+    datasets: tuple[str, ...]
+    checkpoint: str  # sha256 of the weights
+
+
+def zero_shot(
+    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, report: Callable[[int, int], None] | None = None
+) -> ZeroShot:
+    """Evaluate a checkpoint (or a run's newest) on packed, labelled sets. report(done, total) in samples.
+
+    ValueError if a set was trained on, unless allow_leak, or if no class has positives and negatives.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    manifests = [load_manifest(url) for url in urls]
+    trained_on = set(read_meta(folder).trained_on)
+    for url, manifest in zip(urls, manifests, strict=True):
+        if not manifest.labels:
+            raise ValueError(f"{url} has no labels to evaluate on; pack it with --labels-column")
+        if not allow_leak and trained_on & {shard.sha256 for shard in manifest.shards}:
+            raise ValueError(
+                f"{url} was trained on, so its scores would say nothing; evaluate on another split or set, "
+                "or pass --allow-leak"
+            )
+    model, tokenizer, config, _ = load_model(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    classes = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.labels))
+    prompts = tokenize_prompts(load_prompts(classes, config.prompts.file), tokenizer, config.model.text.max_tokens)
+    maker = ExampleMaker(
+        tokenizer, classes, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
+        config.entmlm, augment=None,
+    )  # fmt: skip
+    total = sum(manifest.samples for manifest in manifests)
+    scores, labels, patients = [], [], []
+    with torch.inference_mode():
+        directions = class_directions(model, *(tensor.to(device) for tensor in prompts))
+        for batch, owners in _batches(urls, maker, tokenizer.pad_token_id):
+            moved = to_device(batch, device)
+            scores.append((model.embed_images(moved["image"]) @ directions.T).cpu().numpy())
+            labels.append(batch["labels"].numpy())
+            patients += owners
+            if report:
+                report(len(patients), total)
+    return _summarise(
+        np.concatenate(scores), np.concatenate(labels), np.array(patients), classes,
+        tuple(dict.fromkeys(f"{manifest.dataset}/{manifest.split}" for manifest in manifests)), weights_hash(folder),
+    )  # fmt: skip
+
+
+def class_directions(model: MMCLIP, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Mean positive minus mean negative prompt embedding of each class. tokens, mask [R, 2C, T] -> [C, E].
+
+    The inner product of an image with it is CheXzero's difference of similarities, averaged over R templates.
+    """
+    embedded = torch.stack([model.embed_texts(t, m) for t, m in zip(tokens, mask, strict=True)]).mean(0)
+    present, absent = embedded.chunk(2)
+    return present - absent
+
+
+def _batches(urls: Sequence[str], maker: ExampleMaker, padding: int):  # type: ignore[no-untyped-def]
+    """(batch, patients) over all samples of the sets, in their order."""
+    for url in urls:
+        reader = ShardReader(url, load_manifest(url))
+        examples: list[Example] = []
+        owners: list[str] = []
+        for number in range(len(reader.manifest.shards)):
+            for key in reader.keys(number):
+                members = reader.read(number, key)
+                examples.append(maker(key, members, epoch=0))
+                owners.append(json.loads(members["json"])["patient"])
+                if len(examples) == _BATCH:
+                    yield collate(examples, 0, padding), owners
+                    examples, owners = [], []
+        if examples:
+            yield collate(examples, 0, padding), owners
+
+
+def _summarise(
+    scores: np.ndarray, labels: np.ndarray, patients: np.ndarray, classes: Sequence[str], datasets: tuple[str, ...],
+    checkpoint: str,
+) -> ZeroShot:  # fmt: skip
+    aucs = per_class_auc(scores, labels)
+    measured = ~np.isnan(aucs)
+    if not measured.any():
+        raise ValueError("no class has both positive and negative samples here: evaluate on a larger labelled split")
+    interval = macro_auc_interval(scores[:, measured], labels[:, measured], patients)
+    return ZeroShot(
+        auc_macro=float(aucs[measured].mean()),
+        auc_macro_ci95=interval,
+        per_class={name: float(auc) for name, auc, known in zip(classes, aucs, measured, strict=True) if known},
+        left_out=tuple(name for name, known in zip(classes, measured, strict=True) if not known),
+        samples=len(scores),
+        patients=len(np.unique(patients)),
+        datasets=datasets,
+        checkpoint=checkpoint,
+    )
+
+
+def save_result(result: ZeroShot, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result), indent=2) + "\n")
+
+
+def load_result(path: Path) -> ZeroShot:
+    values = json.loads(path.read_text())
+    return ZeroShot(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

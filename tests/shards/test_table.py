@@ -1,0 +1,200 @@
+"""Tables of images: the real ones, and the mistakes that people make in theirs."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmclip_shards.datasets.table import read_table, splits_of, table_hash
+from mmclip_shards.pack import pack
+from mmclip_shards.reader import iterate
+from mmclip_shards.schema import Record
+from PIL import Image
+
+COLUMNS = {"image_column": "image", "patient_column": "patient", "text_column": "report"}
+HEADER = "image,patient,report,labels,split\n"
+
+
+def make(folder: Path, rows: str, header: str = HEADER, name: str = "table.csv", encoding: str = "utf-8") -> Path:
+    """A table and an image a.png, b.png, c.png, sub/a.png in folder/images."""
+    for image in ("a.png", "b.png", "c.png", "sub/a.png"):
+        path = folder / "images" / image
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
+    (folder / name).write_bytes((header + rows).encode(encoding))
+    return folder / name
+
+
+def read(folder: Path, rows: str, header: str = HEADER, **options: str) -> list[Record]:
+    return read_table(make(folder, rows, header), folder / "images", **(COLUMNS | options))  # type: ignore[arg-type]
+
+
+def test_rows_become_records(tmp_path: Path) -> None:
+    rows = 'a.png,SECRET1,"Clear, no\neffusion.",Edema | Mass,train\r\n\r\n'
+    rows += "images/b.png,SECRET2, Big heart. ,No Finding,val\r\n"
+    first, second = read(tmp_path, rows, labels_column="labels", split_column="split")
+    assert first == Record(
+        key="a",
+        image=tmp_path / "images" / "a.png",
+        patient="SECRET1",
+        source="a.png",
+        report="Clear, no\neffusion.",
+        labels={"Edema": 1, "Mass": 1},
+        split="train",
+    )
+    assert (second.image, second.report) == (tmp_path / "images" / "b.png", "Big heart.")
+    assert second.labels == {"Edema": 0, "Mass": 0}
+    assert splits_of([first, second]) == {"a": "train", "b": "val"}
+
+
+def test_byte_order_mark_tabs_and_other_separators(tmp_path: Path) -> None:
+    header = "\ufeffimage\tpatient\treport\tlabels\n"
+    table = make(tmp_path, "a.png\t1\tClear, fine.\tEdema;Mass\nb.png\t2\tBig\t\n", header, name="table.tsv")
+    first, second = read_table(table, tmp_path / "images", labels_column="labels", labels_separator=";", **COLUMNS)  # type: ignore[arg-type]
+    assert (first.report, first.labels) == ("Clear, fine.", {"Edema": 1, "Mass": 1})
+    assert second.labels == {"Edema": None, "Mass": None}
+
+
+def test_keys_are_stems_whole_paths_where_stems_collide_or_a_column(tmp_path: Path) -> None:
+    assert [r.key for r in read(tmp_path, "a.png,1,x,,\nb.png,1,x,,\n")] == ["a", "b"]
+    keys = [r.key for r in read(tmp_path, "a.png,1,x,,\nsub/a.png,1,x,,\n")]
+    assert len(set(keys)) == 2 and keys[1].startswith("sub-a-png-")
+    keys = [r.key for r in read(tmp_path, "a.png,1,1.2.840,,\nb.png,1,1.2-840,,\n", key_column="report")]
+    assert len(set(keys)) == 2 and all("." not in key for key in keys)
+
+
+def test_empty_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = "a.png,1,text,,\nb.png,2, ,,\nc.png,3,,,\n"
+    with pytest.raises(ValueError, match=r"2 of 3 rows .* row 3: .*--empty-reports drop"):
+        read(tmp_path, rows)
+    assert not caplog.records
+    assert [r.key for r in read(tmp_path, rows, empty_reports="drop")] == ["a"]
+    assert "2 of 3 rows" in caplog.text
+    assert [r.report for r in read(tmp_path, rows, empty_reports="unpaired")] == ["text", "", ""]
+    with pytest.raises(ValueError, match="no rows"):
+        read(tmp_path, "b.png,2, ,,\n", empty_reports="drop")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ("", {}, "has no rows"),
+        ("a.png,SECRET,SECRET,,\n", {"image_column": "imge"}, r"no column 'imge'; its columns, nearest first: image, "),
+        ("a.png,SECRET,SECRET,,\ngone.png,SECRET,SECRET,,\nx.png,1,x,,\n", {}, r"2 of 3 images .* of row 3"),
+        ("a.png,SECRET,SECRET,,\n../images/a.png,SECRET,SECRET,,\n", {}, "row 3 names an image outside"),
+        ("/etc/passwd,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
+        ("images/../../a.png,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
+        ("images,SECRET,SECRET,,\n", {}, "1 of 1 images"),
+        ("a.png,SECRET,SECRET,,\na.png,SECRET,SECRET,,\n", {}, "rows 2 and 3 .* same image"),
+        ("a.png,SECRET,SECRET,,\nb.png,SECRET,SECRET,,\n", {"key_column": "report"}, "rows 2 and 3 .* same 'report'"),
+        ("a.png,SECRET,SECRET,,\nb.png, ,SECRET,,\n", {}, "1 rows .* no 'patient', the first is row 3"),
+        (",SECRET,SECRET,,\n", {}, "no 'image'"),
+        ("a.png,SECRET,SECRET,,\n", {"split_column": "split"}, "no 'split'"),
+        (
+            "a.png,SECRET,SECRET,,train\nb.png,SECRET,x,,val\n",
+            {"split_column": "split"},
+            r"row 2 \(train\) and row 3 \(val\)",
+        ),
+        ("a.png,SECRET,SECRET,,\nb.png,SECRET\n", {}, "row 3 has 2 cells, the header 5"),
+        ("a.png,SECRET,SECRET,SECRET,,,\n", {}, "row 2 has 7 cells"),
+        ('a.png,SECRET,"SECRET" x,,\n', {}, "line 2 cannot be read"),
+        ('a.png,SECRET,"SECRET', {}, "cannot be read"),
+        ("a.png,SECRET,SECRET,Normal,\n", {"labels_column": "labels"}, "names a disease"),
+        ("a.png,SECRET,SECRET,x,\n", {"labels_column": "labels", "labels_separator": ""}, "labels_separator"),
+        ("a.png,SECRET,SECRET,,\n", {"empty_reports": "skip"}, "empty_reports is 'skip'"),
+    ],
+)
+def test_mistakes_are_one_clear_line_without_patients_or_reports(
+    tmp_path: Path, rows: str, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read(tmp_path, rows, **options)
+    assert "SECRET" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no table"):
+        read_table(tmp_path / "gone.csv", tmp_path, image_column="a", patient_column="b")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_table(make(tmp_path, "a.png,1,é,,\n", encoding="latin-1"), tmp_path / "images", **COLUMNS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no image folder"):
+        read_table(make(tmp_path, "a.png,1,x,,\n"), tmp_path / "pictures", **COLUMNS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="two columns 'image'"):
+        read(tmp_path, "a.png,1,x,a.png\n", header="image,patient,report,image\n")
+    with pytest.raises(ValueError, match="no column 'image'; its columns, nearest first: none"):
+        read(tmp_path, "", header="")
+
+
+def test_the_hash_covers_table_and_options(tmp_path: Path) -> None:
+    table = make(tmp_path, "a.png,1,x,,\n")
+    first = table_hash(table, **COLUMNS)
+    assert first == table_hash(table, **COLUMNS, labels_separator="|", view_column=None)
+    hashes = {
+        first,
+        table_hash(table, **COLUMNS, key_column="patient"),
+        table_hash(table, **COLUMNS, empty_reports="drop"),
+    }
+    make(tmp_path, "a.png,1,y,,\n")
+    assert len(hashes | {table_hash(table, **COLUMNS)}) == 4
+    with pytest.raises(TypeError):
+        table_hash(table, **COLUMNS, unknown="x")
+
+
+def test_records_without_a_split_cannot_be_packed_by_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 of 1 records have no split"):
+        splits_of(read(tmp_path, "a.png,1,x,,\n"))
+
+
+# ---- the real tables
+
+
+def real_data(name: str) -> Path:
+    root = Path(os.environ.get("MMCLIP_REAL_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
+    if not (root / name).is_dir():
+        pytest.skip(
+            f"REAL DATA NOT TESTED: there is no {root / name}; set MMCLIP_REAL_DATA to the folder that holds {name}"
+        )
+    return root / name
+
+
+def test_covid_cxr_as_it_is(tmp_path: Path) -> None:
+    folder = real_data("covid_cxr")
+    columns = {"image_column": "image", "patient_column": "patientid", "text_column": "clinical_notes"}
+    found = read_table(folder / "pairs.csv", folder / "images", view_column="view", **columns)  # type: ignore[arg-type]
+    assert len(found) == 296
+    assert len({record.patient for record in found}) == 148
+    assert len({record.report for record in found}) == 238  # of 240 raw cells; two differ in outer blanks alone
+    splits = {"train": 0.8, "val": 0.1, "test": 0.1}
+    manifests = pack(
+        found, tmp_path / "set", dataset="covid_cxr", splits=splits, config_hash="c", patient_key=b"k", short_side=64
+    )
+    assert sum(manifest.samples for manifest in manifests.values()) == 296
+    read_back = [sample for split in splits for sample in iterate(tmp_path / "set" / split)]
+    assert {key for key, _ in read_back} == {record.key for record in found}
+    for _, files in read_back:
+        with Image.open(io.BytesIO(files["jpg"])) as image:
+            assert (image.mode, min(image.size)) == ("L", 64)
+
+
+def test_nih_cxr1000_as_it_is() -> None:
+    folder = real_data("nih_cxr1000")
+    found = read_table(
+        folder / "labels.csv",
+        folder / "images",
+        image_column="image",
+        patient_column="patient_id",
+        labels_column="finding_labels",
+        view_column="view",
+    )
+    assert len(found) == 1000
+    assert len({record.patient for record in found}) == 682
+    counts = Counter(name for record in found for name, value in record.labels.items() if value == 1)
+    assert len(counts) == 14
+    assert (counts["Pneumonia"], counts["Infiltration"], counts["Hernia"]) == (500, 187, 3)
+    assert sum(not any(record.labels.values()) for record in found) == 500
+    assert {value for record in found for value in record.labels.values()} == {0, 1}
