@@ -108,7 +108,7 @@ def pack_synthetic(
     workers: Workers = 1,
 ) -> None:
     """Pack drawn chest radiographs with findings of known place, and reports. Never real data."""
-    from mmclip_shards.pack import pack_synthetic as run
+    from mmclip_shards.datasets.synthetic_set import pack_synthetic as run
     from mmclip_shards.split import parse_splits
 
     with progress_bar("pack", "images") as report:

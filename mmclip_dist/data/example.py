@@ -41,7 +41,7 @@ class ExampleMaker:
 
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
         """ValueError if the image cannot be decoded."""
-        random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}")))
+        random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}".encode())))
         crop = random_crop(random, self.augment) if self.augment else WHOLE
         data = members.get("jpg") or members.get("png")
         if data is None:
@@ -104,7 +104,7 @@ class ExampleMaker:
             "masked_tokens": torch.from_numpy(np.where(hidden, self.tokenizer.mask_token_id, tokens)),
             "target_tokens": torch.from_numpy(np.where(hidden, tokens, -100)),
             "evidence": torch.from_numpy(evidence),
-            "report_id": xxhash.xxh3_64_intdigest(text) >> 1,  # int64 and never negative
+            "report_id": xxhash.xxh3_64_intdigest(text.encode()) >> 1,  # int64 and never negative
         }
 
 

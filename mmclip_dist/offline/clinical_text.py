@@ -19,7 +19,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ RULES_VERSION = 1
 NLP_PACKAGES = ("spacy", "scispacy", "negspacy")
 SENTENCE_ENDS = [".", "!", "?", ";", "\n"]
 UNUSED_PIPES = ["tagger", "attribute_ruler", "lemmatizer", "parser", "senter"]
-"""Parts of an installed model that entities do not need; its parser would be most of the run time."""
+"""Parts of an installed model that entities do not need: its sentences are replaced by ours."""
 
 NEW_BLOCK = re.compile(
     r"\n[^\S\n]*\n"  # a blank line
@@ -47,7 +48,6 @@ NEW_BLOCK = re.compile(
 FOLDED_BLANKS = re.compile(r"\s{2,}|[^\S ]")
 SLASH = r"(?<=[A-Za-z])/(?=[A-Za-z])"
 """scispaCy keeps "consolidation/effusion" whole, for the sake of chemistry; in a report a slash lists findings."""
-STATES = ("Mass.", "Miss.", "Wash.")
 SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 
@@ -75,8 +75,12 @@ class Entity:
 
 
 def as_json(entity: Entity) -> dict[str, Any]:
-    """One item of an entity sidecar; `cui` and `term` are left out where unknown."""
-    return {name: value for name, value in asdict(entity).items() if value is not None}
+    """One item of an entity sidecar: `cui` only where known; `term` is no part of the format."""
+    item = asdict(entity)
+    del item["term"]
+    if entity.cui is None:
+        del item["cui"]
+    return item
 
 
 def build_extractor(model: str = LEXICON_MODEL) -> Extractor:
@@ -98,7 +102,7 @@ def build_extractor(model: str = LEXICON_MODEL) -> Extractor:
         # Without the zone every new word of the corpus would stay in the vocabulary for the life of the worker.
         with nlp.memory_zone():
             for report, (text, positions), doc in zip(reports, flat, nlp.pipe(text for text, _ in flat), strict=True):
-                if "(" in text:  # no definition of a short form without it, and the detector costs as much as the rest
+                if "(" in text:  # no definition without it, and the detector would add a sixth to the run time
                     add_short_forms(detect_abbreviations(doc))
                 found.append([entity_of(span, report, positions) for span in negate(doc).ents])
         return found
@@ -191,8 +195,8 @@ def lexicon_pipeline() -> Language:
 
     nlp = spacy.blank("en")
     tokenizer = combined_rule_tokenizer(nlp)
-    # spaCy's English holds "Mass." as Massachusetts, "Ill." as Illinois: one token, in which no lexicon form is found.
-    tokenizer.rules = {word: rule for word, rule in tokenizer.rules.items() if word not in STATES}
+    # spaCy's English keeps "Mass." as one token, for Massachusetts: a mass at the end of a sentence would be missed.
+    tokenizer.rules = {word: rule for word, rule in tokenizer.rules.items() if word != "Mass."}
     infixes = tokenizer.infix_finditer.__self__.pattern
     tokenizer.infix_finditer = re.compile(f"{infixes}|{SLASH}").finditer
     for word in SLASHED_WORDS:
@@ -204,9 +208,11 @@ def lexicon_pipeline() -> Language:
 
 
 def installed_pipeline(model: str) -> Language:
-    """An installed model, without what entities do not need. Raises ValueError for a model without entities."""
+    """An installed model, without what entities do not need. Raises ValueError for one without entities."""
     import spacy
 
+    if find_spec(model) is None or not hasattr(import_module(model), "load"):
+        raise ValueError(f"{model!r} is installed, but is no spaCy model; name one as spacy.load does: en_core_sci_sm")
     nlp = spacy.load(model, exclude=UNUSED_PIPES)
     if not any("doc.ents" in nlp.get_pipe_meta(pipe).assigns for pipe in nlp.pipe_names):
         raise ValueError(f"model {model!r} recognises no entities (its parts: {', '.join(nlp.pipe_names) or 'none'})")
@@ -228,8 +234,8 @@ def negation(nlp: Language, *, entity_prefixes: bool) -> Callable[[Doc], Doc]:
 
     class LongestPhraseNegex(Negex):
         """negspacy lets "resolved" act inside "has resolved", and a pseudo-negation cancel its right neighbour; here
-        phrases never overlap and the longest wins. It also lists a document's entities once per statement, two thirds
-        of its run time; here once per document."""
+        phrases never overlap and the longest wins. It also lists a document's entities once per statement, more
+        than half of its run time; here once per document."""
 
         def process_negations(self, doc: Doc) -> tuple[list[Match], list[Match], list[Match]]:
             """The phrases of a document: (preceding, following, termination) as (kind, first token, end token)."""

@@ -1,7 +1,7 @@
 """Parametric chest radiographs with reports: the embedded default data and the test bed of the method.
 
-Nothing here is real: no patient, no scan, no copied text. What is known of each image (which finding, where, how severe)
-makes it possible to test a model's attention and not only its score.
+Nothing here is real: no patient, no scan, no copied text. What is known of each image (which finding, where, how
+severe) makes it possible to test a model's attention and not only its score.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def synthetic_records(
     Raises ValueError at the first record when the range, the seed or the size is not usable.
     """
     if count < 0 or start < 0 or start + count > LARGEST_INDEX:
-        raise ValueError(f"studies {start} to {start + count} were asked for: choose a range within 0 to {LARGEST_INDEX}")
+        raise ValueError(f"studies {start} to {start + count} asked for: choose a range within 0 to {LARGEST_INDEX}")
     if seed < 0:
         raise ValueError(f"seed is {seed}: choose a whole number of at least 0")
     if size < 32:

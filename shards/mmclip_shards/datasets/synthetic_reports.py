@@ -1,7 +1,7 @@
 """Words a synthetic `Study` as a radiology report: every finding with its side and severity, absent ones only negated.
 
-Wording is drawn from small grammars. A finding is one affirmative sentence; a sentence (or the part after "without") that
-starts a negation holds nothing but absent findings, so that a rule-based reader can tell the two apart.
+Wording is drawn from small grammars. A finding is one affirmative sentence; one that starts with a negation names
+nothing but absent findings, so that a rule-based reader can tell the two apart.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmclip_shards.datasets.synthetic_studies import FINDINGS, Finding, Kind, Severity, Study, Zone
+from mmclip_shards.datasets.synthetic_studies import FINDINGS, Finding, Severity, Study, Zone
 
 Choose = Callable[[Sequence[str]], str]
 
@@ -88,6 +88,8 @@ TECHNIQUE = (
 )
 FIRST_VISIT = ("COMPARISON: None.", "COMPARISON: None available.")
 LATER_VISIT = ("COMPARISON: Prior chest radiograph.", "COMPARISON: Previous study.")
+FEWEST_WORDS, MOST_WORDS = 18, 76
+"""Of the two bodies; headings, technique and comparison add up to 14, for 20 to 90 words in all."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,22 @@ def write_report(study: Study, rng: np.random.Generator) -> Report:
     def choose(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
 
-    sentences = [_describe(finding, choose) for finding in study.findings]
-    sentences += _absent_sentences(study, choose, rng)
-    sentences += [choose(DEVICE_SENTENCES[device]) for device in study.devices]
-    wanted = int(rng.integers(1, 4))
-    anatomy = [NORMAL_ANATOMY[i] for i in rng.permutation(len(NORMAL_ANATOMY))]
+    body = [_describe(finding, choose) for finding in study.findings]
     impression = _impression(study, choose, rng)
+    anatomy = [NORMAL_ANATOMY[i] for i in rng.permutation(len(NORMAL_ANATOMY))]
+    wanted = int(rng.integers(1, 4))
+    extra = [choose(DEVICE_SENTENCES[device]) for device in study.devices]
+    extra += _absent_sentences(study, choose, rng) + anatomy[:wanted]
+    words = _count_words([*body, impression])
+    for sentence in extra:
+        if words + _count_words([sentence]) <= MOST_WORDS:
+            body.append(sentence)
+            words += _count_words([sentence])
+    for sentence in anatomy[wanted:]:
+        if words < FEWEST_WORDS:
+            body.append(sentence)
+            words += _count_words([sentence])
     # An order of its own for each report: readers have theirs.
-    body = sentences + anatomy[:wanted]
     findings = " ".join(body[i] for i in rng.permutation(len(body)))
     opening = []
     if rng.random() < 0.35:
@@ -123,6 +133,10 @@ def write_report(study: Study, rng: np.random.Generator) -> Report:
     if rng.random() < 0.08:
         sections.reverse()
     return Report(" ".join(opening + sections), findings, impression)
+
+
+def _count_words(sentences: Sequence[str]) -> int:
+    return sum(len(sentence.split()) for sentence in sentences)
 
 
 # -------------------------------------------------------------------------------------------------- what is present
@@ -138,7 +152,7 @@ def _sentence(text: str) -> str:
 
 
 def _noun_phrase(finding: Finding, phrase: str, choose: Choose) -> str:
-    """"small right effusion" -> "there is a small right effusion" and its like."""
+    """A sentence around the phrase: "there is a small right effusion" and its like."""
     plural = finding.side == "bilateral"
     article = "" if plural else "an " if phrase[0] in "aeiou" else "a "
     verb = "are" if plural else "is"
@@ -151,7 +165,7 @@ def _atelectasis(finding: Finding, choose: Choose) -> str:
     if finding.kind == "volume loss":
         return choose(
             (
-                f"{degree} atelectasis at the {finding.side} lung base with elevation of the {finding.side} hemidiaphragm",
+                f"{degree} atelectasis at the {finding.side} base with elevation of the {finding.side} hemidiaphragm",
                 f"{degree} volume loss at the {finding.side} base, the {finding.side} hemidiaphragm is elevated",
                 f"elevated {finding.side} hemidiaphragm with {degree} basilar atelectasis",
             )
@@ -186,7 +200,8 @@ def _consolidation(finding: Finding, choose: Choose) -> str:
     place = _place(finding, choose)
     noun = choose(("consolidation", "airspace disease", "airspace opacity", "patchy opacity", "patchy consolidation"))
     if finding.zone == "retrocardiac":
-        return choose((f"{degree} left retrocardiac {noun}", f"there is {degree} {noun} in the left retrocardiac region"))
+        place = "left retrocardiac region"
+        return choose((f"{degree} left retrocardiac {noun}", f"there is {degree} {noun} in the {place}"))
     return choose(
         (
             f"there is {degree} {noun} in the {place}",
@@ -201,11 +216,10 @@ def _nodule(finding: Finding, choose: Choose) -> str:
     size = choose(SIZE_WORDS[finding.severity][:2])
     noun = choose(("nodule", "nodule", "pulmonary nodule", "round nodular opacity", "lung nodule"))
     place = _place(finding, choose)
-    article = "A"
     return choose(
         (
-            f"{article} {size} {noun} is seen in the {place}",
-            f"{article} {size} {noun} projects over the {place}",
+            f"a {size} {noun} is seen in the {place}",
+            f"a {size} {noun} projects over the {place}",
             f"there is a {size} {noun} in the {place}",
             f"{size} {noun} in the {place}",
         )
@@ -254,7 +268,7 @@ DESCRIBERS: dict[str, Callable[[Finding, Choose], str]] = {
 
 
 def _place(finding: Finding, choose: Choose) -> str:
-    """"right upper zone" and its like."""
+    """Side and zone: "right upper zone" and its like."""
     return f"{finding.side} {choose(ZONE_WORDS.get(finding.zone, ('lung',)))}"
 
 
@@ -280,7 +294,7 @@ def _absent_sentences(study: Study, choose: Choose, rng: np.random.Generator) ->
 
 
 def _negate(names: Sequence[str], choose: Choose) -> str:
-    """"No pneumothorax or pleural effusion." and its like."""
+    """One negation for all names: "No pneumothorax or pleural effusion." and its like."""
     *head, last = names
     listed = f"{', '.join(head)} or {last}" if head else last
     frames = (
@@ -308,7 +322,7 @@ def _impression(study: Study, choose: Choose, rng: np.random.Generator) -> str:
 
 
 def _summary(finding: Finding, choose: Choose) -> str:
-    """"Small left pleural effusion." and its like; the plainest name of the finding."""
+    """The finding under its plainest name: "Small left pleural effusion." and its like."""
     name = finding.name.lower()
     if name == "cardiomegaly":
         return _sentence(f"{choose(HEART_WORDS[finding.severity])} cardiomegaly")

@@ -9,14 +9,18 @@ Anatomy coordinates: x from -1 (the patient's right, image left) to 1 (the patie
 
 from __future__ import annotations
 
+from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from itertools import accumulate
+from typing import Literal, TypeVar
 
 import numpy as np
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Nodule", "Pleural Effusion", "Pneumothorax")
 
+Option = TypeVar("Option")
 Side = Literal["right", "left", "bilateral", "none"]
 Severity = Literal["mild", "moderate", "severe"]
 Zone = Literal["upper", "mid", "lower", "retrocardiac", "none"]
@@ -35,7 +39,7 @@ PLACING_ORDER = ("Cardiomegaly", "Pneumothorax", "Pleural Effusion", "Consolidat
 """Those bound to one place choose first; the focal lesions share the zones that are left."""
 
 STUDIES_PER_PATIENT = ((1, 2, 3), (1, 3, 2), (2, 1, 3), (2, 3, 1), (3, 1, 2), (3, 2, 1))
-"""Orders in which three patients share a block of six consecutive indices, so that a patient is a function of the index."""
+"""Ways in which three patients share a block of six consecutive indices: a patient is a function of the index."""
 BLOCK = 6
 
 
@@ -177,8 +181,8 @@ def sample_anatomy(patient: int, *, seed: int, unpaired: bool) -> Anatomy:
 
 
 def sample_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
-    """0 to 3 different findings, in the order of FINDINGS, each in a lung zone of its own so that none hides another."""
-    count = int(rng.choice(len(FINDING_COUNT_ODDS), p=FINDING_COUNT_ODDS))
+    """0 to 3 different findings, in the order of FINDINGS, each in lung zones of its own: none hides another."""
+    count = _pick(range(len(FINDING_COUNT_ODDS)), FINDING_COUNT_ODDS, rng)
     names = {FINDINGS[i] for i in rng.choice(len(FINDINGS), size=count, replace=False, p=FINDING_ODDS)}
     free: set[tuple[Side, Zone]] = {(side, zone) for side in SIDES for zone in ZONES}
     chosen = [_place(name, free, rng) for name in PLACING_ORDER if name in names]
@@ -187,7 +191,7 @@ def sample_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
 
 def _place(name: str, free: set[tuple[Side, Zone]], rng: np.random.Generator) -> Finding:
     """One finding with severity, side and zone; takes the zones it fills out of `free`."""
-    severity = SEVERITIES[int(rng.choice(3, p=SEVERITY_ODDS))]
+    severity = _pick(SEVERITIES, SEVERITY_ODDS, rng)
     finding_seed = int(rng.integers(2**31))
     side: Side = SIDES[int(rng.integers(2))]
     zone: Zone = "none"
@@ -202,7 +206,8 @@ def _place(name: str, free: set[tuple[Side, Zone]], rng: np.random.Generator) ->
         zone = "lower"
         side = "bilateral" if rng.random() < 0.3 else side
     else:
-        side, zone = _pick(free, rng)
+        places = sorted(free)
+        side, zone = places[int(rng.integers(len(places)))]
     if name == "Atelectasis":
         kind = "volume loss" if zone == "lower" and rng.random() < 0.6 else "linear"
     filled = SIDES if side == "bilateral" else (side,)
@@ -214,9 +219,9 @@ def _place(name: str, free: set[tuple[Side, Zone]], rng: np.random.Generator) ->
     return Finding(name, severity, side, zone, kind, finding_seed)
 
 
-def _pick(free: set[tuple[Side, Zone]], rng: np.random.Generator) -> tuple[Side, Zone]:
-    places = sorted(free)
-    return places[int(rng.integers(len(places)))]
+def _pick(options: Sequence[Option], odds: Sequence[float], rng: np.random.Generator) -> Option:
+    """One option by its odds, which sum to 1: `Generator.choice` takes ten times as long."""
+    return options[min(bisect(list(accumulate(odds)), rng.random()), len(options) - 1)]
 
 
 def _sample_devices(rng: np.random.Generator, view: str) -> tuple[Device, ...]:

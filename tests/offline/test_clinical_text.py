@@ -1,0 +1,296 @@
+"""The entity extractor: hand-labelled sentences, negation, offsets, models, and agreement with synthetic labels."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("negspacy", reason="needs the extra nlp")
+pytest.importorskip("scispacy", reason="needs the extra nlp")
+
+from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
+
+from mmclip_dist.offline import clinical_text
+from mmclip_dist.offline.clinical_text import Entity, Extractor, as_json, build_extractor, extractor_hash
+
+LABELS = {"F": "FINDING", "A": "ANATOMY", "L": "LOCATION", "S": "SEVERITY", "D": "DEVICE"}
+MARK = re.compile(r"\[([^|\]]+)\|([FALSD])(-?)\]")
+
+# Our own sentences, labelled by hand: [text|label], a minus for negated.
+LABELLED = r"""
+No [effusion|F-] but there is a [right|L] [apical|L] [pneumothorax|F].
+No [focal|L-] [consolidation|F-], [pleural effusion|F-], or [pneumothorax|F-].
+No [pneumothorax|F-] or [pleural effusion|F-].
+[Lungs|A] are clear without [focal|L-] [consolidation|F-].
+The [lungs|A] are clear of [effusion|F-].
+There is no evidence of [pulmonary edema|F-].
+Negative for [acute|S-] [fracture|F-] or [dislocation|F-].
+The [pleural spaces|A] are free of [fluid collection|F-].
+[Linear atelectasis|F] rather than [pneumonia|F-].
+Cannot exclude a [small|S] [pneumothorax|F].
+A [small|S] [pneumothorax|F] cannot be excluded.
+Possible [left|L] [lower lobe|A] [pneumonia|F].
+[Pneumothorax|F-] is not seen.
+The [left|L-] [effusion|F-] has resolved.
+The [effusion|F-] has resolved and [pneumothorax|F] persists.
+The [effusion|F] has not resolved.
+[Pneumothorax|F-] has been excluded.
+[Pleural effusion|F-] is absent.
+No change in the [right|L] [effusion|F].
+No interval change in [bibasilar|L] [opacities|F].
+Not only [consolidation|F] but also [cavitation|F].
+[Heart size|A] is normal.
+The [mediastinal contours|A] are unremarkable.
+[Heart size is mildly enlarged|F].
+The [heart|A] is not [enlarged|F-].
+[Moderate|S] [cardiomegaly|F] without [congestion|F-].
+[Small|S] [bilateral|L] [pleural effusions|F] with adjacent [atelectasis|F].
+[Blunting|F] of the [left|L] [costophrenic angle|A].
+[Right|L] [upper lobe|A] [nodule|F] with spiculated margins.
+[Ground-glass opacities|F] in [both lungs|L], [peripheral|L] and [basal|L].
+[Diffuse|L] [ground glass opacification|F].
+[Tension pneumothorax|F] with [mediastinal shift|F].
+[Pneumothoraces|F-] are no longer seen.
+Neither [consolidation|F-] nor [effusion|F-].
+[Elevated hemidiaphragm|F] on the [right|L].
+[Severe|S] [oedema|F] and [haemothorax|F].
+[Endotracheal tube|D] tip above the [carina|A].
+Interval removal of the [right|L-] [chest tube|D-] with new [pneumothorax|F].
+No [acute|S-] [cardiopulmonary process|F-].
+[Retrocardiac|L] [consolidation|F], [left|L] greater than [right|L].
+[COVID-19 pneumonia|F] and [ARDS|F].
+[Consolidation|F]/[effusion|F] at the [left|L] [base|L].
+No [effusion|F-]; [cardiomegaly|F] is stable.
+No [acute abnormality|F-] other than [scoliosis|F].
+Dr. Stone was told of the [PTX|F].
+No [nodules|F-]. [Mass|F] in the [lingula|A]. [Mass|F].
+There is no [pneumothorax|F-], however [subcutaneous emphysema|F] is present.
+[Hiatal hernia|F], [tortuous aorta|F] and [degenerative changes|F] of the [thoracic spine|A].
+Resolution of the [left|L-] [infiltrate|F-].
+Partial resolution of the [left|L] [infiltrate|F].
+Without evidence for [tuberculosis|F-] or [lymphadenopathy|F-].
+[Hyperinflated|F] [lungs|A] with [emphysematous changes|F].
+[Effusion|F]: [small|S], unchanged.
+[Mild|S] [interstitial prominence|F] w/o [pulmonary vascular congestion|F-].
+[Calcified granuloma|F] in the [right|L] [hilum|A] and an old [rib fracture|F].
+"""
+
+
+@pytest.fixture(scope="module")
+def extract() -> Extractor:
+    return build_extractor()
+
+
+def read_markup(line: str) -> tuple[str, list[tuple[str, str, bool]]]:
+    """A line of LABELLED -> the sentence and its expected (text, label, negated)."""
+    return MARK.sub(r"\1", line), [(text, LABELS[code], minus == "-") for text, code, minus in MARK.findall(line)]
+
+
+def summary(entities: list[Entity]) -> list[tuple[str, str, bool]]:
+    return [(entity.text, entity.label, entity.negated) for entity in entities]
+
+
+def findings(extract: Extractor, report: str) -> dict[str, bool]:
+    """Canonical findings of one report -> negated."""
+    return {str(entity.term): entity.negated for entity in extract([report])[0] if entity.label == "FINDING"}
+
+
+@pytest.mark.parametrize("line", LABELLED.strip().splitlines())
+def test_hand_labelled_sentence(extract: Extractor, line: str) -> None:
+    sentence, expected = read_markup(line)
+    assert summary(extract([sentence])[0]) == expected
+
+
+def test_enough_sentences_are_labelled() -> None:
+    labelled = [expected for _, expected in map(read_markup, LABELLED.strip().splitlines())]
+    assert len(labelled) >= 40
+    assert sum(negated for expected in labelled for _, _, negated in expected) >= 30
+
+
+def test_negation_ends_with_its_sentence_also_as_one_report(extract: Extractor) -> None:
+    lines = [read_markup(line) for line in LABELLED.strip().splitlines()]
+    report = " ".join(sentence for sentence, _ in lines)
+    assert summary(extract([report])[0]) == [entity for _, expected in lines for entity in expected]
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "FINDINGS:\n The heart is  enlarged.\n Small pleural\n effusion on the left\nIMPRESSION: No PTX\n\nNodule",
+        "No nodule\r\n\r\n1. Large\tright pleural \n  effusion\n2. Naïve café – no mass ",
+        "  \n\n No pneumothorax\n- Left pleural\u00a0effusion",
+    ],
+)
+def test_offsets_point_into_the_report_as_it_came(extract: Extractor, report: str) -> None:
+    entities = extract([report])[0]
+    assert len(entities) >= 3
+    for entity in entities:
+        assert report[entity.start : entity.end] == entity.text
+    assert all(left.end <= right.start for left, right in pairwise(entities))
+    effusion = next(entity for entity in entities if entity.term == "pleural effusion")
+    assert " ".join(effusion.text.split()).lower() == "pleural effusion"
+    assert not effusion.negated
+
+
+def test_wrapped_line_continues_a_negation_and_a_heading_ends_it(extract: Extractor) -> None:
+    assert findings(extract, "No consolidation,\n effusion or\npneumothorax.") == {
+        "consolidation": True,
+        "pleural effusion": True,
+        "pneumothorax": True,
+    }
+    assert findings(extract, "No consolidation\nIMPRESSION: effusion") == {
+        "consolidation": True,
+        "pleural effusion": False,
+    }
+
+
+def test_short_form_defined_in_the_report_is_an_entity(extract: Extractor) -> None:
+    defined, undefined = extract(["Left basal consolidation (LBC). No LBC on the prior.", "LBC is stable."])
+    short = [entity for entity in defined if entity.text == "LBC"]
+    assert [(entity.label, entity.term, entity.negated) for entity in short] == [
+        ("FINDING", "consolidation", False),
+        ("FINDING", "consolidation", True),
+    ]
+    assert undefined == []
+
+
+def test_batches_change_nothing_and_empty_reports_are_kept(extract: Extractor) -> None:
+    reports = ["No effusion.", "", "Left effusion (LEF).", "   ", "LEF."] * 30
+    assert extract(reports) == [extract([report])[0] for report in reports]
+    assert extract([]) == []
+    assert extract([""]) == [[]]
+
+
+def test_as_json_leaves_unknown_concepts_out() -> None:
+    entity = Entity(3, 11, "effusion", "FINDING", True, term="pleural effusion")
+    assert as_json(entity) == {"start": 3, "end": 11, "text": "effusion", "label": "FINDING", "negated": True}
+    known = Entity(3, 11, "effusion", "FINDING", True, cui="C0032227")
+    assert as_json(known) == {**as_json(entity), "cui": "C0032227"}
+
+
+def test_synthetic_reports_agree_with_their_labels(extract: Extractor) -> None:
+    """At least 0.97 agreement for each disease: present = a finding of that canonical name, not negated."""
+    records = list(synthetic_records(500, seed=7, size=32))
+    agreed: Counter[str] = Counter()
+    for record, entities in zip(records, extract([record.report for record in records]), strict=True):
+        present = {entity.term for entity in entities if entity.label == "FINDING" and not entity.negated}
+        agreed.update(name for name in FINDINGS if (name.lower() in present) == bool(record.labels[name]))
+    assert {name: agreed[name] for name in FINDINGS if agreed[name] < 0.97 * len(records)} == {}
+
+
+# --- lexicon ----------------------------------------------------------------------------------------------------
+
+
+def test_surface_forms_of_a_lexicon_line() -> None:
+    spell = {"edema": "oedema"}
+    assert clinical_text.surface_forms("opacit(y/ies)", {}) == {"opacity", "opacities"}
+    assert clinical_text.surface_forms("(lung )nodule(s)", {}) == {"nodule", "nodules", "lung nodule", "lung nodules"}
+    assert clinical_text.surface_forms("Ground-glass edema", spell) == {
+        "ground-glass edema",
+        "ground glass edema",
+        "ground-glass oedema",
+        "ground glass oedema",
+    }
+
+
+def test_form_of_two_terms_is_refused() -> None:
+    lexicon = {"spellings": {}, "entities": {"FINDING": {"nodule": ["mass"], "mass": []}}}
+    with pytest.raises(ValueError, match=r"'mass' is a form of both FINDING / nodule and FINDING / mass"):
+        clinical_text.lexicon_patterns(lexicon)
+
+
+def test_negation_phrases_have_one_meaning() -> None:
+    phrases = Counter(phrase for phrases in clinical_text.load_lexicon()["negation"].values() for phrase in phrases)
+    assert [phrase for phrase, count in phrases.items() if count > 1] == []
+
+
+def test_every_form_is_found_alone_and_before_punctuation(extract: Extractor) -> None:
+    """Exceptions of the tokeniser ("Mass." is Massachusetts) would hide a form."""
+    patterns = clinical_text.lexicon_patterns(clinical_text.load_lexicon())
+    for ending in (".", ")"):
+        found = extract([pattern["pattern"].capitalize() + ending for pattern in patterns])
+        lost = [
+            pattern["pattern"]
+            for pattern, entities in zip(patterns, found, strict=True)
+            if [(entity.text.lower(), entity.term) for entity in entities] != [(pattern["pattern"], pattern["id"])]
+        ]
+        assert lost == [], f"before {ending!r}"
+
+
+# --- models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An installed package of a model whose entities hold their negation, as noun phrases do."""
+    import spacy
+
+    name = "toy_radiology_model"
+    nlp = spacy.blank("en", meta={"name": "radiology_model", "version": "1.0"})
+    patterns = [{"label": "ENTITY", "pattern": text} for text in ("no effusion", "nodule", "mass")]
+    nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"}).add_patterns(patterns)  # type: ignore[attr-defined]
+    package = tmp_path / name
+    package.mkdir()
+    nlp.to_disk(package / f"{name}-1.0")
+    (package / "meta.json").write_text(json.dumps({**nlp.meta, "lang": "toy", "name": "radiology_model"}))
+    loader = "from spacy.util import load_model_from_init_py\ndef load(**overrides):\n"
+    (package / "__init__.py").write_text(f"{loader}    return load_model_from_init_py(__file__, **overrides)\n")
+    install = tmp_path / f"{name}-1.0.dist-info"
+    install.mkdir()
+    (install / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_installed_model_gets_the_same_negation(toy_model: str) -> None:
+    extract = build_extractor(toy_model)
+    entities = extract(["No effusion but a nodule. Mass is not seen."])[0]
+    assert summary(entities) == [("No effusion", "ENTITY", True), ("nodule", "ENTITY", False), ("Mass", "ENTITY", True)]
+    assert [entity.term for entity in entities] == [None, None, None]
+    assert extractor_hash(toy_model) != extractor_hash()
+
+
+@pytest.mark.parametrize("name", ["en_core_sci_nonexistent", ""])
+def test_unknown_model_says_what_to_do(name: str) -> None:
+    for function in (build_extractor, extractor_hash):
+        with pytest.raises(ValueError, match=r"not installed.*'lexicon'.*pip install"):
+            function(name)
+
+
+def test_installed_package_that_is_no_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="'pytest' is installed, but is no spaCy model"):
+        build_extractor("pytest")
+
+
+def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clinical_text, "is_installed", lambda package: package != "negspacy")
+    with pytest.raises(ValueError, match=r"negspacy.*pip install 'mmclip-dist\[nlp\]'"):
+        build_extractor()
+
+
+def test_hash_is_the_same_in_another_process_and_follows_the_lexicon(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = "from mmclip_dist.offline.clinical_text import extractor_hash; print(extractor_hash())"
+    other = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    before = extractor_hash()
+    assert other.stdout.strip() == before
+    assert re.fullmatch(r"[0-9a-f]{64}", before)
+
+    edited = tmp_path / "lexicon.yaml"
+    edited.write_bytes(clinical_text.LEXICON_PATH.read_bytes() + b"# one word more\n")
+    monkeypatch.setattr(clinical_text, "LEXICON_PATH", edited)
+    assert extractor_hash() != before
+
+
+def test_import_needs_no_nlp_package() -> None:
+    command = "import sys, mmclip_dist.offline.clinical_text; print('spacy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
