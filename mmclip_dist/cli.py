@@ -127,15 +127,11 @@ def tokenizer(
     vocabulary: Annotated[int, typer.Option(min=100, help="Tokens at most.")] = 8192,
 ) -> None:
     """Train a WordPiece tokenizer on packed reports. Any tokenizer of transformers can be used instead."""
-    from mmclip_shards.manifest import find_split, load_manifest
+    from mmclip_shards.manifest import find_split
 
-    from mmclip_dist.data.tokenizer import reports_of, save_tokenizer, train_tokenizer
-    from mmclip_dist.model.prompts import load_prompts
+    from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
 
-    urls = [find_split(url, "train") for url in urls]
-    diseases = sorted({name for url in urls for name in load_manifest(url).labels})
-    prompts = [text for texts in load_prompts(diseases).texts for text in texts]
-    trained = train_tokenizer([*reports_of(urls), *prompts, *prompts], vocabulary)  # twice: rarer words would be dropped
+    trained = tokenizer_of_sets([find_split(url, "train") for url in urls], vocabulary)
     save_tokenizer(trained, out)
     print(f"{out}: {len(trained)} tokens")
 
@@ -176,16 +172,28 @@ def attention(
     entities: Annotated[str | None, typer.Option(help="Entity sidecars, whose words guide the scores.")] = None,
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,
     workers: Workers = 2,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; without, it runs on the CPU.")] = 0,
     address: Address = None,
 ) -> None:
     """Score how strongly each patch responds to the report, on Ray."""
     from mmclip_dist.offline.attention import attention_stage
     from mmclip_dist.offline.stage import connect, progress_line, run_stage
 
-    stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities)
+    stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities, gpus)
     with _ray(connect, address):
         manifest = run_stage(stage, workers=workers, report=progress_line("shards"))
     print(f"{stage.out}: attention scores of {manifest.samples} samples")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a training run or of a quick start.")],
+    images: Annotated[list[str] | None, typer.Option(help="Packed set whose first images are shown.")] = None,
+) -> None:
+    """Write RUN/report.html: losses, scores, attention on some images, and what made the run."""
+    from mmclip_dist.evaluate.report import build_report
+
+    print(build_report(run, images=images or ()))
 
 
 @contextmanager

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mmclip_dist.model.prompts import load_prompts
 
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
@@ -64,6 +68,13 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedT
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
+
+
+def tokenizer_of_sets(urls: Sequence[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the reports of packed sets and on the prompts of their diseases."""
+    diseases = sorted({name for url in urls for name in load_manifest(url).labels})
+    prompts = [text for texts in load_prompts(diseases).texts for text in texts]
+    return train_tokenizer(chain(reports_of(urls), prompts, prompts), vocabulary)  # a word met once would be left out
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -43,6 +43,7 @@ class Stage:
     build: Callable[[], Maker]
     entities: str | None = None  # entity sidecar to read along with the base
     checkpoint: str | None = None
+    gpus: float = 0  # of each worker; Ray hides all GPUs from a worker that asks for none
 
 
 class _Worker:
@@ -104,7 +105,7 @@ def _make_missing(
 ) -> None:  # fmt: skip
     if not missing:
         return
-    actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(_Worker)
+    actor = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=3, max_task_retries=3)(_Worker)
     pool = [actor.remote(stage) for _ in range(min(workers, len(missing)))]
     queue = iter(missing)
     running: dict[Any, tuple[int, Any]] = {}

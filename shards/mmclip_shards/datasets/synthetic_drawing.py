@@ -17,7 +17,7 @@ from mmclip_shards.datasets.synthetic_lesions import paint
 from mmclip_shards.datasets.synthetic_studies import Study
 from mmclip_shards.schema import Box
 
-CURVE_STEPS = 4095
+CURVE_STEPS = 1023
 """Attenuation is looked up in a table of this many steps: a power costs as much as all the lungs."""
 
 

@@ -108,7 +108,7 @@ def _nodule(canvas: Canvas, finding: Finding, side: Side) -> Box:
     grade = SEVERITIES.index(finding.severity)
     x, y = _zone_centre(canvas, finding, rng)
     x += rng.uniform(-0.06, 0.04) * _sign(side)
-    radius = (0.064, 0.090, 0.115)[grade] * rng.uniform(0.92, 1.08)
+    radius = (0.066, 0.097, 0.125)[grade] * rng.uniform(0.92, 1.08)
     return box_of(finding.name, *add_ellipse(canvas, (x, y), (radius, radius), opacity=(0.34, 0.44, 0.54)[grade]))
 
 
