@@ -122,8 +122,8 @@ class Order:
     def counts_before(self, stream: int, position: int) -> list[int]:
         """How many samples of each set lie before `position` of `stream` [sets]; they sum to `position`.
 
-        floor(t w + v / V) over the V streams sums to floor(V t w) (Hermite's identity): for two sets the shares are
-        honoured to one sample of the whole batch, although every stream chooses alone.
+        floor(t w + (v + 1/2) / V) over the V streams sums to V t w, rounded (Hermite's identity): for two sets the shares
+        are honoured to half a sample of the whole batch, although every stream chooses alone.
         """
         left, counts = position, []
         for k, share in enumerate(self._shares):
@@ -144,4 +144,4 @@ class Order:
 def _phase(stream: int, streams: int, level: int) -> int:
     """Where in its cycle a stream starts, in units of 1 / _UNIT: evenly spread, and in another order at each level."""
     rank = stream if level == 0 else int(permutation(streams, level)[stream])
-    return rank * _UNIT // streams
+    return (2 * rank + 1) * _UNIT // (2 * streams)

@@ -1,0 +1,180 @@
+"""What a report is made from: the files of a run, or of the two runs of a quick start, read and checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from mmclip_shards.manifest import load_manifest
+from mmclip_shards.storage import local_path
+
+from mmclip_dist.engine.run import METRICS, read_metrics
+from mmclip_dist.evaluate.zeroshot import ZeroShot, load_result
+
+Row = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+_RUN_FILES = (METRICS, "config.yaml", "environment.json")
+_PHASES = (("warmup", "warm-up"), ("train", "MMCLIP"))  # sub-folder of a quick start, its name in the report
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training run. rows: ascending in step; config: the text of config.yaml; None: that file is not there."""
+
+    name: str
+    folder: Path
+    rows: tuple[Row, ...]
+    config: str | None
+    environment: dict[str, Any] | None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The tree in config.yaml, empty without one."""
+        return (yaml.safe_load(self.config) or {}) if self.config else {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a report shows. stages: (name, seconds); missing: sub-folders of a quick start that hold no run yet."""
+
+    folder: Path
+    phases: tuple[Phase, ...]
+    missing: tuple[str, ...]
+    result: ZeroShot | None
+    stages: tuple[tuple[str, float], ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of all phases, on their one step axis."""
+        return tuple(row for phase in self.phases for row in phase.rows)
+
+    @property
+    def boundary(self) -> int | None:
+        """The step at which the warm-up stopped and MMCLIP began; None unless both have rows."""
+        before, *after = [phase.rows for phase in self.phases if phase.rows] or [()]
+        return int(before[-1]["step"]) if after else None
+
+
+def read_job(folder: Path, stages: Sequence[tuple[str, float]] = ()) -> Job:
+    """Read a run folder or a quick-start folder. Stages given here go before those of summary.json.
+
+    ValueError if the folder is neither, or if one of its files cannot be read.
+    """
+    if (folder / "meta.json").is_file():
+        raise ValueError(f"{folder} is a checkpoint; name the run that holds it: {folder.resolve().parent.parent}")
+    parts = {name: folder / name for name, _ in _PHASES}
+    if _is_run(folder):
+        phases, missing = [_read_phase("", folder)], []
+    else:
+        phases = [_read_phase(title, parts[name]) for name, title in _PHASES if _is_run(parts[name])]
+        missing = [name for name in parts if not _is_run(parts[name])]
+    if not phases:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
+        raise ValueError(
+            f"{folder} holds no run (found: {found or 'nothing'}): name the run_dir of a training run, with "
+            f"{', '.join(_RUN_FILES)}, or the folder of `mmclip quickstart`, with warmup/ and train/"
+        )
+    return Job(
+        folder, tuple(phases), tuple(missing), _read_result(folder / "zeroshot.json"),
+        tuple(stages) or _read_stages(folder / "summary.json"),
+    )  # fmt: skip
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _RUN_FILES)
+
+
+def _read_phase(name: str, folder: Path) -> Phase:
+    config, environment = folder / "config.yaml", folder / "environment.json"
+    return Phase(
+        name, folder, tuple(_read_rows(folder)),
+        config.read_text() if config.is_file() else None,
+        _read_json(environment) if environment.is_file() else None,
+    )  # fmt: skip
+
+
+def _read_rows(folder: Path) -> list[Row]:
+    try:
+        return read_metrics(folder)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / METRICS} has a line that is no JSON ({error}); delete that line") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); delete it, and the run writes it anew") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object, found {type(values).__name__}; delete it")
+    return values
+
+
+def _read_result(path: Path) -> ZeroShot | None:
+    if not path.is_file():
+        return None
+    try:
+        return load_result(path)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of `mmclip evaluate zeroshot` ({error}); run that again") from error
+
+
+def _read_stages(path: Path) -> tuple[tuple[str, float], ...]:
+    if not path.is_file():
+        return ()
+    try:
+        return tuple((str(stage["name"]), float(stage["seconds"])) for stage in _read_json(path)["stages"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no usable `stages` ({error}); delete it") from error
+
+
+def training_seconds(phases: Sequence[Phase]) -> float | None:
+    """Time in the training loops, from the samples and the throughput of each row; None where a row has no throughput.
+
+    A phase that goes on from another's step begins there; a run that starts from a checkpoint logs its first row at
+    most `log_every` steps later.
+    """
+    seconds, before = 0.0, 0
+    rows = [(row, phase.settings.get("log_every", 0)) for phase in phases for row in phase.rows]
+    for number, (row, log_every) in enumerate(rows):
+        speed, step = row["samples_per_s"], row["step"]
+        if speed is None or not math.isfinite(speed) or speed <= 0 or step <= 0:
+            return None
+        if number == 0 and log_every:
+            before = max(0, step - log_every)
+        seconds += (step - before) * (row["samples"] / step) / speed
+        before = step
+    return seconds if rows else None
+
+
+def usual_speed(phases: Sequence[Phase]) -> float | None:
+    """Median samples/s of the last phase that logged any: its first row, with the start-up in it, hardly counts."""
+    for phase in reversed(phases):
+        speeds = [row["samples_per_s"] for row in phase.rows if math.isfinite(row["samples_per_s"])]
+        if speeds:
+            return float(median(speeds))
+    return None
+
+
+def training_sets(phases: Sequence[Phase]) -> dict[str, str | None]:
+    """URL of each source -> "data set/split" by its manifest; None where that cannot be read on this machine."""
+    sources = [source for phase in phases for source in (phase.settings.get("data") or {}).get("sources") or ()]
+    return {str(source["url"]): _set_name(str(source["url"])) for source in sources}
+
+
+def _set_name(url: str) -> str | None:
+    path = local_path(url)
+    if path is None or not path.is_dir():
+        return None
+    try:
+        manifest = load_manifest(url)
+    except ValueError:  # the report is about the run; a set that was deleted or packed anew since is none of its faults
+        return None
+    return f"{manifest.dataset}/{manifest.split}"

@@ -1,0 +1,158 @@
+"""Shared by all tests: a small packed set, a tokenizer, and the folder of real radiographs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from mmclip_shards.datasets.synthetic_set import pack_synthetic
+from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
+from mmclip_shards.reader import ShardReader
+from mmclip_shards.schema import encode_npy
+from mmclip_shards.writer import write_shard
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.config import Config, load_config
+from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
+
+REAL_DATA = Path(os.environ.get("MMCLIP_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+TINY = (
+    "model.image={size: 32, patch: 8, width: 32, depth: 1, heads: 2}",
+    "model.text={width: 32, depth: 1, heads: 2, max_tokens: 48}",
+    "model.embed=16",
+    "attmim.decoder={depth: 1, width: 32, heads: 2}",
+    "entmlm.decoder={depth: 1, width: 32, heads: 2}",
+    "data.streams=4",
+    "data.shuffle_block=8",
+    "optim.global_batch=8",
+    "threads=1",
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patient_key(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests never touch the user's own key."""
+    os.environ["MMCLIP_PATIENT_KEY"] = "the key of the tests, not secret"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Packed synthetic sets with sidecars: every finding word of a report is an entity, every grid counts up."""
+
+    folder: Path
+
+    @property
+    def paired(self) -> str:
+        return str(self.folder / "paired" / "train")
+
+    @property
+    def unpaired(self) -> str:
+        return str(self.folder / "unpaired" / "train")
+
+    @property
+    def test(self) -> str:
+        return str(self.folder / "paired" / "test")
+
+    @property
+    def tokenizer(self) -> str:
+        return str(self.folder / "tokenizer")
+
+    def sidecar(self, kind: str, of: str = "paired") -> str:
+        return str(self.folder / "sidecars" / of / kind)
+
+    def config(self, *overrides: str, run_dir: str = "unused") -> Config:
+        return load_config("quickstart", [*self.overrides(run_dir), *overrides])
+
+    def overrides(self, run_dir: str | Path) -> list[str]:
+        sources = [
+            {
+                "url": self.paired,
+                "entities": self.sidecar("entities"),
+                "attention": self.sidecar("attention"),
+                "weight": 2,
+            },
+            {"url": self.unpaired, "attention": self.sidecar("attention", "unpaired")},
+        ]
+        return [
+            *TINY,
+            f"run_dir={run_dir}",
+            f"data.sources={json.dumps(sources)}",
+            f"model.text.tokenizer={self.tokenizer}",
+        ]
+
+
+def _entities(members: dict[str, bytes]) -> dict[str, bytes]:
+    report = (json.loads(members["json"])["report"] or {}).get("text", "")
+    spans = []
+    for word in ("effusion", "heart", "lung", "consolidation", "pneumothorax"):
+        start = report.lower().find(word)
+        if start >= 0:
+            span = {"start": start, "end": start + len(word), "text": report[start : start + len(word)]}
+            spans.append(span | {"label": "FINDING", "negated": False})
+    return {"entities.json": json.dumps(spans).encode()}
+
+
+def _attention(members: dict[str, bytes]) -> dict[str, bytes]:
+    return {"attention.npy": encode_npy(torch.arange(16.0).reshape(4, 4).half().numpy())}
+
+
+def write_sidecar(
+    base: str, out: str, kind: str, make: Callable[[dict[str, bytes]], dict[str, bytes]]
+) -> None:
+    """A sidecar of `base` at `out`, made without Ray."""
+    manifest = load_manifest(base)
+    reader = ShardReader(base, manifest)
+    shards = tuple(
+        write_shard(out, number, [(key, make(reader.read(number, key))) for key in reader.keys(number)])
+        for number in range(len(manifest.shards))
+    )
+    save_manifest(
+        out,
+        Manifest(
+            kind=kind, dataset=manifest.dataset, split=manifest.split, shards=shards, config_hash="test",
+            base={shard.path: shard.sha256 for shard in manifest.shards},
+            checkpoint="0" * 64 if kind == "attention" else None,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
+    folder = tmp_path_factory.mktemp("sets")
+    pack_synthetic(
+        str(folder / "paired"), 80, seed=1, size=40, splits={"train": 0.7, "test": 0.3}, samples_per_shard=16
+    )
+    pack_synthetic(
+        str(folder / "unpaired"), 24, seed=1, size=40, splits={"train": 1.0}, unpaired=True, samples_per_shard=16
+    )
+    made = Sets(folder)
+    write_sidecar(made.paired, made.sidecar("entities"), "entities", _entities)
+    write_sidecar(made.paired, made.sidecar("attention"), "attention", _attention)
+    write_sidecar(made.unpaired, made.sidecar("attention", "unpaired"), "attention", _attention)
+    save_tokenizer(tokenizer_of_sets([made.paired, made.unpaired], 600), folder / "tokenizer")
+    return made
+
+
+@pytest.fixture(scope="session")
+def tokenizer(sets: Sets) -> PreTrainedTokenizerBase:
+    from mmclip_dist.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(sets.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    if not (REAL_DATA / "covid_cxr" / "pairs.csv").is_file():
+        pytest.skip(f"no real radiographs at {REAL_DATA}: set MMCLIP_REAL_DATA to test on them")
+    return REAL_DATA

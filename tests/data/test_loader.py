@@ -1,0 +1,155 @@
+"""Batches: the same whoever reads them, joined by key, with every failure counted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from mmclip_shards.manifest import load_manifest, save_manifest
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.config import Config, Source
+from mmclip_dist.data.batch import Batch
+from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.join import JoinedSet
+from mmclip_dist.data.loader import build_loader, build_order, label_names
+
+
+def loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1, start: int = 0):
+    joined = [JoinedSet(source) for source in config.data.sources]
+    maker = ExampleMaker(
+        tokenizer, label_names(joined), config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
+        config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
+    )  # fmt: skip
+    order = build_order(joined, config.data, config.seed)
+    return build_loader(
+        joined, order, maker, data=config.data, global_batch=config.optim.global_batch, rank=rank, world=world, start=start
+    )  # fmt: skip
+
+
+def assert_equal(ours: Batch, theirs: Batch, rows: slice = slice(None)) -> None:
+    """Equal rows; padding may differ, since it follows the longest report of the rows at hand."""
+    assert ours["keys"] == theirs["keys"][rows] and ours["step"] == theirs["step"]
+    for name in ("image", "report_id", "labels", "attention", "has_attention", "noise"):
+        assert torch.equal(ours[name], theirs[name][rows]), name
+    for name in ("tokens", "token_mask", "masked_tokens", "target_tokens", "evidence"):
+        length = ours[name].shape[1]
+        assert torch.equal(ours[name], theirs[name][rows][:, :length]), name
+        assert not theirs["token_mask"][rows][:, length:].any()
+
+
+def test_ranks_workers_and_seeking_do_not_change_a_batch(sets, tokenizer) -> None:
+    config = sets.config()
+    alone = list(islice(loader(config, tokenizer), 14))  # past the end of an epoch
+    for rank in range(2):
+        half = slice(rank * 4, rank * 4 + 4)
+        for ours, theirs in zip(islice(loader(config, tokenizer, rank=rank, world=2), 14), alone, strict=True):
+            assert_equal(ours, theirs, half)
+    for workers in (1, 2):
+        parallel = sets.config(f"data.workers={workers}")
+        for ours, theirs in zip(islice(loader(parallel, tokenizer), 5), alone, strict=False):
+            assert_equal(ours, theirs)
+    assert_equal(next(loader(config, tokenizer, start=9)), alone[9])
+
+
+def test_epochs_change_the_augmentation_and_seeds_the_masks(sets, tokenizer) -> None:
+    config = sets.config()
+    seen: dict[str, list[torch.Tensor]] = {}
+    for batch in islice(loader(config, tokenizer), 30):
+        for key, image in zip(batch["keys"], batch["image"], strict=True):
+            seen.setdefault(key, []).append(image)
+    twice = [images for images in seen.values() if len(images) > 1]
+    assert len(twice) > 20 and not any(torch.equal(images[0], images[1]) for images in twice)
+
+
+def test_what_a_batch_holds(sets, tokenizer) -> None:
+    batch = next(loader(sets.config(), tokenizer))
+    paired = batch["report_id"] >= 0
+    assert batch["image"].shape == (8, 1, 32, 32) and batch["attention"].shape == (8, 4, 4) and batch["noise"].shape == (8, 16)
+    assert paired.any() and (~paired).any() and batch["has_attention"].all()
+    hidden = batch["target_tokens"] >= 0
+    assert hidden[paired].any(1).all() and not hidden[~paired].any()
+    assert (batch["masked_tokens"][hidden] == tokenizer.mask_token_id).all()
+    assert torch.equal(batch["masked_tokens"][~hidden], batch["tokens"][~hidden])
+    assert torch.equal(batch["target_tokens"][hidden], batch["tokens"][hidden])
+    assert not (batch["evidence"] & ~batch["token_mask"]).any() and batch["evidence"][paired].any(1).all()
+    assert set(batch["labels"].unique().tolist()) <= {0, 1}
+
+
+def test_masked_tokens_are_entities(sets, tokenizer) -> None:
+    """In the fixture the entities are five known words: nothing else may be masked where one of them occurs."""
+    words = ("effusion", "heart", "lung", "consolidation", "pneumothorax")
+    checked = 0
+    for batch in islice(loader(sets.config(), tokenizer), 6):
+        for tokens, targets in zip(batch["tokens"], batch["target_tokens"], strict=True):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            hidden = targets[targets >= 0]
+            if len(hidden) and any(word in text for word in words):
+                masked = tokenizer.decode(hidden).replace(" ", "")
+                for word in words:
+                    masked = masked.replace(word, "")
+                assert masked.strip("s") == "", masked
+                checked += 1
+    assert checked > 10
+
+
+def test_a_report_without_entity_sidecar_stops_the_run(sets, tokenizer) -> None:
+    config = sets.config(f"data.sources=[{{url: {sets.paired}}}]")
+    with pytest.raises(LookupError, match="mmclip entities"):
+        next(loader(config, tokenizer))
+    assert next(loader(sets.config(f"data.sources=[{{url: {sets.paired}}}]", "loss.entity=0"), tokenizer))
+
+
+def test_undecodable_images_are_replaced_and_listed(sets, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    config = sets.config()
+    alone = list(islice(loader(config, tokenizer), 8))
+    bad = alone[2]["keys"][3]
+    call = ExampleMaker.__call__
+
+    def broken(self, key, members, epoch):
+        return call(self, key, members | {"png": b"broken", "jpg": b"broken"} if key == bad else members, epoch)
+
+    monkeypatch.setattr(ExampleMaker, "__call__", broken)
+    found = list(islice(loader(config, tokenizer), 8))
+    assert [key for key, reason in found[2]["replaced"] if "not a decodable" in reason] == [bad]
+    assert found[2]["keys"][3] != bad
+    changed = [i for i in range(8) if found[2]["keys"][i] != alone[2]["keys"][i]]
+    assert changed == [3]
+    again = list(islice(loader(config, tokenizer), 8))
+    assert [batch["keys"] for batch in again] == [batch["keys"] for batch in found]  # the replacement is pure, too
+
+
+@pytest.mark.parametrize("kind", ["entities", "attention"])
+def test_stale_and_short_sidecars_are_refused(sets, tmp_path: Path, kind: str) -> None:
+    made = load_manifest(sets.sidecar(kind))
+    path = sorted(made.base)[0]
+    stale = replace(made, base={**made.base, path: "0" * 64})
+    short = replace(made, shards=(replace(made.shards[0], samples=made.shards[0].samples - 1), *made.shards[1:]))
+    wrong = replace(made, kind="attention" if kind == "entities" else "entities")
+    for name, manifest, message in (
+        ("stale", stale, "made from other shards"),
+        ("short", short, f"holds {made.samples - 1} of {made.samples} samples"),
+        ("wrong", wrong, f"not {kind}"),
+    ):
+        save_manifest(str(tmp_path / name), manifest)
+        with pytest.raises(ValueError, match=message) as caught:
+            JoinedSet(Source(url=sets.paired, **{kind: str(tmp_path / name)}))
+        assert f"mmclip {kind} {sets.paired}" in str(caught.value)
+
+
+def test_a_sidecar_is_no_base_set(sets) -> None:
+    with pytest.raises(ValueError, match="name the packed set itself"):
+        JoinedSet(Source(url=sets.sidecar("entities")))
+
+
+def test_labels_that_are_uncertain_or_not_mentioned_are_unknown(sets, tokenizer) -> None:
+    maker = ExampleMaker(tokenizer, ("A", "B", "C", "D", "E"), 32, 4, 48, sets.config().entmlm, None)
+    joined = JoinedSet(Source(url=sets.unpaired))
+    members = joined.read(0, joined.key(0, 0))
+    about = json.loads(members["json"]) | {"labels": {"A": 1, "B": 0, "C": -1, "D": None}}
+    example = maker("key", members | {"json": json.dumps(about).encode()}, 0)
+    assert example["labels"].tolist() == [1, 0, -1, -1, -1]

@@ -1,0 +1,71 @@
+"""The config tree: strict keys, clear messages, checks before anything is built."""
+
+import pytest
+import yaml
+
+from mmclip_dist.config import Config, dump_config, load_config, parse, recipe_names
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "mmclip_vit_b16", "mmclip_vit_l16"])
+def test_recipes_load_and_survive_a_round_trip(recipe: str) -> None:
+    assert recipe in recipe_names()
+    config = load_config(recipe)
+    assert parse(yaml.safe_load(dump_config(config))) == config
+
+
+def test_overrides_are_typed_and_win() -> None:
+    config = load_config("quickstart", ["optim.lr=1e-4", "data.sources=[{url: a, weight: 2}]", "optim.stop_at=null"])
+    assert config.optim.lr == 1e-4 and config.optim.stop_at is None
+    assert config.data.sources[0].url == "a" and config.data.sources[0].weight == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.image.dept=3", r"unknown config key 'model.image.dept'; did you mean model.image.depth"),
+        ("modle.image=3", "unknown config key 'modle'"),
+        ("optim.steps=0", "optim.steps: .*greater than 0"),
+        ("optim.steps=many", "optim.steps: .*integer"),
+        ("model.image.heads=5", r"model.image.width=\d+ is no multiple of model.image.heads=5"),
+        ("model.image.size=60", r"model.image.size=60 is no multiple of model.image.patch=8"),
+        ("attmim.context_keep=0.7", "may not pass 1"),
+        ("optim.stop_at=10000", "lies after the last step"),
+        ("loss={contrastive: 0, image: 0, entity: 0}", "nothing would be trained"),
+        ("foo", "form key.sub=value"),
+        ("run_dir.x=1", "is a value, not a section"),
+        ("data.augment.crop_area=[0.9, 0.2]", "smallest <= largest"),
+    ],
+)
+def test_faults_are_one_line_that_says_what(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config("quickstart", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="quickstart"):
+        load_config("quickstrat")
+
+
+def config(**changes: object) -> Config:
+    return load_config("quickstart", [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+
+
+def test_world_must_divide_streams_and_streams_the_batch() -> None:
+    config(data__streams=32, optim__global_batch=64).check_world(2)
+    with pytest.raises(ValueError, match=r"data\.streams=32 does not divide over 3 ranks .* use 2 or 4 readers"):
+        config(data__streams=32, optim__global_batch=64).check_world(3)
+    with pytest.raises(ValueError, match="nearest ones are 32 and 64"):
+        config(data__streams=32, optim__global_batch=48).check_world(2)
+    with pytest.raises(ValueError, match="4 loader workers"):
+        config(data__streams=12, data__workers=4, optim__global_batch=12).check_world(2)
+
+
+def test_sidecars_that_the_losses_need() -> None:
+    with pytest.raises(ValueError, match="mmclip entities"):
+        config(data__sources="[{url: a}]").check_sources()
+    config(data__sources="[{url: a}]", loss__entity=0).check_sources()
+    with pytest.raises(ValueError, match="mmclip attention"):
+        config(data__sources="[{url: a}]", loss__entity=0, attmim__mode="split").check_sources()
+    with pytest.raises(ValueError, match="data.sources is empty"):
+        config().check_sources()

@@ -1,0 +1,73 @@
+"""The house: what lies at the top, and which way imports point."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "mmclip_dist": ROOT / "mmclip_dist",
+    "mmclip_kernels": ROOT / "kernels" / "mmclip_kernels",
+    "mmclip_shards": ROOT / "shards" / "mmclip_shards",
+    "mmclip_launch": ROOT / "launch" / "mmclip_launch",
+}
+MAY_IMPORT = {
+    "mmclip_kernels": set(),
+    "mmclip_shards": set(),
+    "mmclip_dist": {"mmclip_kernels", "mmclip_shards"},
+    "mmclip_launch": {"mmclip_dist", "mmclip_kernels", "mmclip_shards"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_imports_point_one_way() -> None:
+    seen = 0
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            seen += 1
+            ours = imported(path) & set(PACKAGES) - {package}
+            assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[package]}"
+    assert seen > 30
+
+
+def test_the_model_is_used_on_its_way_only() -> None:
+    """`offline` and `evaluate` read checkpoints; nothing below them imports them back."""
+    for folder in ("model", "data", "engine"):
+        for path in (ROOT / "mmclip_dist" / folder).rglob("*.py"):
+            text = path.read_text()
+            assert "mmclip_dist.offline" not in text and "mmclip_dist.evaluate" not in text, path
+
+
+def test_folders_that_only_hold_a_package_are_no_packages() -> None:
+    """As importable names they would shadow `kernels`, `launch` and `shards` of the package index."""
+    for folder in ("kernels", "launch", "shards"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_top_level_is_the_agreed_one() -> None:
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert folders - {"runs", "dist", "build"} <= {"mmclip_dist", "kernels", "launch", "shards", "tests"}
+    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"):
+        assert (ROOT / name).is_file(), name
+
+
+def test_no_dependency_pulls_in_torchvision() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = project["dependencies"] + sum((v for k, v in project["optional-dependencies"].items() if k != "bench"), [])
+    assert not [name for name in named if name.startswith(("timm", "open_clip", "torchvision"))]
+
+
+def test_modules_are_named_by_what_they_hold() -> None:
+    banned = {"utils", "misc", "helpers", "common", "ray", "deepspeed", "torch", "csv"}
+    for folder in PACKAGES.values():
+        assert not [path for path in folder.rglob("*.py") if path.stem in banned]
