@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmclip_dist.config import Decoder
+from mmclip_dist.model.encoders import idle
 
 
 class CrossDecoder(nn.Module):
@@ -29,6 +30,8 @@ class CrossDecoder(nn.Module):
 
     def forward(self, query: Tensor, query_mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
         """query [B, L, Dq], memory [B, K, Dm], masks [B, L] and [B, K] bool (True: present) -> features [B, L, width]."""
+        if len(query) == 0:
+            return idle(self).expand(*query.shape[:2], self.norm.normalized_shape[0])
         hidden = self.query(query) + self.position[:, : query.shape[1]]
         seen = torch.cat([self.nothing.expand(len(memory), -1, -1).to(memory.dtype), self.memory(memory)], dim=1)
         ignored = None if memory_mask is None else torch.cat([memory_mask.new_zeros(len(memory), 1), ~memory_mask], dim=1)

@@ -17,7 +17,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: ImageEncoder) -> None:
         super().__init__()
-        self.vit = _load_vit(config) if config.pretrained else _new_vit(config)
+        self.vit = _load_vit(config) if config.pretrained else ViTModel(_vit_config(config), add_pooling_layer=False)
         self.width: int = self.vit.config.hidden_size
         self.patch: int = self.vit.config.patch_size
 
@@ -59,8 +59,18 @@ class ReportEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens [N, T] int64, mask [N, T] bool (True: a token) -> features [N, T, D]."""
+        if len(tokens) == 0:  # a rank may well hold unpaired images alone, and transformers cannot take an empty batch
+            return idle(self).expand(*tokens.shape, self.width)
         features: Tensor = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return features
+
+
+def idle(module: nn.Module) -> Tensor:
+    """0, with a zero gradient for every parameter of a module that has nothing to do on this rank.
+
+    All ranks must reduce the same parameters; one that leaves some out would hang the others.
+    """
+    return torch.stack([parameter.sum() for parameter in module.parameters()]).sum() * 0.0
 
 
 def pool(features: Tensor, mask: Tensor) -> Tensor:
@@ -90,24 +100,6 @@ def _vit_config(config: ImageEncoder) -> ViTConfig:
         num_hidden_layers=config.depth, num_attention_heads=config.heads, intermediate_size=4 * config.width,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=_spread(config.width),
     )  # fmt: skip
-
-
-def _new_vit(config: ImageEncoder) -> ViTModel:
-    vit = ViTModel(_vit_config(config), add_pooling_layer=False)
-    # Positions start from sine and cosine: a ViT learns much faster from scratch (Beyer et al., 2205.01580; MAE).
-    with torch.no_grad():
-        vit.embeddings.position_embeddings[0, 1:] = sine_cosine_positions(config.grid, config.width)
-    return vit
-
-
-def sine_cosine_positions(side: int, width: int) -> Tensor:
-    """Two-dimensional sine-cosine embeddings of a side x side grid. -> [side^2, width]. Source: MoCo v3, MAE."""
-    quarter = width // 4
-    frequency = 10_000.0 ** (-torch.arange(quarter) / quarter)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (rows, columns)]
-    waves = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
-    return nn.functional.pad(waves, (0, width - waves.shape[1]))
 
 
 def _bert_config(config: TextEncoder, vocabulary: int) -> BertConfig:

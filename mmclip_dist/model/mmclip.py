@@ -190,8 +190,6 @@ class MMCLIP(nn.Module):
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> pooled features [N, D]."""
-        if len(tokens) == 0:
-            return self.text_head.weight.new_zeros(0, self.text.width)
         return pool(self.text(tokens, mask), mask)
 
     def _text_memory(self, batch: Batch, paired: Tensor, reports: Tensor, prompts: Tensor) -> TextMemory:

@@ -215,10 +215,9 @@ def _step_axis(steps: tuple[float, float], across: Scale) -> Markup:
 
 def step_label(step: float) -> str:
     """150, 2,500, 20k, 1.5M."""
-    for size, letter in ((1e6, "M"), (1e4, "k")):
-        if step >= size:
-            return f"{step / (1e6 if letter == 'M' else 1e3):g}{letter}"
-    return f"{step:,.0f}"
+    if step >= 1e6:
+        return f"{step / 1e6:g}M"
+    return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:,.0f}"
 
 
 def _boundary(boundary: float | None, steps: tuple[float, float], across: Scale) -> Markup:
@@ -233,9 +232,9 @@ def _boundary(boundary: float | None, steps: tuple[float, float], across: Scale)
     label = Markup('<text class="name" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
     names = []
     if x - LEFT > _ROOM_FOR_LABEL:
-        names.append(label.format(x - 5, TOP + 11, "end", "warm-up"))
+        names.append(label.format(x - 5, TOP - 5, "end", "warm-up"))
     if RIGHT - x > _ROOM_FOR_LABEL:
-        names.append(label.format(x + 5, TOP + 11, "start", "MMCLIP"))
+        names.append(label.format(x + 5, TOP - 5, "start", "MMCLIP"))
     return shade + line + Markup("").join(names)
 
 

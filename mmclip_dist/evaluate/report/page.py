@@ -1,0 +1,248 @@
+"""The report of a run as one HTML file: figures, charts and examples put into `template.html`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+from mmclip_shards.storage import write_atomic
+
+from mmclip_dist.engine.checkpoint import newest_checkpoint
+from mmclip_dist.evaluate.report import numbers
+from mmclip_dist.evaluate.report.charts import LineChart, bar, line_chart, table_rows
+from mmclip_dist.evaluate.report.examples import Gallery, build_gallery
+from mmclip_dist.evaluate.report.sources import Job, Phase, Row, read_job, training_seconds, training_sets, usual_speed
+from mmclip_dist.evaluate.zeroshot import ZeroShot
+
+_CHANCE = 0.5  # AUC of a guess
+
+_LOSSES = {  # term -> title and unit
+    "contrastive": ("Contrastive loss", "nats"),
+    "image": ("Image reconstruction loss (AttMIM)", "squared error of normalised pixels"),
+    "entity": ("Entity loss (EntMLM)", "nats per masked token"),
+}
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    name: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class BarRow:
+    """A line of a table of bars. figure, note: texts beside the bar."""
+
+    name: str
+    bar: Markup
+    figure: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DrawnChart:
+    """svg: None where nothing was logged that could be drawn. smoothed: points in each mean of the line, 0: raw."""
+
+    title: str
+    unit: str
+    svg: Markup | None
+    smoothed: int
+    table: list[tuple[str, str]]
+
+
+def build_report(folder: Path, stages: Sequence[tuple[str, float]] = (), images: Sequence[str] = ()) -> Path:
+    """Write `folder`/report.html, atomically, and return its path. The same input gives the same bytes.
+
+    folder: a training run, or a quick start with warmup/ and train/. stages: (name, seconds), by default those of
+    summary.json. images: packed, labelled sets to show examples of, as the newest checkpoint sees them.
+    ValueError if the folder holds no run, or if one of its files or of the sets cannot be read.
+    """
+    job = read_job(Path(folder), stages)
+    gallery = _gallery(job, images)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmclip_dist.evaluate.report", "."), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    page = environment.get_template("template.html").render(
+        job=job, title=run_title(job), key_figures=key_figures(job), losses=_loss_charts(job), others=_other_charts(job),
+        classes=_class_bars(job.result) if job.result else [],
+        mean=_macro_bar(job.result) if job.result else None, stages=_stage_bars(job.stages), gallery=gallery,
+        wants_images=bool(images), sources=training_sets(job.phases), synthetic=synthetic_sets(job, gallery),
+        commands=_commands(job.phases), environment=_last_environment(job.phases), numbers=numbers,
+    )  # fmt: skip
+    path = Path(folder) / "report.html"
+    write_atomic(str(path), page.encode())
+    return path
+
+
+def _gallery(job: Job, images: Sequence[str]) -> Gallery | None:
+    """Examples by the last phase that has a checkpoint; None if there are no images or no checkpoint."""
+    found = [checkpoint for phase in job.phases if (checkpoint := newest_checkpoint(phase.folder))]
+    return build_gallery(found[-1], images) if images and found else None
+
+
+def run_title(job: Job) -> str:
+    """The recipe's name where the command tells it, else that of the folder."""
+    for phase in reversed(job.phases):
+        words = [str(word) for word in (phase.environment or {}).get("command", [])[1:]]
+        recipes = [word for word in words if "=" not in word and not word.startswith("-")]
+        if recipes:
+            return Path(recipes[0]).stem
+    return job.folder.resolve().name
+
+
+def synthetic_sets(job: Job, gallery: Gallery | None) -> list[str]:
+    """Names of the drawn data sets among those that were trained on, evaluated on or shown; sorted."""
+    shown = gallery.datasets if gallery else ()
+    tested = job.result.datasets if job.result else ()
+    names = {name for name in (*training_sets(job.phases).values(), *tested, *shown) if name}
+    return sorted(name for name in names if name.partition("/")[0] in ("synthetic", "synthetic-unpaired"))
+
+
+# -- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def key_figures(job: Job) -> list[KeyFigure]:
+    rows, result = job.rows, job.result
+    last = rows[-1] if rows else None
+    optim = job.phases[-1].settings.get("optim") or {}
+    planned = optim.get("steps")
+    staged = sum(seconds for _, seconds in job.stages)
+    return [
+        KeyFigure(
+            "Macro AUC, zero-shot",
+            numbers.fixed(result.auc_macro if result else None, 3),
+            f"95% interval {numbers.interval(result.auc_macro_ci95)}" if result else "no zeroshot.json",
+        ),
+        KeyFigure(
+            "Steps",
+            numbers.count(last["step"]) if last else numbers.NOT_MEASURED,
+            f"of {numbers.count(planned)} in the schedule" if planned else "",
+        ),
+        KeyFigure(
+            "Samples seen",
+            numbers.count(last["samples"]) if last else numbers.NOT_MEASURED,
+            f"{numbers.count(optim['global_batch'])} a step" if "global_batch" in optim else "",
+        ),
+        KeyFigure(
+            "Samples per second",
+            numbers.significant(usual_speed(job.phases)),
+            "median" + (" of the MMCLIP phase" if job.boundary is not None else ""),
+        ),
+        KeyFigure(
+            "Wall time",
+            numbers.duration(staged if job.stages else training_seconds(job.phases)),
+            "all stages" if job.stages else "training loop, from its throughput",
+        ),
+    ]
+
+
+def _class_bars(result: ZeroShot) -> list[BarRow]:
+    """Classes by falling AUC, classes without a value last."""
+
+    def order(entry: tuple[str, float]) -> tuple[bool, float, str]:
+        name, auc = entry
+        return (not math.isfinite(auc), -auc if math.isfinite(auc) else 0.0, name)
+
+    return [_auc_bar(name, auc) for name, auc in sorted(result.per_class.items(), key=order)]
+
+
+def _auc_bar(name: str, auc: float) -> BarRow:
+    figure = numbers.fixed(auc, 3)
+    share = auc if math.isfinite(auc) else 0.0
+    return BarRow(name, bar(share, f"{name}: AUC {figure}, chance 0.5", reference=_CHANCE), figure)
+
+
+def _macro_bar(result: ZeroShot) -> BarRow:
+    figure = numbers.fixed(result.auc_macro, 3)
+    share = result.auc_macro if math.isfinite(result.auc_macro) else 0.0
+    drawn = bar(
+        share, f"Macro mean: AUC {figure}, 95% interval {numbers.interval(result.auc_macro_ci95)}",
+        reference=_CHANCE, bounds=result.auc_macro_ci95,
+    )  # fmt: skip
+    return BarRow("Macro mean", drawn, figure)
+
+
+def _stage_bars(stages: Sequence[tuple[str, float]]) -> list[BarRow]:
+    total = sum(seconds for _, seconds in stages) or 1.0
+    return [
+        BarRow(
+            name, bar(seconds / total, f"{name}: {numbers.duration(seconds)}"),
+            numbers.duration(seconds), f"{seconds / total:.0%}",
+        )
+        for name, seconds in stages
+    ]  # fmt: skip
+
+
+# -- Charts -----------------------------------------------------------------------------------------------------------
+
+
+def _loss_charts(job: Job) -> list[DrawnChart]:
+    """One chart a term; the known terms first, in the order of the method, then any other."""
+    found = {name for row in job.rows for name in row["loss"]}
+    names = [name for name in _LOSSES if name in found] + sorted(found - set(_LOSSES))
+    return [
+        _draw(job, *_LOSSES.get(name, (f"{name} loss", "loss")), lambda row, name=name: row["loss"].get(name))  # type: ignore[misc]
+        for name in names
+    ]
+
+
+def _other_charts(job: Job) -> list[DrawnChart]:
+    if not job.rows:
+        return []
+    return [
+        _draw(job, "Learning rate", "per step", lambda row: row["lr"], from_zero=True),
+        _draw(job, "Temperature", "divides the similarity", lambda row: row["temperature"]),
+        _draw(job, "Throughput", "samples/s", lambda row: row["samples_per_s"], from_zero=True),
+        _draw(job, "Waiting for data", "% of the time", lambda row: _percent(row["data_wait"]), from_zero=True),
+        _draw(job, "Host memory of the first rank", "GiB", lambda row: row["memory_gib"], from_zero=True),
+    ]
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _draw(
+    job: Job, title: str, unit: str, value: Callable[[Row], float | None], *, from_zero: bool = False
+) -> DrawnChart:  # fmt: skip
+    points = tuple((float(row["step"]), value(row)) for row in job.rows)
+    chart = LineChart(title, unit, points, _step_axis(job), job.boundary, from_zero)
+    return DrawnChart(
+        title, unit, line_chart(chart) if chart.known else None, chart.window if chart.is_smoothed else 0, table_rows(chart)
+    )
+
+
+def _step_axis(job: Job) -> tuple[float, float]:
+    """From 0, unless the run went on from a checkpoint so late that most of the axis would be empty."""
+    first, last = job.rows[0]["step"], job.rows[-1]["step"]
+    return (0.0 if first <= 0.3 * last or first == last else float(first), float(last) or 1.0)
+
+
+# -- The run ----------------------------------------------------------------------------------------------------------
+
+
+def _commands(phases: Sequence[Phase]) -> list[tuple[str, str]]:
+    """(phase, command) of each phase that knows its own."""
+    return [
+        (phase.name, shlex.join(str(word) for word in phase.environment["command"]))
+        for phase in phases
+        if phase.environment and phase.environment.get("command")
+    ]
+
+
+def _last_environment(phases: Sequence[Phase]) -> list[tuple[str, str]]:
+    """(name, value) of the machine and the versions of the last phase that knows them."""
+    known = [phase.environment for phase in phases if phase.environment]
+    if not known:
+        return []
+    found = known[-1]
+    facts = {"ranks": "world_size", "Python": "python", "machine": "machine", "git": "git"}
+    pairs = [(name, found.get(field)) for name, field in facts.items()] + list((found.get("versions") or {}).items())
+    return [(name, numbers.NOT_MEASURED if value is None else str(value)) for name, value in pairs]

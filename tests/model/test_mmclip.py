@@ -1,0 +1,272 @@
+"""The model: every loss in both modes, what reaches what, and inference on whole images."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from mmclip_kernels import reference
+from torch import Tensor
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+from mmclip_dist.config import Config, ImageEncoder, TextEncoder
+from mmclip_dist.data.batch import Batch
+from mmclip_dist.engine.schedule import learning_rate
+from mmclip_dist.model.build import build_model
+from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder
+from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
+from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
+from tests.data.test_loader import loader
+
+DISEASES = ("Atelectasis", "Cardiomegaly", "Consolidation", "Nodule", "Pleural Effusion", "Pneumothorax")
+
+
+@pytest.fixture
+def batch(sets, tokenizer) -> Batch:
+    found = next(loader(sets.config(), tokenizer))
+    assert 0 < int((found["report_id"] >= 0).sum()) < 8
+    return found
+
+
+def model_of(config: Config, tokenizer) -> MMCLIP:
+    return build_model(config, tokenizer, DISEASES)
+
+
+@pytest.mark.parametrize("mode", ["feature", "split"])
+def test_every_parameter_learns_from_the_whole_objective(sets, tokenizer, batch: Batch, mode: str) -> None:
+    model = model_of(sets.config(f"attmim.mode={mode}"), tokenizer)
+    losses = model(batch)
+    assert set(losses) == {"contrastive", "image", "entity"}
+    assert all(loss.ndim == 0 and loss.isfinite() and loss > 0 for loss in losses.values())
+    torch.stack(list(losses.values())).sum().backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # The [CLS] token goes unused (features are pooled over patches), and BERT's unused rows have no gradient to show.
+    assert set(idle) <= {"vision.vit.embeddings.cls_token"}, idle
+
+
+@pytest.mark.parametrize("mode", ["feature", "split"])
+def test_a_few_steps_lower_every_loss(sets, tokenizer, batch: Batch, mode: str) -> None:
+    model = model_of(sets.config(f"attmim.mode={mode}"), tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(30):
+        losses = model(batch)
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        history.append({name: float(value.detach()) for name, value in losses.items()})
+    for name in history[0]:
+        assert history[-1][name] < 0.9 * history[0][name], (name, history[0][name], history[-1][name])
+
+
+def test_a_term_without_weight_is_not_computed(sets, tokenizer, batch: Batch) -> None:
+    assert set(model_of(sets.config("loss.image=0", "loss.entity=0"), tokenizer)(batch)) == {"contrastive"}
+    assert set(model_of(sets.config("loss.contrastive=0"), tokenizer)(batch)) == {"image", "entity"}
+
+
+def test_contrastive_term_is_the_mean_over_reports_and_prompts(sets, tokenizer, batch: Batch) -> None:
+    """Against the naive losses on features computed one part at a time."""
+    model = model_of(sets.config("loss.image=0", "loss.entity=0"), tokenizer)
+    paired = batch["report_id"] >= 0
+    with torch.no_grad():
+        loss = model(batch)["contrastive"]
+        image = model.embed_images(batch["image"])
+        text = model.embed_texts(batch["tokens"][paired], batch["token_mask"][paired])
+        prompt = model.embed_texts(model.prompt_tokens[0], model.prompt_mask[0])
+        ids = batch["report_id"][paired]
+        over_reports = reference.contrastive_loss(image[paired], text, model.scale(), image_ids=ids, text_ids=ids)
+        over_prompts, rows = prompt_contrastive(image[~paired], prompt, model.scale(), batch["labels"][~paired], None)
+        assert int(rows) == int((~paired).sum())
+        expected = (int(paired.sum()) * over_reports + int(rows) * over_prompts) / 8
+    torch.testing.assert_close(loss, expected.reshape(()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["only reports", "only prompts"])
+@pytest.mark.parametrize("mode", ["feature", "split"])
+def test_a_rank_may_hold_one_kind_of_sample(sets, tokenizer, kind: str, mode: str) -> None:
+    url, sidecars = (sets.paired, "paired") if kind == "only reports" else (sets.unpaired, "unpaired")
+    entities = f", entities: {sets.sidecar('entities')}" if kind == "only reports" else ""
+    config = sets.config(
+        f"attmim.mode={mode}", f"data.sources=[{{url: {url}, attention: {sets.sidecar('attention', sidecars)}{entities}}}]"
+    )
+    model = model_of(config, tokenizer)
+    losses = model(next(loader(config, tokenizer)))
+    torch.stack(list(losses.values())).sum().backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert set(without) <= {"vision.vit.embeddings.cls_token"}  # ranks that reduce different parameters hang
+    assert all(loss.isfinite() for loss in losses.values())
+    assert (losses["entity"] == 0) == (kind == "only prompts")
+
+
+def test_unlabelled_unpaired_images_only_rebuild(sets, tokenizer, batch: Batch) -> None:
+    unlabelled = Batch(**(batch | {"report_id": torch.full((8,), -1), "labels": torch.full((8, 6), -1)}))
+    losses = model_of(sets.config(), tokenizer)(unlabelled)
+    assert losses["contrastive"] == 0 and losses["image"] > 0 and losses["image"].isfinite()
+
+
+def test_the_hidden_patches_cannot_be_seen_in_split_mode(sets, tokenizer, batch: Batch) -> None:
+    """Changing the pixels outside both views changes nothing but the target."""
+    model = model_of(sets.config("attmim.mode=split", "attmim.hint=0"), tokenizer)
+    images: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: images.append(args[0].detach().clone()))
+    model(batch)
+    changed = batch["image"].clone()
+    # Scores count up along the rows, so the lower half is salient; the context is drawn from the upper half by noise.
+    upper = torch.ones(8, 16, dtype=torch.bool)
+    upper[:, 8:] = False
+    order = batch["noise"].masked_fill(~upper, torch.inf).argsort(1)
+    hidden = order[:, 4:8]
+    for row in range(8):
+        for patch in hidden[row].tolist():
+            top, left = divmod(patch, 4)
+            changed[row, :, top * 8 : top * 8 + 8, left * 8 : left * 8 + 8] += 3
+    flat = torch.arange(16.0).reshape(1, 4, 4).expand(8, 4, 4)
+    model(Batch(**(batch | {"image": changed, "attention": flat})))
+    model(Batch(**(batch | {"attention": flat})))
+    torch.testing.assert_close(images[1], images[2])
+
+
+def test_feature_mode_hides_the_patches_of_highest_score(sets, tokenizer, batch: Batch) -> None:
+    model = model_of(sets.config("attmim.hint=0"), tokenizer)
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    flat = torch.arange(16.0).reshape(1, 4, 4).expand(8, 4, 4)
+    model(Batch(**(batch | {"attention": flat})))
+    is_mask = (queries[0] == model.mask_token.detach()).all(2)
+    assert is_mask.tolist() == [[False] * 8 + [True] * 8] * 8
+
+
+def test_scores_are_computed_where_no_sidecar_is(sets, tokenizer, batch: Batch) -> None:
+    model = model_of(sets.config("attmim.hint=0"), tokenizer)
+    missing = Batch(**(batch | {"has_attention": torch.zeros(8, dtype=torch.bool), "attention": torch.zeros(8, 4, 4)}))
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    model(missing)
+    with torch.no_grad():
+        scores = model.attention_grid(missing).flatten(1)
+    top = torch.zeros(8, 16, dtype=torch.bool).scatter(1, scores.argsort(1, descending=True)[:, :8], True)
+    assert torch.equal((queries[0] == model.mask_token.detach()).all(2), top)
+
+
+def test_negated_findings_never_score(sets, tokenizer, batch: Batch) -> None:
+    """Scores of a report depend on its evidence tokens alone."""
+    model = model_of(sets.config(), tokenizer)
+    evidence = batch["evidence"].clone()
+    evidence[:, 3:] = False
+    evidence[:, 2] = batch["report_id"] >= 0
+    with torch.no_grad():
+        one = model.attention_grid(Batch(**(batch | {"evidence": evidence})))
+        other = model.attention_grid(batch)
+    paired = batch["report_id"] >= 0
+    torch.testing.assert_close(one[paired].sum((1, 2)), torch.ones(int(paired.sum())))  # one word, one softmax
+    assert not torch.allclose(one[paired], other[paired]) and torch.equal(one[~paired], other[~paired])
+
+
+def test_unmasked_steps_at_the_end_see_whole_images(sets, tokenizer, batch: Batch) -> None:
+    config = sets.config("attmim.mode=split", "attmim.unmasked_last_steps=10", "optim.steps=100", "loss.entity=0")
+    model = model_of(config, tokenizer)
+    assert model(Batch(**(batch | {"step": 90})))["image"] == 0
+    assert model(Batch(**(batch | {"step": 89})))["image"] > 0
+
+
+def test_scale_is_clamped_in_the_forward_pass(sets, tokenizer) -> None:
+    model = model_of(sets.config(), tokenizer)
+    assert model.scale().item() == pytest.approx(1 / 0.07) and model.log_scale.shape == (1,)
+    with torch.no_grad():
+        model.log_scale.fill_(50.0)
+    assert model.scale().item() == pytest.approx(100.0)
+
+
+def test_prompt_targets_leave_unknown_labels_out() -> None:
+    positive, allowed = prompt_targets(torch.tensor([[1, 0, -1]]))
+    assert positive.tolist() == [[True, False, False, False, True, False]]
+    assert allowed.tolist() == [[True, True, False, True, True, False]]
+    image, prompt = torch.eye(8)[:1], torch.eye(8)[:6]
+    loss, rows = prompt_contrastive(image, prompt, torch.ones(1), torch.tensor([[1, 0, -1]]), None)
+    other = prompt.clone()
+    other[2] = other[5] = 7.0  # the unknown disease's prompts
+    changed, _ = prompt_contrastive(image, other, torch.ones(1), torch.tensor([[1, 0, -1]]), None)
+    assert loss == changed and rows == 1
+
+
+def test_masked_losses_are_means_over_what_is_masked() -> None:
+    predicted, target = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    target[0, 1] = 3
+    masked = torch.tensor([[True, True, False], [False, False, False]])
+    assert masked_mean_square(predicted, target, masked) == 5
+    logits = torch.zeros(4, 10)
+    assert masked_cross_entropy(logits, torch.arange(4), torch.tensor(4)).item() == pytest.approx(2.302585)
+    assert masked_cross_entropy(logits[:0], torch.arange(0), torch.tensor(0)) == 0
+
+
+def test_prompts_put_labels_into_words(tokenizer) -> None:
+    prompts = load_prompts(["Pleural_Thickening", "Nodule"])
+    assert prompts.texts[0] == (
+        "There is pleural thickening.", "There is a pulmonary nodule.",
+        "No evidence of pleural thickening.", "No evidence of a pulmonary nodule.",
+    )  # fmt: skip
+    tokens, mask = tokenize_prompts(prompts, tokenizer, 48)
+    assert tokens.shape[:2] == (4, 4) and mask.shape == tokens.shape and mask.any(2).all()
+
+
+@pytest.mark.parametrize("text", ["present: [a]", "present: ['{disease}']\nabsent: []", "[]", "present: ["])
+def test_malformed_prompt_files_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"prompts\.file"):
+        load_prompts(["A"], str(tmp_path / "p.yaml"))
+
+
+def test_pretrained_vit_keeps_its_meaning_on_one_channel_and_another_size(tmp_path: Path) -> None:
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=8)
+    ViTModel(ViTConfig(image_size=32, num_channels=3, **shape), add_pooling_layer=False).save_pretrained(tmp_path)
+    original = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
+    grey = torch.randn(2, 1, 32, 32)
+    ours = VisionEncoder(ImageEncoder(pretrained=str(tmp_path), size=32, patch=8)).eval()
+    with torch.no_grad():
+        theirs = original.embeddings(grey.expand(-1, 3, -1, -1))[:, 1:]
+        torch.testing.assert_close(ours.embed(grey), theirs, rtol=1e-4, atol=1e-5)
+        larger = VisionEncoder(ImageEncoder(pretrained=str(tmp_path), size=64, patch=8)).eval()
+        assert larger.encode(larger.embed(torch.randn(2, 1, 64, 64))).shape == (2, 64, 32)
+    with pytest.raises(ValueError, match="patches of 8"):
+        VisionEncoder(ImageEncoder(pretrained=str(tmp_path), size=64, patch=16))
+    with pytest.raises(ValueError, match="no folder"):
+        VisionEncoder(ImageEncoder(pretrained=str(tmp_path / "missing")))
+
+
+def test_pretrained_text_encoder_must_know_the_tokenizer(tmp_path: Path) -> None:
+    BertModel(
+        BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    ).save_pretrained(tmp_path)
+    encoder = ReportEncoder(TextEncoder(pretrained=str(tmp_path)), 50)
+    assert encoder(torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 5, 32)
+    with pytest.raises(ValueError, match="embeds 50"):
+        ReportEncoder(TextEncoder(pretrained=str(tmp_path)), 60)
+
+
+def test_weights_come_from_the_seed_alone(sets, tokenizer) -> None:
+    torch.manual_seed(5)
+    one = model_of(sets.config(), tokenizer)
+    drawn = torch.rand(1)
+    torch.manual_seed(6)
+    two, other = model_of(sets.config(), tokenizer), model_of(sets.config("seed=1"), tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    assert not torch.equal(one.image_head.weight, other.image_head.weight)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))  # and building a model disturbs no one else's draws
+
+
+def test_learning_rate_warms_up_and_ends_at_zero(sets) -> None:
+    optim = sets.config("optim.steps=100", "optim.warmup=0.1", "optim.lr=1", "optim.global_batch=512").optim
+    rates = [learning_rate(step, optim) for step in range(101)]
+    assert max(rates) == pytest.approx(0.5, rel=0.01) and rates.index(max(rates)) == 10
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[0] > 0 and rates[100] == pytest.approx(0, abs=1e-9)
+
+
+def test_batches_of_the_loader_train(sets, tokenizer) -> None:
+    model = model_of(sets.config(), tokenizer)
+    for found in islice(loader(sets.config(), tokenizer), 3):
+        torch.stack(list(model(found).values())).sum().backward()
