@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -283,10 +284,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not valid YAML") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text, and so do its users once
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[leaf] = value
 
 

@@ -107,9 +107,7 @@ def _attention(members: dict[str, bytes]) -> dict[str, bytes]:
     return {"attention.npy": encode_npy(torch.arange(16.0).reshape(4, 4).half().numpy())}
 
 
-def write_sidecar(
-    base: str, out: str, kind: str, make: Callable[[dict[str, bytes]], dict[str, bytes]]
-) -> None:
+def write_sidecar(base: str, out: str, kind: str, make: Callable[[dict[str, bytes]], dict[str, bytes]]) -> None:
     """A sidecar of `base` at `out`, made without Ray."""
     manifest = load_manifest(base)
     reader = ShardReader(base, manifest)

@@ -67,5 +67,5 @@ def test_sidecars_that_the_losses_need() -> None:
     config(data__sources="[{url: a}]", loss__entity=0).check_sources()
     with pytest.raises(ValueError, match="mmclip attention"):
         config(data__sources="[{url: a}]", loss__entity=0, attmim__mode="split").check_sources()
-    with pytest.raises(ValueError, match="data.sources is empty"):
+    with pytest.raises(ValueError, match=r"data\.sources is empty"):
         config().check_sources()

@@ -57,7 +57,15 @@ def test_folders_that_only_hold_a_package_are_no_packages() -> None:
 def test_top_level_is_the_agreed_one() -> None:
     folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     assert folders - {"runs", "dist", "build"} <= {"mmclip_dist", "kernels", "launch", "shards", "tests"}
-    for name in ("pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "constraints.txt"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+    ):
         assert (ROOT / name).is_file(), name
 
 

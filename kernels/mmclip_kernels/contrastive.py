@@ -48,7 +48,7 @@ def contrastive_loss(
     if impl != "torch":
         raise ValueError(f"impl={impl!r} is not available; use impl='torch'")
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
-        raise ValueError(f"image [N, E] and text [M, E] must share E, found {list(image.shape)} and {list(text.shape)}")
+        raise ValueError(f"image [N, E] and text [M, E] must share E, found {list(image.shape)}, {list(text.shape)}")
     if scale.numel() != 1:
         raise ValueError(f"scale must hold one number, found shape {list(scale.shape)}")
     if chunk < 1:

@@ -14,7 +14,7 @@ def contrastive_loss(
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
 ) -> Tensor:
-    """Symmetric InfoNCE with several positives: the N x M matrix in full. Arguments as in `mmclip_kernels.contrastive_loss`."""
+    """Symmetric InfoNCE with several positives: the N x M matrix in full. Arguments as in `contrastive_loss`."""
     if image_ids is None or text_ids is None:
         image_ids, text_ids = torch.arange(len(image)), torch.arange(len(text))
     image, image_ids = image[image_ids >= 0], image_ids[image_ids >= 0]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from mmclip_dist.cli import app, run
 from rich.console import Console
 from rich.table import Table
+
+from mmclip_dist.cli import app, run
 
 Urls = list[str] | None
 

@@ -33,7 +33,9 @@ def train_command(
     """The command that trains `recipe` on `ranks` devices of this machine, or on all nodes of a hostfile."""
     if (ranks is None) == (hostfile is None):
         raise ValueError("give either ranks (this machine) or a hostfile (several nodes)")
-    where = ["--hostfile", hostfile] if hostfile else ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    where = (
+        ["--hostfile", hostfile] if hostfile else ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    )
     return ["deepspeed", *where, "--module", "mmclip_dist.train", recipe, *overrides]
 
 

@@ -16,7 +16,7 @@ _STOP_WAIT_S = 20
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Our environment, with the commands installed beside this interpreter first on the PATH (deepspeed, ninja, ray)."""
+    """Our environment, with the commands installed beside this interpreter first on the PATH: deepspeed, ninja, ray."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, "PATH": path, **(extra or {})}
 
@@ -39,7 +39,7 @@ def child(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator
         output.flush()
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(env),
-            start_new_session=True, preexec_fn=_die_with_parent,
+            start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 (one system call, no lock that a thread could hold)
         )  # fmt: skip
         try:
             yield process

@@ -15,6 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mmclip_shards.datasets.synthetic_set import pack_synthetic
+from mmclip_shards.manifest import find_split, load_manifest
+from mmclip_shards.storage import exists, list_folder, read_bytes, write_atomic
+
 from mmclip_dist.cli import progress_bar
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.join import JoinedSet
@@ -22,10 +26,6 @@ from mmclip_dist.data.loader import build_order
 from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
 from mmclip_dist.engine.orphans import OWNER
 from mmclip_dist.engine.run import locked, read_metrics
-from mmclip_shards.datasets.synthetic_set import pack_synthetic
-from mmclip_shards.manifest import find_split, load_manifest
-from mmclip_shards.storage import exists, list_folder, read_bytes, write_atomic
-
 from mmclip_launch.deepspeed_command import accelerator_environment, check_ranks, local_ranks, train_command
 from mmclip_launch.processes import child, environment, last_lines
 from mmclip_launch.ray_jobs import cores, local_cluster, run_jobs
@@ -169,7 +169,9 @@ def check(job: Job) -> None:
     """Raise ValueError for all that can be known to fail, before anything is written."""
     if not job.drawn:
         if not (job.paired and job.evaluation):
-            raise ValueError("with sets of your own, name at least one --paired and one --eval (or none for synthetic data)")
+            raise ValueError(
+                "with sets of your own, name at least one --paired and one --eval (or none for synthetic data)"
+            )
         manifests = [load_manifest(url) for url in job.sets()]
         build_order([JoinedSet(source) for source in phase_config(job, "warmup").data.sources], job.config.data, 0)
         if not any(manifest.labels for manifest in map(load_manifest, job.evaluation_sets())):
@@ -190,7 +192,10 @@ def pack(job: Job) -> None:
         print(f"pack: {len(job.sets())} packed sets given")
         return
     drawn = job.synthetic
-    parts = {"paired": (drawn.paired, {"train": 0.8, "val": 0.05, "test": 0.15}), "unpaired": (drawn.unpaired, {"train": 1.0})}
+    parts = {
+        "paired": (drawn.paired, {"train": 0.8, "val": 0.05, "test": 0.15}),
+        "unpaired": (drawn.unpaired, {"train": 1.0}),
+    }
     for name, (count, splits) in parts.items():
         with progress_bar(f"pack {name}", "images") as report:
             pack_synthetic(

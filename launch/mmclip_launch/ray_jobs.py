@@ -51,11 +51,11 @@ def local_cluster(log: Path, *, cpus: int, gpus: int = 0) -> Iterator[Cluster]:
 
 
 def _wait_until_up(url: str, token: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})  # noqa: S310 (loopback http)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     deadline = time.monotonic() + _START_TIMEOUT_S
     while head.poll() is None and time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(request, timeout=2):  # noqa: S310
+            with urllib.request.urlopen(request, timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(_POLL_S)
@@ -70,9 +70,7 @@ def submit_command(address: str, entrypoint: Sequence[str]) -> list[str]:
 def run_jobs(cluster: Cluster, jobs: Sequence[Sequence[str]], log: Path, poll: Callable[[], None]) -> None:
     """Submit jobs together and wait for all of them, calling poll() twice a second. OSError if one fails."""
     with ExitStack() as stack:
-        running = [
-            stack.enter_context(child(submit_command(cluster.address, job), log, cluster.env)) for job in jobs
-        ]
+        running = [stack.enter_context(child(submit_command(cluster.address, job), log, cluster.env)) for job in jobs]
         while any(process.poll() is None for process in running):
             poll()
             time.sleep(_POLL_S)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Batch(TypedDict):
-    """One rank's share of a global batch. B samples, T tokens (of the longest report), S pixels, g patches a side, C diseases."""
+    """One rank's share of a global batch. B samples, T tokens of the longest report, S pixels, g patches a side, C diseases."""
 
     step: int
     keys: list[str]

@@ -53,7 +53,9 @@ class ExampleMaker:
             "replaced": [],
         }
         about = json.loads(members["json"])
-        example["labels"] = torch.tensor([self._label(about["labels"].get(name)) for name in self.diseases], dtype=torch.int64)
+        example["labels"] = torch.tensor(
+            [self._label(about["labels"].get(name)) for name in self.diseases], dtype=torch.int64
+        )
         example |= self._attention(members.get("attention.npy"), crop)
         example |= self._report(key, (about["report"] or {}).get("text", ""), members.get("entities.json"), random)
         return example

@@ -20,7 +20,9 @@ def check_sidecar(kind: str, base_url: str, base: Manifest, url: str, sidecar: M
         raise ValueError(f"{url} holds {sidecar.kind}, not {kind}; rebuild it with `{command}`")
     wanted = {shard.path: shard.sha256 for shard in base.shards}
     if sidecar.base != wanted:
-        raise ValueError(f"the {kind} sidecar {url} was made from other shards than {base_url}; rebuild it: `{command}`")
+        raise ValueError(
+            f"the {kind} sidecar {url} was made from other shards than {base_url}; rebuild it: `{command}`"
+        )
     if [shard.samples for shard in sidecar.shards] != [shard.samples for shard in base.shards]:
         raise ValueError(
             f"the {kind} sidecar {url} holds {sidecar.samples} of {base.samples} samples; rebuild it: `{command}`"
@@ -30,18 +32,19 @@ def check_sidecar(kind: str, base_url: str, base: Manifest, url: str, sidecar: M
 class JoinedSet:
     """Random access to the samples of one source: members of the base shard and of its sidecars together."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, open_shards: int = 64) -> None:
+        """open_shards: how many shards stay open; fewer than the streams that are read at once would thrash."""
         self.url = source.url
         self.manifest = load_manifest(source.url)
         if self.manifest.kind != "base":
             raise ValueError(f"{source.url} holds {self.manifest.kind} sidecars; name the packed set itself as `url`")
-        self._base = ShardReader(source.url, self.manifest)
+        self._base = ShardReader(source.url, self.manifest, open_indexes=open_shards, open_files=open_shards)
         self._sidecars = []
         for kind, url in (("entities", source.entities), ("attention", source.attention)):
             if url is not None:
                 sidecar = load_manifest(url)
                 check_sidecar(kind, source.url, self.manifest, url, sidecar)
-                self._sidecars.append(ShardReader(url, sidecar))
+                self._sidecars.append(ShardReader(url, sidecar, open_indexes=open_shards, open_files=open_shards))
 
     @property
     def counts(self) -> list[int]:

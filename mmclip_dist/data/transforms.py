@@ -1,4 +1,4 @@
-"""Image and attention grid, decoded, cropped, flipped and resized together: the only place that knows their geometry."""
+"""Image and attention grid, decoded, cropped, flipped and resized together: the one home of their geometry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from PIL import Image
 
 from mmclip_dist.config import Augment
 
-PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25  # of radiographs scaled to [0, 1], roughly; fixed, so that a model needs no statistics
+PIXEL_MEAN, PIXEL_DEVIATION = (
+    0.5,
+    0.25,
+)  # of radiographs scaled to [0, 1], roughly; fixed, so that a model needs no statistics
 MAX_PIXELS = 100_000_000  # a decompression bomb is refused by its header
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from mmclip_shards.storage import write_atomic
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -63,8 +62,8 @@ def resolve_checkpoint(path: str) -> Path:
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    values = json.loads((checkpoint / _META).read_text())
-    return Meta(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = json.loads((checkpoint / _META).read_text())
+    return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
 
 
 def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta) -> None:
@@ -78,7 +77,9 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
     dist.barrier()
     engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
     if first:
-        weights = {name: value.detach().float().cpu().contiguous() for name, value in engine.module.state_dict().items()}
+        weights = {
+            name: value.detach().float().cpu().contiguous() for name, value in engine.module.state_dict().items()
+        }
         save_file(weights, temporary / _WEIGHTS)
         (temporary / _CONFIG).write_text(dump_config(config))
         tokenizer.save_pretrained(str(temporary / _TOKENIZER))

@@ -25,7 +25,12 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
         "optimizer": {
             "type": "AdamW",
             # DeepSpeed's own Adam is a C++ or CUDA op built at first use; torch's fused one is on par on a GPU.
-            "params": {"lr": optim.lr, "betas": list(optim.betas), "weight_decay": optim.weight_decay, "torch_adam": True}
+            "params": {
+                "lr": optim.lr,
+                "betas": list(optim.betas),
+                "weight_decay": optim.weight_decay,
+                "torch_adam": True,
+            }
             | ({"fused": True} if gpu else {}),
         },
         "steps_per_print": 10**9,  # the progress line is ours
@@ -43,7 +48,8 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases, single tokens and the temperature do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         (decayed if parameter.squeeze().ndim >= 2 else plain).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

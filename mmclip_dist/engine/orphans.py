@@ -13,7 +13,7 @@ import psutil
 
 EXIT_CODE = 143
 OWNER = "MMCLIP_OWNER_PID"
-"""Environment variable: process id of the job that this one works for, beyond the launcher (the quick start sets it)."""
+"""Environment variable: process id of the job that this one works for, beyond the launcher; the quick start sets it."""
 
 
 def _watched() -> list[psutil.Process]:

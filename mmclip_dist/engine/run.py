@@ -34,7 +34,9 @@ def locked(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise ValueError(f"another run is working in {folder}; wait for it or name another folder") from None
+                    raise ValueError(
+                        f"another run is working in {folder}; wait for it or name another folder"
+                    ) from None
                 time.sleep(0.2)
         yield
 
@@ -76,7 +78,7 @@ def _version(package: str) -> str | None:
 
 def _git_state() -> str | None:
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5)
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from torch import Tensor
 
-from mmclip_dist.data.batch import Example, collate, to_device
+from mmclip_dist.data.batch import Batch, Example, collate, to_device
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.engine.checkpoint import load_model, read_meta, resolve_checkpoint, weights_hash
 from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc
@@ -91,7 +92,7 @@ def class_directions(model: MMCLIP, tokens: Tensor, mask: Tensor) -> Tensor:
     return present - absent
 
 
-def _batches(urls: Sequence[str], maker: ExampleMaker, padding: int):  # type: ignore[no-untyped-def]
+def _batches(urls: Sequence[str], maker: ExampleMaker, padding: int) -> Iterator[tuple[Batch, list[str]]]:
     """(batch, patients) over all samples of the sets, in their order."""
     for url in urls:
         reader = ShardReader(url, load_manifest(url))
@@ -136,5 +137,5 @@ def save_result(result: ZeroShot, path: Path) -> None:
 
 
 def load_result(path: Path) -> ZeroShot:
-    values = json.loads(path.read_text())
-    return ZeroShot(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = json.loads(path.read_text())
+    return ZeroShot(**values | {name: tuple(values[name]) for name in ("auc_macro_ci95", "left_out", "datasets")})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.config import Config, ImageEncoder, TextEncoder
+from mmclip_dist.config import Config
 from mmclip_dist.model.mmclip import MMCLIP
 from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
 

@@ -12,7 +12,9 @@ from mmclip_dist.model.encoders import idle
 class CrossDecoder(nn.Module):
     """Transformer decoder whose queries attend to each other and to a memory of the other modality."""
 
-    def __init__(self, config: Decoder, *, query_width: int, memory_width: int, output_width: int, max_length: int) -> None:
+    def __init__(
+        self, config: Decoder, *, query_width: int, memory_width: int, output_width: int, max_length: int
+    ) -> None:
         super().__init__()
         self.query = nn.Linear(query_width, config.width)
         self.memory = nn.Linear(memory_width, config.width)
@@ -21,7 +23,13 @@ class CrossDecoder(nn.Module):
         self.nothing = nn.Parameter(torch.zeros(1, 1, config.width))
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
-                config.width, config.heads, 4 * config.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+                config.width,
+                config.heads,
+                4 * config.width,
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(config.depth)
         )
@@ -34,7 +42,9 @@ class CrossDecoder(nn.Module):
             return idle(self).expand(*query.shape[:2], self.norm.normalized_shape[0])
         hidden = self.query(query) + self.position[:, : query.shape[1]]
         seen = torch.cat([self.nothing.expand(len(memory), -1, -1).to(memory.dtype), self.memory(memory)], dim=1)
-        ignored = None if memory_mask is None else torch.cat([memory_mask.new_zeros(len(memory), 1), ~memory_mask], dim=1)
+        ignored = (
+            None if memory_mask is None else torch.cat([memory_mask.new_zeros(len(memory), 1), ~memory_mask], dim=1)
+        )
         padding = None if query_mask is None else ~query_mask
         for layer in self.layers:
             hidden = layer(hidden, seen, tgt_key_padding_mask=padding, memory_key_padding_mask=ignored)

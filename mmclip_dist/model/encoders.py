@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.vit = _load_vit(config) if config.pretrained else ViTModel(_vit_config(config), add_pooling_layer=False)
         self.width: int = self.vit.config.hidden_size
-        self.patch: int = self.vit.config.patch_size
+        self.patch = config.patch
 
     def embed(self, image: Tensor) -> Tensor:
         """image [B, 1, S, S] -> patch embeddings with positions [B, P, D]."""
@@ -34,9 +35,10 @@ class VisionEncoder(nn.Module):
         return features
 
     @property
-    def _layers(self) -> nn.ModuleList:
+    def _layers(self) -> Any:
         # transformers 5.17 keeps the layers in an inner encoder, 5.23 in the model itself.
-        return self.vit.layers if hasattr(self.vit, "layers") else self.vit.encoder.layer
+        vit: Any = self.vit
+        return vit.layers if hasattr(vit, "layers") else vit.encoder.layer
 
 
 class ReportEncoder(nn.Module):
@@ -114,11 +116,13 @@ def _load_vit(config: ImageEncoder) -> ViTModel:
     """Pretrained weights, made to take one channel and `config.size` pixels."""
     vit = ViTModel.from_pretrained(_resolve(config.pretrained or ""), add_pooling_layer=False)
     if vit.config.patch_size != config.patch:
-        raise ValueError(f"model.image.patch={config.patch}, but {config.pretrained} has patches of {vit.config.patch_size}")
-    projection = vit.embeddings.patch_embeddings.projection
+        raise ValueError(
+            f"model.image.patch={config.patch}, but {config.pretrained} has patches of {vit.config.patch_size}"
+        )
+    projection: Any = vit.embeddings.patch_embeddings.projection
     if projection.in_channels != 1:
         # A grey image repeated over the channels gives the same as one channel with the summed kernel.
-        summed = nn.Conv2d(1, projection.out_channels, projection.kernel_size, projection.stride)
+        summed: Any = nn.Conv2d(1, projection.out_channels, projection.kernel_size, projection.stride)
         with torch.no_grad():
             summed.weight.copy_(projection.weight.sum(1, keepdim=True))
             summed.bias.copy_(projection.bias)

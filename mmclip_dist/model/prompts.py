@@ -39,9 +39,7 @@ def load_prompts(diseases: Sequence[str], file: str | None = None) -> PromptText
     words = [str(names.get(disease, disease.replace("_", " ").lower())) for disease in diseases]
     return PromptTexts(
         tuple(diseases),
-        tuple(
-            tuple(_sentence(template, word) for template in pair for word in words) for pair in templates
-        ),
+        tuple(tuple(_sentence(template, word) for template in pair for word in words) for pair in templates),
     )
 
 
@@ -50,7 +48,9 @@ def _sentence(template: str, words: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def tokenize_prompts(prompts: PromptTexts, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[Tensor, Tensor]:
+def tokenize_prompts(
+    prompts: PromptTexts, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[Tensor, Tensor]:
     """Token ids [R, 2C, T], int64, and their mask [R, 2C, T], bool, of all prompts."""
     rows, per_template = len(prompts.texts), len(prompts.texts[0])
     if per_template == 0:

@@ -19,9 +19,7 @@ from mmclip_dist.engine.checkpoint import load_model, resolve_checkpoint, weight
 from mmclip_dist.offline.stage import Maker, Members, Stage
 
 
-def attention_stage(
-    base: str, out: str, checkpoint: str, entities: str | None = None, gpus: float = 0
-) -> Stage:
+def attention_stage(base: str, out: str, checkpoint: str, entities: str | None = None, gpus: float = 0) -> Stage:
     """Scores of the images in `base` by a checkpoint (a folder, or a run), guided by the `entities` sidecar, to `out`.
 
     gpus: of each worker process; 0 scores on the CPU.

@@ -8,6 +8,7 @@ goes on where the journal ends. Same input, same bytes.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -166,4 +167,4 @@ def connect(address: str | None) -> None:
     Never the last cluster of this machine, Ray's own default: if that one was killed, joining waits for minutes.
     """
     found = address or os.environ.get("RAY_ADDRESS") or "local"
-    ray.init(address=found, include_dashboard=False if found == "local" else None, logging_level="ERROR")
+    ray.init(address=found, include_dashboard=False if found == "local" else None, logging_level=logging.ERROR)

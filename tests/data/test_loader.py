@@ -69,7 +69,11 @@ def test_epochs_change_the_augmentation_and_seeds_the_masks(sets, tokenizer) -> 
 def test_what_a_batch_holds(sets, tokenizer) -> None:
     batch = next(loader(sets.config(), tokenizer))
     paired = batch["report_id"] >= 0
-    assert batch["image"].shape == (8, 1, 32, 32) and batch["attention"].shape == (8, 4, 4) and batch["noise"].shape == (8, 16)
+    assert (
+        batch["image"].shape == (8, 1, 32, 32)
+        and batch["attention"].shape == (8, 4, 4)
+        and batch["noise"].shape == (8, 16)
+    )
     assert paired.any() and (~paired).any() and batch["has_attention"].all()
     hidden = batch["target_tokens"] >= 0
     assert hidden[paired].any(1).all() and not hidden[~paired].any()

@@ -25,9 +25,7 @@ def test_every_sample_once_an_epoch(counts: list[int], streams: int, block: int,
         return
     order = order_of([counts], [1], streams, block)
     length = total // streams
-    seen = Counter(
-        order.locate(v, p) for v in range(streams) for p in range(epoch * length, (epoch + 1) * length)
-    )
+    seen = Counter(order.locate(v, p) for v in range(streams) for p in range(epoch * length, (epoch + 1) * length))
     assert max(seen.values()) == 1
     assert {place.epoch for place in seen} == {epoch}
     assert len(seen) == total - order.sets[0].remainder and order.sets[0].remainder < streams

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import torch.multiprocessing
-from mmclip_kernels import contrastive_loss
-from mmclip_kernels import reference
+from mmclip_kernels import contrastive_loss, reference
 from torch import Tensor
 
 
@@ -81,7 +80,10 @@ def test_empty_batch_is_zero() -> None:
         ({"text": torch.zeros(4, 7)}, "must share E"),
         ({"text": torch.zeros(3, 8)}, "as many images as texts"),
         ({"image_ids": torch.zeros(4, dtype=torch.int64)}, "both image_ids and text_ids"),
-        ({"image_ids": torch.zeros(3, dtype=torch.int64), "text_ids": torch.zeros(4, dtype=torch.int64)}, "one id a row"),
+        (
+            {"image_ids": torch.zeros(3, dtype=torch.int64), "text_ids": torch.zeros(4, dtype=torch.int64)},
+            "one id a row",
+        ),
         ({"scale": torch.ones(2)}, "one number"),
         ({"impl": "cuda"}, "not available"),
         ({"chunk": 0}, "at least 1"),
@@ -127,7 +129,9 @@ def test_ragged_ranks_equal_one_process(factor: float, tmp_path) -> None:
     """Averaging each rank's gradient over the ranks gives the gradient of the global loss; the scale's once."""
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [context.Process(target=_rank, args=(r, str(tmp_path / "store"), factor, results)) for r in range(len(SIZES))]
+    ranks = [
+        context.Process(target=_rank, args=(r, str(tmp_path / "store"), factor, results)) for r in range(len(SIZES))
+    ]
     for process in ranks:
         process.start()
     gathered = sorted(results.get(timeout=120) for _ in ranks)

@@ -90,7 +90,8 @@ def test_a_rank_may_hold_one_kind_of_sample(sets, tokenizer, kind: str, mode: st
     url, sidecars = (sets.paired, "paired") if kind == "only reports" else (sets.unpaired, "unpaired")
     entities = f", entities: {sets.sidecar('entities')}" if kind == "only reports" else ""
     config = sets.config(
-        f"attmim.mode={mode}", f"data.sources=[{{url: {url}, attention: {sets.sidecar('attention', sidecars)}{entities}}}]"
+        f"attmim.mode={mode}",
+        f"data.sources=[{{url: {url}, attention: {sets.sidecar('attention', sidecars)}{entities}}}]",
     )
     model = model_of(config, tokenizer)
     losses = model(next(loader(config, tokenizer)))

@@ -14,10 +14,10 @@ from mmclip_dist.evaluate.report.numbers import is_known, power_of_ten, signific
 Point = tuple[float, float]
 """(step, value), both finite."""
 
-WIDTH, HEIGHT = 360.0, 204.0  # of the view box; about the pixels on screen, so that text keeps its size
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 350.0, 26.0, 168.0  # the plotting area inside it
+WIDTH, HEIGHT = 360.0, 212.0  # of the view box; about the pixels on screen, so that text keeps its size
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 350.0, 34.0, 176.0  # the plotting area inside it
 
-_DOTS = 60  # up to here every point gets a mark; from here on a smooth line is drawn over the raw one
+_DOTS = 60  # points of a stretch: up to here each gets a mark, above it a noisy one gets a smooth line over the raw one
 _DRAWN = 300  # points of a line at most: one a pixel of the plotting area
 _TABLED = 40  # rows of a table at most
 _ROOM_FOR_LABEL = 62.0  # view box units that the name of a phase takes
@@ -25,7 +25,8 @@ _ROOM_FOR_LABEL = 62.0  # view box units that the name of a phase takes
 
 @dataclass(frozen=True)
 class LineChart:
-    """One quantity over steps. steps: ends of the axis; boundary: last step of the warm-up; from_zero: y starts at 0.
+    """One quantity over steps. steps: ends of the axis; boundary: last step of the warm-up; from_zero: y starts at 0;
+    noisy: long stretches are smoothed.
 
     points may hold None and nan, which leave a gap.
     """
@@ -36,19 +37,29 @@ class LineChart:
     steps: tuple[float, float]
     boundary: float | None = None
     from_zero: bool = False
+    noisy: bool = False
 
     @property
     def known(self) -> list[Point]:
         return [(step, value) for step, value in self.points if value is not None and is_known(value)]
 
     @property
-    def is_smoothed(self) -> bool:
-        return len(self.known) > _DOTS
+    def stretches(self) -> list[list[Point]]:
+        """The known points, cut at gaps and at the boundary, where a loss may jump."""
+        found: list[list[Point]] = [[]]
+        for step, value in self.points:
+            if self.boundary is not None and found[-1] and found[-1][-1][0] <= self.boundary < step:
+                found.append([])
+            if value is not None and is_known(value):
+                found[-1].append((step, value))
+            else:
+                found.append([])
+        return [stretch for stretch in found if stretch]
 
     @property
     def window(self) -> int:
-        """Points in one mean of the smooth line; odd."""
-        return max(3, len(self.known) // 20) | 1
+        """Rows in the longest mean of the smooth lines; 0: none is smoothed."""
+        return max((window(stretch) for stretch in self.stretches), default=0) if self.noisy else 0
 
 
 @dataclass(frozen=True)
@@ -82,13 +93,17 @@ def value_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]
     return low - margin, high + margin
 
 
-def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Centred mean over `window` points, fewer at the ends, so that the line neither lags nor loses its ends."""
-    half = window // 2
+def window(stretch: Sequence[Point]) -> int:
+    """Points that one mean of a smooth line takes, odd; 0 for a stretch too short to be smoothed."""
+    return len(stretch) // 10 | 1 if len(stretch) > _DOTS else 0
+
+
+def smooth(points: Sequence[Point], size: int) -> list[Point]:
+    """Centred mean over `size` points, over those there are at the ends: the line does not lag and keeps its length."""
+    half = size // 2
     means = []
     for number, (step, _) in enumerate(points):
-        near = min(half, number, len(points) - 1 - number)
-        values = [value for _, value in points[number - near : number + near + 1]]
+        values = [value for _, value in points[max(0, number - half) : number + half + 1]]
         means.append((step, sum(values) / len(values)))
     return means
 
@@ -116,16 +131,20 @@ def line_chart(chart: LineChart) -> Markup:
         _value_axis(y_low, y_high, down, chart.unit),
         _step_axis(chart.steps, across),
     ]
-    for stretch in _stretches(chart):
-        if chart.is_smoothed:
-            parts.append(_path(thin(stretch, _DRAWN), across, down, "raw"))
-            parts.append(_path(thin(smooth(stretch, chart.window), _DRAWN), across, down, "line"))
-        else:
-            parts.append(_path(stretch, across, down, "line"))
-            parts += [_dot(point, across, down) for point in stretch]
+    for stretch in chart.stretches:
+        parts += _drawn(stretch, chart.noisy, across, down)
     return Markup('<svg class="chart" role="img" viewBox="0 0 {:.0f} {:.0f}"><title>{}</title>{}</svg>').format(
         WIDTH, HEIGHT, description(chart), Markup("").join(parts)
     )
+
+
+def _drawn(stretch: Sequence[Point], noisy: bool, across: Scale, down: Scale) -> list[Markup]:
+    if len(stretch) <= _DOTS:
+        return [_path(stretch, across, down, "line"), *(_dot(point, across, down) for point in stretch)]
+    if not noisy:
+        return [_path(thin(stretch, _DRAWN), across, down, "line")]
+    means = smooth(stretch, window(stretch))
+    return [_path(thin(stretch, _DRAWN), across, down, "raw"), _path(thin(means, _DRAWN), across, down, "line")]
 
 
 def description(chart: LineChart) -> str:
@@ -143,19 +162,6 @@ def table_rows(chart: LineChart) -> list[tuple[str, str]]:
     every = max(1, math.ceil((len(points) - 1) / (_TABLED - 1)))
     rows = [*points[:-1:every], *points[-1:]]
     return [(f"{step:,.0f}", significant(value, 4)) for step, value in rows]
-
-
-def _stretches(chart: LineChart) -> list[list[Point]]:
-    """The known points, cut at gaps; smoothing must not reach over the boundary either, where a loss may jump."""
-    found: list[list[Point]] = [[]]
-    for step, value in chart.points:
-        crosses = chart.boundary is not None and found[-1] and found[-1][-1][0] <= chart.boundary < step
-        gap = value is None or not is_known(value)
-        if gap or (crosses and chart.is_smoothed):
-            found.append([])
-        if value is not None and not gap:
-            found[-1].append((step, value))
-    return [stretch for stretch in found if stretch]
 
 
 def _path(points: Sequence[Point], across: Scale, down: Scale, name: str) -> Markup:
@@ -238,12 +244,16 @@ def _boundary(boundary: float | None, steps: tuple[float, float], across: Scale)
     return shade + line + Markup("").join(names)
 
 
-def bar(share: float, label: str, *, reference: float | None = None, bounds: tuple[float, float] | None = None) -> Markup:
-    """A horizontal bar over the whole width of its cell. share, reference, bounds: in [0, 1]; label: its spoken text."""
+def bar(
+    share: float, label: str, *, reference: float | None = None, bounds: tuple[float, float] | None = None
+) -> Markup:
+    """A horizontal bar, as wide as its cell at 1. share, reference, bounds: in [0, 1]; label: its spoken text."""
     parts = [Markup('<rect class="bar" x="0" y="25%" height="50%" width="{:.2f}%"/>').format(100 * share)]
     if reference is not None:
-        parts.append(Markup('<line class="reference" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>').format(100 * reference))
+        line = Markup('<line class="reference" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>')
+        parts.append(line.format(100 * reference))
     if bounds is not None and all(is_known(bound) for bound in bounds):
         low, high = (100 * bound for bound in bounds)
-        parts.append(Markup('<line class="whisker" x1="{:.2f}%" x2="{:.2f}%" y1="50%" y2="50%"/>').format(low, high))
+        line = Markup('<line class="whisker" x1="{:.2f}%" x2="{:.2f}%" y1="{}%" y2="{}%"/>')
+        parts += [line.format(low, high, 50, 50), line.format(low, low, 32, 68), line.format(high, high, 32, 68)]
     return Markup('<svg class="bars" role="img"><title>{}</title>{}</svg>').format(label, Markup("").join(parts))

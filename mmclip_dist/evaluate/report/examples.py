@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ _PANELS = 4
 _LONG_SIDE = 320  # pixels of an embedded picture: sharp at the width it is shown at, some 15 kB as JPEG
 _SCORES = 10  # rows of a panel's table at most
 
-# Cividis: dark blue to yellow, made to look the same with colour-blind eyes (Nunez et al., 2018); every 51st of 256.
-_CIVIDIS = np.array([(0, 34, 78), (60, 77, 110), (104, 104, 112), (148, 142, 119), (200, 184, 102), (254, 232, 56)])
-_OPACITY = (0.10, 0.72)  # of the lowest and of the highest score: the image stays visible where attention is low
+# Viridis: purple to yellow, lighter throughout, so that colour-blind eyes read it too; every 51st of its 256 colours.
+_VIRIDIS = np.array([(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)])
+_OPACITY = (0.15, 0.65)  # of the lowest and of the highest score: the image stays visible where attention is low
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,19 @@ def _panel(members: Mapping[str, bytes], grid: np.ndarray, scores: Mapping[str, 
     shown = rows[: max(_SCORES, sum(row.label == 1 for row in rows))]
     return Panel(
         _data_uri(picture, "JPEG", quality=88), _data_uri(heat_map(grid), "PNG"), width, height,
-        tuple(Box(**box) for box in about.get("boxes", ())), tuple(shown), len(rows) - len(shown),
+        tuple(_box(box) for box in about.get("boxes", ())), tuple(shown), len(rows) - len(shown),
     )  # fmt: skip
+
+
+def _box(values: Mapping[str, Any]) -> Box:
+    x, y, width, height = (float(values[name]) for name in ("x", "y", "width", "height"))
+    return Box(str(values["label"]), x, y, width, height)
 
 
 def _scores(labels: Mapping[str, int | None], scores: Mapping[str, float]) -> list[Score]:
     """Classes that are present first, then the others; each part by falling score."""
-    rows = [Score(name, label if (label := labels.get(name)) in (0, 1) else None, value) for name, value in scores.items()]
+    known = {name: label for name, label in labels.items() if label in (0, 1)}
+    rows = [Score(name, known.get(name), value) for name, value in scores.items()]
     return sorted(rows, key=lambda row: (row.label != 1, -row.value))
 
 
@@ -157,8 +164,8 @@ def heat_map(grid: np.ndarray) -> Image.Image:
     """Scores [rows, cols] -> RGBA picture of that many pixels, from the lowest score (dark, clear) to the highest."""
     spread = float(grid.max() - grid.min())
     share = (grid - grid.min()) / spread if spread > 0 else np.zeros_like(grid)
-    places = np.linspace(0, 1, len(_CIVIDIS))
-    colours = [np.interp(share, places, channel) for channel in _CIVIDIS.T]
+    places = np.linspace(0, 1, len(_VIRIDIS))
+    colours = [np.interp(share, places, channel) for channel in _VIRIDIS.T]
     opacity = 255 * (_OPACITY[0] + (_OPACITY[1] - _OPACITY[0]) * share)
     return Image.fromarray(np.stack([*colours, opacity], axis=-1).round().astype(np.uint8), "RGBA")
 

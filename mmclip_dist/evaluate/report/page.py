@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,12 +46,13 @@ class BarRow:
 
 @dataclass(frozen=True)
 class DrawnChart:
-    """svg: None where nothing was logged that could be drawn. smoothed: points in each mean of the line, 0: raw."""
+    """svg: None where no value is finite; smoothed: rows in a mean of the line, 0 for none; logged: rows there are."""
 
     title: str
     unit: str
     svg: Markup | None
     smoothed: int
+    logged: int
     table: list[tuple[str, str]]
 
 
@@ -64,17 +64,19 @@ def build_report(folder: Path, stages: Sequence[tuple[str, float]] = (), images:
     ValueError if the folder holds no run, or if one of its files or of the sets cannot be read.
     """
     job = read_job(Path(folder), stages)
-    gallery = _gallery(job, images)
+    gallery, charts = _gallery(job, images), _loss_charts(job) + _other_charts(job)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmclip_dist.evaluate.report", "."), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     page = environment.get_template("template.html").render(
-        job=job, title=run_title(job), key_figures=key_figures(job), losses=_loss_charts(job), others=_other_charts(job),
+        job=job, title=run_title(job), subtitle=_subtitle(job), key_figures=key_figures(job), charts=charts,
+        smoothed=max((chart.smoothed for chart in charts), default=0),
         classes=_class_bars(job.result) if job.result else [],
         mean=_macro_bar(job.result) if job.result else None, stages=_stage_bars(job.stages), gallery=gallery,
         wants_images=bool(images), sources=training_sets(job.phases), synthetic=synthetic_sets(job, gallery),
-        commands=_commands(job.phases), environment=_last_environment(job.phases), numbers=numbers,
+        commands=_commands(job.phases), evaluate=_evaluate_command(job),
+        environment=_last_environment(job.phases), numbers=numbers,
     )  # fmt: skip
     path = Path(folder) / "report.html"
     write_atomic(str(path), page.encode())
@@ -95,6 +97,15 @@ def run_title(job: Job) -> str:
         if recipes:
             return Path(recipes[0]).stem
     return job.folder.resolve().name
+
+
+def _subtitle(job: Job) -> str:
+    parts = [f"folder {job.folder.resolve().name}"]
+    if job.phases[0].name:
+        parts.append("quick start: " + " and ".join(phase.name for phase in job.phases))
+    if job.result:
+        parts.append(f"evaluated on {', '.join(job.result.datasets)}")
+    return " · ".join(parts)
 
 
 def synthetic_sets(job: Job, gallery: Gallery | None) -> list[str]:
@@ -133,7 +144,7 @@ def key_figures(job: Job) -> list[KeyFigure]:
         KeyFigure(
             "Samples per second",
             numbers.significant(usual_speed(job.phases)),
-            "median" + (" of the MMCLIP phase" if job.boundary is not None else ""),
+            "median" + (", MMCLIP phase" if job.boundary is not None else ""),
         ),
         KeyFigure(
             "Wall time",
@@ -148,20 +159,20 @@ def _class_bars(result: ZeroShot) -> list[BarRow]:
 
     def order(entry: tuple[str, float]) -> tuple[bool, float, str]:
         name, auc = entry
-        return (not math.isfinite(auc), -auc if math.isfinite(auc) else 0.0, name)
+        return (not numbers.is_known(auc), -auc if numbers.is_known(auc) else 0.0, name)
 
     return [_auc_bar(name, auc) for name, auc in sorted(result.per_class.items(), key=order)]
 
 
 def _auc_bar(name: str, auc: float) -> BarRow:
     figure = numbers.fixed(auc, 3)
-    share = auc if math.isfinite(auc) else 0.0
+    share = auc if numbers.is_known(auc) else 0.0
     return BarRow(name, bar(share, f"{name}: AUC {figure}, chance 0.5", reference=_CHANCE), figure)
 
 
 def _macro_bar(result: ZeroShot) -> BarRow:
     figure = numbers.fixed(result.auc_macro, 3)
-    share = result.auc_macro if math.isfinite(result.auc_macro) else 0.0
+    share = result.auc_macro if numbers.is_known(result.auc_macro) else 0.0
     drawn = bar(
         share, f"Macro mean: AUC {figure}, 95% interval {numbers.interval(result.auc_macro_ci95)}",
         reference=_CHANCE, bounds=result.auc_macro_ci95,
@@ -174,10 +185,14 @@ def _stage_bars(stages: Sequence[tuple[str, float]]) -> list[BarRow]:
     return [
         BarRow(
             name, bar(seconds / total, f"{name}: {numbers.duration(seconds)}"),
-            numbers.duration(seconds), f"{seconds / total:.0%}",
+            numbers.duration(seconds), _share(seconds / total),
         )
         for name, seconds in stages
     ]  # fmt: skip
+
+
+def _share(share: float) -> str:
+    return "< 1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 # -- Charts -----------------------------------------------------------------------------------------------------------
@@ -187,36 +202,36 @@ def _loss_charts(job: Job) -> list[DrawnChart]:
     """One chart a term; the known terms first, in the order of the method, then any other."""
     found = {name for row in job.rows for name in row["loss"]}
     names = [name for name in _LOSSES if name in found] + sorted(found - set(_LOSSES))
-    return [
-        _draw(job, *_LOSSES.get(name, (f"{name} loss", "loss")), lambda row, name=name: row["loss"].get(name))  # type: ignore[misc]
-        for name in names
-    ]
+    return [_loss_chart(job, name) for name in names]
+
+
+def _loss_chart(job: Job, name: str) -> DrawnChart:
+    title, unit = _LOSSES.get(name, (f"{name} loss", "unit not known"))
+    return _draw(job, title, unit, lambda row: row["loss"].get(name), noisy=True)
 
 
 def _other_charts(job: Job) -> list[DrawnChart]:
     if not job.rows:
         return []
     return [
-        _draw(job, "Learning rate", "per step", lambda row: row["lr"], from_zero=True),
-        _draw(job, "Temperature", "divides the similarity", lambda row: row["temperature"]),
-        _draw(job, "Throughput", "samples/s", lambda row: row["samples_per_s"], from_zero=True),
-        _draw(job, "Waiting for data", "% of the time", lambda row: _percent(row["data_wait"]), from_zero=True),
+        _draw(job, "Learning rate", "dimensionless", lambda row: row["lr"], from_zero=True),
+        _draw(job, "Temperature", "dimensionless", lambda row: row["temperature"]),
+        _draw(job, "Throughput", "samples/s", lambda row: row["samples_per_s"], from_zero=True, noisy=True),
+        _draw(job, "Waiting for data", "% of the time", _waiting, from_zero=True, noisy=True),
         _draw(job, "Host memory of the first rank", "GiB", lambda row: row["memory_gib"], from_zero=True),
     ]
 
 
-def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
+def _waiting(row: Row) -> float:
+    return 100.0 * row["data_wait"]
 
 
-def _draw(
-    job: Job, title: str, unit: str, value: Callable[[Row], float | None], *, from_zero: bool = False
-) -> DrawnChart:  # fmt: skip
+def _draw(job: Job, title: str, unit: str, value: Callable[[Row], float | None], **options: bool) -> DrawnChart:
+    """options: from_zero and noisy, as of `LineChart`."""
     points = tuple((float(row["step"]), value(row)) for row in job.rows)
-    chart = LineChart(title, unit, points, _step_axis(job), job.boundary, from_zero)
-    return DrawnChart(
-        title, unit, line_chart(chart) if chart.known else None, chart.window if chart.is_smoothed else 0, table_rows(chart)
-    )
+    chart = LineChart(title, unit, points, _step_axis(job), job.boundary, **options)
+    svg = line_chart(chart) if chart.known else None
+    return DrawnChart(title, unit, svg, chart.window, len(points), table_rows(chart))
 
 
 def _step_axis(job: Job) -> tuple[float, float]:
@@ -235,6 +250,12 @@ def _commands(phases: Sequence[Phase]) -> list[tuple[str, str]]:
         for phase in phases
         if phase.environment and phase.environment.get("command")
     ]
+
+
+def _evaluate_command(job: Job) -> str:
+    """What writes the zeroshot.json that is missing."""
+    words = ["--checkpoint", str(job.phases[-1].folder), "--out", str(job.folder / "zeroshot.json")]
+    return f"mmclip evaluate zeroshot SET {shlex.join(words)}"
 
 
 def _last_environment(phases: Sequence[Phase]) -> list[tuple[str, str]]:

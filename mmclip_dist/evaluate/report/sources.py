@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,29 +14,30 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.storage import local_path
 
 from mmclip_dist.engine.run import METRICS, read_metrics
+from mmclip_dist.evaluate.report.numbers import is_known
 from mmclip_dist.evaluate.zeroshot import ZeroShot, load_result
 
 Row = dict[str, Any]
 """One line of metrics.jsonl."""
 
 _RUN_FILES = (METRICS, "config.yaml", "environment.json")
+_ROW_FIELDS = {"step", "samples", "loss", "lr", "temperature", "samples_per_s", "data_wait", "memory_gib"}
 _PHASES = (("warmup", "warm-up"), ("train", "MMCLIP"))  # sub-folder of a quick start, its name in the report
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One training run. rows: ascending in step; config: the text of config.yaml; None: that file is not there."""
+    """One training run. rows: ascending in step; config: the text of config.yaml, settings: its tree.
+
+    None, or an empty tree: that file is not there.
+    """
 
     name: str
     folder: Path
     rows: tuple[Row, ...]
     config: str | None
+    settings: dict[str, Any]
     environment: dict[str, Any] | None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The tree in config.yaml, empty without one."""
-        return (yaml.safe_load(self.config) or {}) if self.config else {}
 
 
 @dataclass(frozen=True)
@@ -93,18 +93,32 @@ def _is_run(folder: Path) -> bool:
 
 def _read_phase(name: str, folder: Path) -> Phase:
     config, environment = folder / "config.yaml", folder / "environment.json"
+    text = config.read_text() if config.is_file() else None
     return Phase(
-        name, folder, tuple(_read_rows(folder)),
-        config.read_text() if config.is_file() else None,
+        name, folder, tuple(_read_rows(folder)), text, _read_settings(config, text) if text else {},
         _read_json(environment) if environment.is_file() else None,
     )  # fmt: skip
 
 
+def _read_settings(path: Path, text: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    return tree
+
+
 def _read_rows(folder: Path) -> list[Row]:
     try:
-        return read_metrics(folder)
+        rows = read_metrics(folder)
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / METRICS} has a line that is no JSON ({error}); delete that line") from error
+    for number, row in enumerate(rows, start=1):
+        if lacking := _ROW_FIELDS - set(row):
+            raise ValueError(f"{folder / METRICS}, line {number}, lacks {', '.join(sorted(lacking))}; delete that line")
+    return rows
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -145,7 +159,7 @@ def training_seconds(phases: Sequence[Phase]) -> float | None:
     rows = [(row, phase.settings.get("log_every", 0)) for phase in phases for row in phase.rows]
     for number, (row, log_every) in enumerate(rows):
         speed, step = row["samples_per_s"], row["step"]
-        if speed is None or not math.isfinite(speed) or speed <= 0 or step <= 0:
+        if not is_known(speed) or speed <= 0 or step <= 0:
             return None
         if number == 0 and log_every:
             before = max(0, step - log_every)
@@ -157,7 +171,7 @@ def training_seconds(phases: Sequence[Phase]) -> float | None:
 def usual_speed(phases: Sequence[Phase]) -> float | None:
     """Median samples/s of the last phase that logged any: its first row, with the start-up in it, hardly counts."""
     for phase in reversed(phases):
-        speeds = [row["samples_per_s"] for row in phase.rows if math.isfinite(row["samples_per_s"])]
+        speeds = [row["samples_per_s"] for row in phase.rows if is_known(row["samples_per_s"])]
         if speeds:
             return float(median(speeds))
     return None

@@ -1,0 +1,118 @@
+"""The run folder, the DeepSpeed configuration, the quarantine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mmclip_dist.config import load_config
+from mmclip_dist.engine.checkpoint import checkpoint_path, newest_checkpoint, resolve_checkpoint
+from mmclip_dist.engine.deepspeed_engine import deepspeed_json, parameter_groups
+from mmclip_dist.engine.quarantine import Quarantine
+from mmclip_dist.engine.run import MetricsLog, describe, locked, read_metrics
+
+
+def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    config = load_config("quickstart", [f"run_dir={tmp_path}"])
+    describe(tmp_path, config, 2, {})
+    describe(tmp_path, config, 2, {})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"another configuration \(differs in lr\)"):
+        describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}", "optim.lr=1"]), 2, {})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["world_size"] == 2 and environment["versions"]["torch"] == torch.__version__
+
+
+def _hold(folder: Path, ready: multiprocessing.Queue) -> None:
+    with locked(folder):
+        ready.put(True)
+        multiprocessing.Event().wait(60)
+
+
+def test_two_runs_cannot_share_a_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready = context.Queue()
+    other = context.Process(target=_hold, args=(tmp_path, ready))
+    other.start()
+    assert ready.get(timeout=60)
+    with pytest.raises(ValueError, match="another run is working"), locked(tmp_path, wait_s=0.5):
+        pass
+    other.kill()
+    with locked(tmp_path, wait_s=10):
+        pass
+    other.join()
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as handle:
+        handle.write('{"step": 40, "lo')  # killed while it wrote
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
+    MetricsLog(tmp_path, 20).write({"step": 30, "again": True})
+    assert read_metrics(tmp_path) == [{"step": 10}, {"step": 20}, {"step": 30, "again": True}]
+
+
+def test_a_torn_checkpoint_is_never_found(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for step in (5, 20):
+        checkpoint_path(tmp_path, step).mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000030.writing").mkdir()
+    (tmp_path / "checkpoints" / "step-00000040.bak").mkdir()
+    assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 20)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        resolve_checkpoint(str(tmp_path / "nowhere"))
+
+
+def test_deepspeed_json_is_derived_and_the_passthrough_wins() -> None:
+    config = load_config(
+        "quickstart", ["zero_stage=2", "deepspeed={zero_optimization: {overlap_comm: true}, prescale_gradients: true}"]
+    )
+    found = deepspeed_json(config, 2, gpu=False)
+    assert found["train_batch_size"] == config.optim.global_batch == 2 * found["train_micro_batch_size_per_gpu"]
+    assert found["zero_optimization"] == {"stage": 2, "overlap_comm": True} and found["prescale_gradients"] is True
+    assert found["gradient_clipping"] == config.optim.clip and found["bf16"]["enabled"] is False
+
+
+def test_norms_biases_tokens_and_the_temperature_do_not_decay() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    model.token = torch.nn.Parameter(torch.zeros(1, 1, 4))
+    model.scale = torch.nn.Parameter(torch.zeros(1))
+    decayed, plain = parameter_groups(model, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
+    assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def batch_with(bad: int) -> dict:
+    return {"replaced": [(f"k{i}", "cut") for i in range(bad)], "keys": [str(i) for i in range(100)]}
+
+
+def test_too_many_undecodable_samples_stop_the_run(tmp_path: Path, one_rank: None) -> None:
+    quarantine = Quarantine(tmp_path, 0.01, torch.device("cpu"))
+    quarantine.count(batch_with(2), 1)  # two in the first batch are no measure
+    quarantine.count(batch_with(0), 2)
+    quarantine.count(batch_with(0), 3)
+    quarantine.count(batch_with(2), 4)  # 4 of 400 is the limit
+    with pytest.raises(ValueError, match=r"6 of 500 .*/quarantine-"):
+        quarantine.count(batch_with(2), 5)
+    listed = [json.loads(line) for line in (tmp_path / "quarantine-0.jsonl").read_text().splitlines()]
+    assert len(listed) == 6 and listed[0] == {"step": 1, "key": "k0", "reason": "cut"}
+
+
+def test_none_allowed_means_none(tmp_path: Path, one_rank: None) -> None:
+    with pytest.raises(ValueError, match="1 of 100"):
+        Quarantine(tmp_path, 0.0, torch.device("cpu")).count(batch_with(1), 1)
