@@ -41,7 +41,9 @@ def train(config: Config) -> None:
     with locked(run_dir) if first else nullcontext():
         tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
         readers = world * max(1, config.data.workers)
-        open_shards = 16 + 2 * config.data.streams // readers  # a stream lies in two shards at most, or crosses into more
+        open_shards = (
+            16 + 2 * config.data.streams // readers
+        )  # a stream lies in two shards at most, or crosses into more
         sets = [JoinedSet(source, open_shards) for source in config.data.sources]
         diseases = config.prompts.diseases or label_names(sets)
         order = build_order(sets, config.data, config.seed)

@@ -40,8 +40,8 @@ class Synthetic:
     """The embedded data: how much is drawn. Nothing of it is real."""
 
     paired: int = 5000
-    unpaired: int = 1500
-    size: int = 96
+    unpaired: int = 2500
+    size: int = 72
     seed: int = 0
 
 

@@ -1,8 +1,8 @@
 """Checkpoints: written under a temporary name, published whole by one rename.
 
 `checkpoints/step-00001000/` holds DeepSpeed's state (weights, optimizer) and, for every use that is not training,
-`model.safetensors` with `config.yaml` and `meta.json`. The folder `tokenizer/` and the label names make it complete:
-a checkpoint can be moved and used without its run.
+`model.safetensors` with `config.yaml` and `meta.json`. The encoders' shapes, the tokenizer and the prompts make it
+complete: a checkpoint can be moved and used without its run, and without the weights that the run started from.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from mmclip_dist.config import Config, dump_config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.model.build import build_model
 from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.model.prompts import prompts_source
 
 _NAME = re.compile(r"step-(\d{8})")
-_WEIGHTS, _CONFIG, _META, _TOKENIZER = "model.safetensors", "config.yaml", "meta.json", "tokenizer"
+_WEIGHTS, _CONFIG, _META = "model.safetensors", "config.yaml", "meta.json"
+_TOKENIZER, _PROMPTS = "tokenizer", "prompts.yaml"
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,7 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
     dist.barrier()
     engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
     if first:
-        weights = {
-            name: value.detach().float().cpu().contiguous() for name, value in engine.module.state_dict().items()
-        }
-        save_file(weights, temporary / _WEIGHTS)
-        (temporary / _CONFIG).write_text(dump_config(config))
-        tokenizer.save_pretrained(str(temporary / _TOKENIZER))
-        (temporary / _META).write_text(json.dumps(vars(meta)))
+        write_model(temporary, engine.module, tokenizer, config, meta)
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -91,6 +87,17 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
         for old in sorted(run_dir.glob("checkpoints/step-*"))[: -config.checkpoint.keep]:
             shutil.rmtree(old)
     dist.barrier()
+
+
+def write_model(folder: Path, model: MMCLIP, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta) -> None:
+    """Write what `load_model` reads: all that evaluation and the offline stages need."""
+    weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS)
+    (folder / _CONFIG).write_text(dump_config(config))
+    tokenizer.save_pretrained(str(folder / _TOKENIZER))
+    model.save_shapes(folder)
+    (folder / _PROMPTS).write_text(prompts_source(config.prompts.file).read_text())
+    (folder / _META).write_text(json.dumps(vars(meta)))
 
 
 def _sync(folder: Path, deep: bool = True) -> None:
@@ -121,9 +128,12 @@ def resume(run_dir: Path, engine: Any, config: Config) -> int:
 
 def load_model(checkpoint: Path) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
     """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta."""
-    config, meta = load_config(str(checkpoint / _CONFIG)), read_meta(checkpoint)
+    config, meta = (
+        load_config(str(checkpoint / _CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"]),
+        read_meta(checkpoint),
+    )
     tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
-    model = build_model(config, tokenizer, meta.diseases, pretrained=False)
+    model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
     model.load_state_dict(load_file(checkpoint / _WEIGHTS))
     return model.eval(), tokenizer, config, meta
 

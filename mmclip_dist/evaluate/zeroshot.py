@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
+from mmclip_shards.storage import write_atomic
 from torch import Tensor
 
 from mmclip_dist.data.batch import Batch, Example, collate, to_device
@@ -132,10 +133,12 @@ def _summarise(
 
 
 def save_result(result: ZeroShot, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), indent=2) + "\n")
+    write_atomic(str(path), (json.dumps(asdict(result), indent=2) + "\n").encode())
 
 
 def load_result(path: Path) -> ZeroShot:
-    values: dict[str, Any] = json.loads(path.read_text())
-    return ZeroShot(**values | {name: tuple(values[name]) for name in ("auc_macro_ci95", "left_out", "datasets")})
+    values = json.loads(path.read_text())
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return ZeroShot(**fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,14 +14,14 @@ from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
 
 
 def build_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, diseases: Sequence[str], *, pretrained: bool = True
+    config: Config, tokenizer: PreTrainedTokenizerBase, diseases: Sequence[str], *, stored: Path | None = None
 ) -> MMCLIP:
     """The model, the same on every rank: random weights come from `config.seed` alone.
 
-    pretrained=False skips loading pretrained weights that a checkpoint is about to replace, keeping their shape.
+    stored: a checkpoint whose weights are about to be loaded, so that pretrained ones need not be.
     """
     prompts = load_prompts(diseases, config.prompts.file)
     tokens, mask = tokenize_prompts(prompts, tokenizer, config.model.text.max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return MMCLIP(config, vocabulary=len(tokenizer), prompt_tokens=tokens, prompt_mask=mask)
+        return MMCLIP(config, vocabulary=len(tokenizer), prompt_tokens=tokens, prompt_mask=mask, stored=stored)

@@ -16,9 +16,15 @@ class VisionEncoder(nn.Module):
     """ViT over single-channel radiographs. It has no use for a [CLS] token: features are pooled over patches, so that a
     patch and a whole image live in one space and attention scores need no training of their own."""
 
-    def __init__(self, config: ImageEncoder) -> None:
+    def __init__(self, config: ImageEncoder, stored: Path | None = None) -> None:
+        """stored: folder with the shape that a checkpoint was trained in, whose weights are about to be loaded."""
         super().__init__()
-        self.vit = _load_vit(config) if config.pretrained else ViTModel(_vit_config(config), add_pooling_layer=False)
+        if stored:
+            self.vit = ViTModel(ViTConfig.from_pretrained(stored), add_pooling_layer=False)
+        elif config.pretrained:
+            self.vit = _load_vit(config)
+        else:
+            self.vit = ViTModel(_vit_config(config), add_pooling_layer=False)
         self.width: int = self.vit.config.hidden_size
         self.patch = config.patch
 
@@ -44,9 +50,12 @@ class VisionEncoder(nn.Module):
 class ReportEncoder(nn.Module):
     """BERT-family encoder of reports and prompts."""
 
-    def __init__(self, config: TextEncoder, vocabulary: int) -> None:
+    def __init__(self, config: TextEncoder, vocabulary: int, stored: Path | None = None) -> None:
+        """vocabulary: tokens of the tokenizer. stored: as in `VisionEncoder`."""
         super().__init__()
-        if config.pretrained:
+        if stored:
+            self.bert = AutoModel.from_config(AutoConfig.from_pretrained(stored), add_pooling_layer=False)
+        elif config.pretrained:
             found = AutoConfig.from_pretrained(_resolve(config.pretrained))
             found.hidden_dropout_prob = found.attention_probs_dropout_prob = 0.0
             self.bert = AutoModel.from_pretrained(_resolve(config.pretrained), config=found, add_pooling_layer=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -58,12 +59,17 @@ class MMCLIP(nn.Module):
     prompt_tokens: Tensor
     prompt_mask: Tensor
 
-    def __init__(self, config: Config, *, vocabulary: int, prompt_tokens: Tensor, prompt_mask: Tensor) -> None:
-        """`vocabulary`: tokens of the tokenizer. prompt_tokens, prompt_mask [R, 2C, T]: see `tokenize_prompts`."""
+    def __init__(
+        self, config: Config, *, vocabulary: int, prompt_tokens: Tensor, prompt_mask: Tensor, stored: Path | None = None
+    ) -> None:
+        """`vocabulary`: tokens of the tokenizer. prompt_tokens, prompt_mask [R, 2C, T]: see `tokenize_prompts`.
+
+        stored: a folder in which `save_shapes` left the encoders' shapes; no pretrained weights are looked for then.
+        """
         super().__init__()
         self.config = config
-        self.vision = VisionEncoder(config.model.image)
-        self.text = ReportEncoder(config.model.text, vocabulary)
+        self.vision = VisionEncoder(config.model.image, stored and stored / "image")
+        self.text = ReportEncoder(config.model.text, vocabulary, stored and stored / "text")
         self.image_head = nn.Linear(self.vision.width, config.model.embed, bias=False)
         self.text_head = nn.Linear(self.text.width, config.model.embed, bias=False)
         # Shape [1]: ZeRO cannot partition a 0-dim parameter in bf16 under gloo.
@@ -80,6 +86,11 @@ class MMCLIP(nn.Module):
         )  # fmt: skip
         self.register_buffer("prompt_tokens", prompt_tokens, persistent=False)
         self.register_buffer("prompt_mask", prompt_mask, persistent=False)
+
+    def save_shapes(self, folder: Path) -> None:
+        """Write what `stored` needs: a checkpoint must not depend on the folder or hub that its encoders came from."""
+        self.vision.vit.config.save_pretrained(folder / "image")
+        self.text.bert.config.save_pretrained(folder / "text")
 
     # -- The objective --------------------------------------------------------------------------------------------
 

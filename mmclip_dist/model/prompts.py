@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import torch
@@ -21,11 +22,15 @@ class PromptTexts:
     texts: tuple[tuple[str, ...], ...]
 
 
+def prompts_source(file: str | None) -> Traversable:
+    """The YAML file of the prompts: the named one, else the embedded one."""
+    return Path(file) if file else resources.files("mmclip_dist") / "model" / "prompts.yaml"
+
+
 def load_prompts(diseases: Sequence[str], file: str | None = None) -> PromptTexts:
     """Prompts of `diseases` (label names) from a YAML file, by default the embedded one. ValueError if it is malformed."""
-    source = Path(file) if file else resources.files("mmclip_dist") / "model" / "prompts.yaml"
     try:
-        document = yaml.safe_load(source.read_text())
+        document = yaml.safe_load(prompts_source(file).read_text())
         present, absent, names = document["present"], document["absent"], document.get("names") or {}
         if len(present) != len(absent) or not present:
             raise ValueError(f"{len(present)} present and {len(absent)} absent templates")

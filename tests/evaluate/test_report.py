@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from mmclip_dist.config import dump_config, load_config
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.engine.checkpoint import checkpoint_path, weights_hash
+from mmclip_dist.engine.checkpoint import Meta, checkpoint_path, weights_hash, write_model
 from mmclip_dist.evaluate.report import build_report
 from mmclip_dist.evaluate.report.charts import LEFT, RIGHT
 from mmclip_dist.evaluate.report.examples import build_gallery, heat_map
@@ -269,11 +269,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sets: Any, tokenizer: PreT
     folder = checkpoint_path(run, 7)
     folder.mkdir(parents=True)
     model = build_model(config, tokenizer, diseases)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.yaml").write_text(dump_config(config))
-    tokenizer.save_pretrained(str(folder / "tokenizer"))
-    meta = {"step": 7, "world_size": 1, "zero_stage": 1, "diseases": diseases, "trained_on": []}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_model(folder, model, tokenizer, config, Meta(7, 1, 1, diseases, ()))
     return run
 
 
