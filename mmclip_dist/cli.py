@@ -242,6 +242,11 @@ def run(application: typer.Typer) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a cluster, a disk or a child process failed: nothing that another argument would mend
+        if "MMCLIP_DEBUG" in os.environ:
+            raise
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130

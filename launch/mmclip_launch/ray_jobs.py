@@ -42,7 +42,7 @@ def local_cluster(log: Path, *, cpus: int, gpus: int = 0) -> Iterator[Cluster]:
     command = [
         "ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-        "--ray-client-server-port=0", f"--num-cpus={cpus}", f"--num-gpus={gpus}", "--object-store-memory=80000000",
+        f"--ray-client-server-port={free_port()}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", "--object-store-memory=80000000",
     ]  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     with child(command, log, env) as head:

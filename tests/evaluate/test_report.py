@@ -18,7 +18,7 @@ import torch
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import dump_config, load_config
