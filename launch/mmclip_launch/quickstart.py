@@ -40,7 +40,7 @@ class Synthetic:
     """The embedded data: how much is drawn. Nothing of it is real."""
 
     paired: int = 5000
-    unpaired: int = 2500
+    unpaired: int = 4000
     size: int = 72
     seed: int = 0
 

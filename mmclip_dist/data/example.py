@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,14 +91,12 @@ class ExampleMaker:
         offsets = np.asarray(encoded["offset_mapping"])
         words = np.asarray([_UNKNOWN if word is None else word for word in encoded.word_ids()])
         spans = [] if entities is None else json.loads(entities)
-        positions = [_tokens_of(offsets, span["start"], span["end"]) for span in spans]
+        overlaps = _tokens_of_spans(offsets, spans)
         hidden = masked_tokens(
-            words, [found for found in positions if len(found)], random,
+            words, [np.flatnonzero(overlap) for overlap in overlaps if overlap.any()], random,
             probability=self.entmlm.probability, word_probability=self.entmlm.word_probability,
         )  # fmt: skip
-        evidence = np.zeros(len(tokens), dtype=bool)
-        for span, found in zip(spans, positions, strict=True):
-            evidence[found] |= not span["negated"]
+        evidence = overlaps[[row for row, span in enumerate(spans) if not span["negated"]]].any(0)
         if not evidence.any():  # nothing but negated findings, or no entity: the words as a whole
             evidence = words >= 0
         return {
@@ -110,6 +109,8 @@ class ExampleMaker:
         }
 
 
-def _tokens_of(offsets: np.ndarray, start: int, end: int) -> np.ndarray:
-    """Positions of the tokens that overlap characters [start, end). offsets [T, 2]; special tokens have none."""
-    return np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start) & (offsets[:, 1] > offsets[:, 0]))
+def _tokens_of_spans(offsets: np.ndarray, spans: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Which tokens overlap which span of characters. offsets [T, 2] -> [spans, T] bool; special tokens overlap none."""
+    bounds = np.array([(span["start"], span["end"]) for span in spans], dtype=np.int64).reshape(-1, 2)
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    return (starts < bounds[:, 1:]) & (ends > bounds[:, :1]) & (ends > starts)

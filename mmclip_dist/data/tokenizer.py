@@ -4,6 +4,7 @@ unless a hub id is named."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
             "model.text.tokenizer is not set: name a transformers tokenizer (id or folder), "
             "or train one with `mmclip tokenizer SET/train --out DIR`"
         )
+    # Reports are tokenised one at a time, where a pool of threads only adds their hand-over.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
