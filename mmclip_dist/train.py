@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmclip_dist.config import Config, Loss, load_config
 from mmclip_dist.data.batch import Batch, to_device
-from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.loader import build_loader, build_order, label_names
 from mmclip_dist.data.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ class ProgressLog:
         left = (self.config.optim.last_step - step) * elapsed / done
         row = {
             "step": step, "samples": step * self.config.optim.global_batch, "loss": means, "lr": rate,
-            "temperature": 1 / float(engine.module.scale()), "samples_per_s": round(samples_per_s, 1),
+            "temperature": 1 / engine.module.scale().detach().item(), "samples_per_s": round(samples_per_s, 1),
             "data_wait": round(self.waited / elapsed, 4), "memory_gib": round(host_memory_gib(), 3),
         }  # fmt: skip
         self.metrics.write(row)
@@ -134,7 +134,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
         exit_with_launcher()
         train(load_config(arguments[0], arguments[1:]))
-    except ValueError as error:
+    except (ValueError, MissingSidecar) as error:
         if "MMCLIP_DEBUG" in os.environ:
             raise
         if os.environ.get("RANK", "0") == "0":

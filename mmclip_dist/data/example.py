@@ -22,6 +22,11 @@ from mmclip_dist.model.masking import masked_tokens
 _UNKNOWN = -1
 
 
+class MissingSidecar(Exception):
+    """A report came without the entities that EntMLM needs. No ValueError: it is no fault of the one sample."""
+
+
+
 @dataclass(frozen=True)
 class ExampleMaker:
     """Turns samples into examples.
@@ -80,7 +85,7 @@ class ExampleMaker:
                 "evidence": nothing.bool(), "report_id": -1,
             }  # fmt: skip
         if entities is None and self.needs_entities:
-            raise LookupError(
+            raise MissingSidecar(
                 f"sample {key} has a report but its source names no entity sidecar: run `mmclip entities SET/train` "
                 "and set `entities` of the source, or train without the term: loss.entity=0"
             )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config, Source
 from mmclip_dist.data.batch import Batch
-from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.loader import build_loader, build_order, label_names
 
@@ -103,7 +103,7 @@ def test_masked_tokens_are_entities(sets, tokenizer) -> None:
 
 def test_a_report_without_entity_sidecar_stops_the_run(sets, tokenizer) -> None:
     config = sets.config(f"data.sources=[{{url: {sets.paired}}}]")
-    with pytest.raises(LookupError, match="mmclip entities"):
+    with pytest.raises(MissingSidecar, match="mmclip entities"):
         next(loader(config, tokenizer))
     assert next(loader(sets.config(f"data.sources=[{{url: {sets.paired}}}]", "loss.entity=0"), tokenizer))
 

@@ -1,0 +1,184 @@
+"""The command line: what a user mistypes is one clear line and exit code 2, and nothing is half-written."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mmclip_launch.cli import app
+from mmclip_launch.quickstart import Job, check
+from mmclip_shards.manifest import load_manifest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mmclip_dist.cli import run
+
+
+def call(*arguments: str) -> tuple[int, str]:
+    """Exit code and all output of `mmclip ...`, in this process."""
+    argv, sys.argv = sys.argv, ["mmclip", *arguments]
+    try:
+        return run(app), ""
+    except SystemExit as stop:
+        return int(stop.code or 0), ""
+    finally:
+        sys.argv = argv
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Six images of three patients, with reports and labels."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = []
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 48), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+        rows.append({"image": f"{number}.png", "patient": f"p{number // 2}", "text": f"Report {number}.", "labels": "Mass|Edema"})
+    write(tmp_path / "table.csv", rows)
+    return tmp_path / "table.csv"
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def pack(table: Path, *more: str) -> int:
+    return call(
+        "pack", "csv", "--table", str(table), "--images", str(table.parent / "images"), "--image-column", "image",
+        "--patient-column", "patient", "--text-column", "text", "--labels-column", "labels",
+        "--splits", "train=.5,test=.5", str(table.parent / "set"), *more,
+    )[0]  # fmt: skip
+
+
+def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(table) == 0
+    train, test = (load_manifest(str(table.parent / "set" / split)) for split in ("train", "test"))
+    assert train.samples + test.samples == 12 and train.samples % 2 == 0
+    assert f"{train.samples} samples in 1 shards" in capsys.readouterr().out
+    assert pack(table) == 0  # again: nothing to do
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[3].update(image="gone.png"), "gone.png|row 5"),
+        (lambda rows: rows[3].update(text=" "), "empty-reports"),
+        (lambda rows: rows[3].update(image=rows[2]["image"]), "row"),
+        (lambda rows: rows[3].update(patient=""), "row 5"),
+        (lambda rows: [row.update(wording=row.pop("text")) for row in rows], "text.*columns|columns.*wording"),
+    ],
+)
+def test_bad_tables_are_one_line_and_leave_nothing(
+    table: Path, capsys: pytest.CaptureFixture[str], change, message: str
+) -> None:
+    import re
+
+    rows = read(table)
+    change(rows)
+    write(table, rows)
+    assert pack(table) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and re.search(message, error[0]), error
+    assert not (table.parent / "set").exists()
+
+
+def test_an_unreadable_image_leaves_nothing(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (table.parent / "images" / "7.png").write_bytes(b"no image")
+    assert pack(table) == 2
+    assert "7.png" in capsys.readouterr().err and not list(table.parent.glob("set/*/*"))
+
+
+def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = read(table)
+    for number, row in enumerate(rows):
+        row["split"] = "train" if number % 2 else "test"
+    write(table, rows)
+    assert pack(table, "--split-column", "split") == 2
+    assert "p0" not in capsys.readouterr().err.split("error:")[1]  # no raw id in a message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config", "quickstart", "optim.step=3"], "did you mean optim.steps"),
+        (["config", "nothing"], "the recipes are"),
+        (["evaluate", "zeroshot", "/nowhere", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["entities", "/nowhere"], "/nowhere"),
+        (["report", "/nowhere"], "/nowhere"),
+        (["tokenizer", "/nowhere", "--out", "/tmp/never"], "/nowhere"),
+        (["quickstart", "--paired", "/nowhere", "--eval", "/nowhere", "--out", "/tmp/never"], "/nowhere"),
+        (["quickstart", "--eval", "/nowhere", "--out", "/tmp/never"], "at least one --paired"),
+        (["quickstart", "--out", "/tmp/never", "optim.stepz=1"], "did you mean optim.steps"),
+        (["quickstart", "--out", "/tmp/never", "data.streams=31"], "does not divide"),
+    ],
+)
+def test_faults_are_one_line_and_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(*arguments)[0] == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not Path("/tmp/never").exists()
+
+
+def test_wrong_options_are_code_2() -> None:
+    assert CliRunner().invoke(app, ["pack", "csv", "--tabel", "x"]).exit_code == 2
+    assert CliRunner().invoke(app, ["quickstart", "--help"]).exit_code == 0
+
+
+def test_config_prints_what_it_would_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call("config", "quickstart", "optim.steps=777")[0] == 0
+    (tmp_path / "saved.yaml").write_text(capsys.readouterr().out)
+    assert call("config", str(tmp_path / "saved.yaml"))[0] == 0
+    assert "steps: 777" in capsys.readouterr().out
+
+
+def test_an_evaluation_set_that_is_trained_on_is_refused_at_once(sets, tmp_path: Path) -> None:
+    job = Job(tmp_path / "out", (sets.paired,), (), (sets.paired,), ("data.streams=4", "optim.global_batch=8"))
+    with pytest.raises(ValueError, match="is trained on"):
+        check(job)
+
+
+def test_too_few_samples_are_said_at_once(sets, tmp_path: Path) -> None:
+    job = Job(tmp_path / "out", (sets.paired,), (), (sets.test,), ("data.streams=128", "optim.global_batch=128"))
+    with pytest.raises(ValueError, match="cannot fill"):
+        check(job)
+
+
+def test_training_without_launcher_says_how_to_start_it() -> None:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+    found = subprocess.run(
+        [sys.executable, "-m", "mmclip_dist.train", "quickstart", "data.sources=[{url: a}]", "loss.entity=0"],
+        capture_output=True, text=True, env=env, timeout=120,
+    )  # fmt: skip
+    assert found.returncode == 2 and "deepspeed --module mmclip_dist.train" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_packing_the_real_tables(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(
+        "pack", "csv", "--table", str(real_data / "covid_cxr/pairs.csv"), "--images", str(real_data / "covid_cxr"),
+        "--image-column", "image", "--text-column", "clinical_notes", "--patient-column", "patientid", str(tmp_path / "covid"),
+    )[0] == 0  # fmt: skip
+    assert call(
+        "pack", "csv", "--table", str(real_data / "nih_cxr1000/labels.csv"), "--images", str(real_data / "nih_cxr1000"),
+        "--image-column", "image", "--labels-column", "finding_labels", "--labels-separator", "|",
+        "--patient-column", "patient_id", str(tmp_path / "nih"),
+    )[0] == 0  # fmt: skip
+    total = {name: [load_manifest(str(tmp_path / name / split)) for split in ("train", "val", "test")] for name in ("covid", "nih")}
+    assert sum(m.samples for m in total["covid"]) == 296 and sum(m.samples for m in total["nih"]) == 1000
+    assert len(total["nih"][0].labels) == 14 and total["covid"][0].labels == ()
