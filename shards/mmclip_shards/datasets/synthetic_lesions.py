@@ -97,8 +97,8 @@ def _pneumothorax(canvas: Canvas, finding: Finding, side: Side) -> Box:
     air = step(-collapsed, 9)
     air *= inside
     dense = np.clip(part.image - np.float32(0.22), 0, 0.2)
-    part.image -= air * (part.vessels + np.float32(0.07) + np.float32(0.35) * dense)
-    part.image += line * np.float32(0.13)
+    part.image -= air * (part.vessels + np.float32(0.14) + np.float32(0.60) * dense)
+    part.image += line * np.float32(0.18)
     return box_of(finding.name, part, air)
 
 
@@ -109,7 +109,7 @@ def _nodule(canvas: Canvas, finding: Finding, side: Side) -> Box:
     x, y = _zone_centre(canvas, finding, rng)
     x += rng.uniform(-0.06, 0.04) * _sign(side)
     radius = (0.066, 0.097, 0.125)[grade] * rng.uniform(0.92, 1.08)
-    return box_of(finding.name, *add_ellipse(canvas, (x, y), (radius, radius), opacity=(0.34, 0.44, 0.54)[grade]))
+    return box_of(finding.name, *add_ellipse(canvas, (x, y), (radius, radius), opacity=(0.42, 0.54, 0.64)[grade]))
 
 
 def _atelectasis(canvas: Canvas, finding: Finding, side: Side) -> Box:
@@ -120,18 +120,18 @@ def _atelectasis(canvas: Canvas, finding: Finding, side: Side) -> Box:
         part = _half(canvas, side, -0.4)
         above = 1 - np.abs(part.dome - part.y) * np.float32(1 / (0.13, 0.17, 0.21)[grade])
         opacity = np.clip(above, 0, 0.7) * np.clip(part.depth * 4, 0, 1)
-        strength = (0.32, 0.42, 0.52)[grade]
+        strength = (0.40, 0.50, 0.58)[grade]
     else:
         x, y = _zone_centre(canvas, finding, rng)
         x *= 0.95
-        thick, half = (0.020, 0.027, 0.036)[grade], (0.17, 0.21, 0.25)[grade] * rng.uniform(0.9, 1.1)
+        thick, half = (0.026, 0.036, 0.048)[grade], (0.17, 0.21, 0.25)[grade] * rng.uniform(0.9, 1.1)
         part = canvas.within(x - half, x + half, y - half, y + half)
         tilt = rng.uniform(-0.35, 0.35)
         cos, sin = np.float32(math.cos(tilt)), np.float32(math.sin(tilt))
         u, v = part.x - np.float32(x), part.y - np.float32(y)
         opacity = np.clip(np.float32(1.5) - np.abs(v * cos - u * sin) * np.float32(1 / thick), 0, 1)
         opacity *= np.clip((np.float32(half) - np.abs(u * cos + v * sin)) * 12, 0, 1)
-        strength = (0.38, 0.48, 0.56)[grade]
+        strength = (0.46, 0.56, 0.64)[grade]
     opacity *= part.lung
     opacity *= part.x * np.float32(_sign(side)) > 0
     return box_of(finding.name, part, add(part.image, opacity * np.float32(strength)))
