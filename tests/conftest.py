@@ -31,6 +31,7 @@ TINY = (
     "data.streams=4",
     "data.shuffle_block=8",
     "optim.global_batch=8",
+    "optim.stop_at=null",
     "threads=1",
 )
 

@@ -39,7 +39,14 @@ def table(tmp_path: Path) -> Path:
     for number in range(12):
         pixels = np.random.default_rng(number).integers(0, 256, (48, 48), dtype=np.uint8)
         Image.fromarray(pixels).save(images / f"{number}.png")
-        rows.append({"image": f"{number}.png", "patient": f"p{number // 2}", "text": f"Report {number}.", "labels": "Mass|Edema"})
+        rows.append(
+            {
+                "image": f"{number}.png",
+                "patient": f"p{number // 2}",
+                "text": f"Report {number}.",
+                "labels": "Mass|Edema",
+            }
+        )
     write(tmp_path / "table.csv", rows)
     return tmp_path / "table.csv"
 
@@ -126,9 +133,7 @@ def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureF
         (["quickstart", "--out", "/tmp/never", "data.streams=31"], "does not divide"),
     ],
 )
-def test_faults_are_one_line_and_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_faults_are_one_line_and_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments)[0] == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
@@ -179,6 +184,9 @@ def test_packing_the_real_tables(real_data: Path, tmp_path: Path, capsys: pytest
         "--image-column", "image", "--labels-column", "finding_labels", "--labels-separator", "|",
         "--patient-column", "patient_id", str(tmp_path / "nih"),
     )[0] == 0  # fmt: skip
-    total = {name: [load_manifest(str(tmp_path / name / split)) for split in ("train", "val", "test")] for name in ("covid", "nih")}
+    total = {
+        name: [load_manifest(str(tmp_path / name / split)) for split in ("train", "val", "test")]
+        for name in ("covid", "nih")
+    }
     assert sum(m.samples for m in total["covid"]) == 296 and sum(m.samples for m in total["nih"]) == 1000
     assert len(total["nih"][0].labels) == 14 and total["covid"][0].labels == ()

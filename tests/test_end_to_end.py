@@ -29,7 +29,7 @@ TRAIN = ("optim.steps=12", "checkpoint.every=4", "log_every=2", "optim.lr=0.1", 
 
 
 def run_training(overrides: list[str], ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = environment({**accelerator_environment(), "PYTHONPATH": ""})
+    env = environment(accelerator_environment())
     found = subprocess.run(
         train_command("quickstart", overrides, ranks=ranks), env=env, capture_output=True, text=True, timeout=240
     )

@@ -26,7 +26,6 @@ class MissingSidecar(Exception):
     """A report came without the entities that EntMLM needs. No ValueError: it is no fault of the one sample."""
 
 
-
 @dataclass(frozen=True)
 class ExampleMaker:
     """Turns samples into examples.

@@ -57,7 +57,9 @@ def run(sets, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkpoint_path(Path(config.run_dir), 3)
     folder.mkdir(parents=True)
     trained_on = tuple(shard.sha256 for shard in load_manifest(sets.paired).shards)
-    write_model(folder, build_model(config, tokenizer, diseases), tokenizer, config, Meta(3, 1, 1, diseases, trained_on))
+    write_model(
+        folder, build_model(config, tokenizer, diseases), tokenizer, config, Meta(3, 1, 1, diseases, trained_on)
+    )
     return Path(config.run_dir)
 
 
@@ -94,6 +96,8 @@ def test_a_checkpoint_needs_nothing_but_itself(sets, run: Path, tmp_path: Path) 
 
 
 def test_a_set_without_labels_is_refused(sets, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmclip_dist.evaluate.zeroshot.load_manifest", lambda url: replace(load_manifest(url), labels=()))
+    monkeypatch.setattr(
+        "mmclip_dist.evaluate.zeroshot.load_manifest", lambda url: replace(load_manifest(url), labels=())
+    )
     with pytest.raises(ValueError, match="no labels"):
         zero_shot(str(run), [sets.test])

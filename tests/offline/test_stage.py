@@ -60,7 +60,10 @@ def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, cluster:
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
     rows = json.loads(whole["manifest.json"])
-    shards = {str(n): {k: shard[k] for k in ("path", "samples", "bytes", "sha256", "index")} for n, shard in enumerate(rows["shards"])}
+    shards = {
+        str(n): {k: shard[k] for k in ("path", "samples", "bytes", "sha256", "index")}
+        for n, shard in enumerate(rows["shards"])
+    }
     (out / "manifest.json").unlink()
     (out / "000001.tar").unlink()
     del shards["1"]
