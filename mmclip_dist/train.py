@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +38,24 @@ def train(config: Config) -> None:
     rank, world, device = start_distributed(config.threads)
     config.check_world(world)
     run_dir, first = Path(config.run_dir), rank == 0
+    ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
 
-    with locked(run_dir) if first else nullcontext():
-        tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
-        readers = world * max(1, config.data.workers)
-        open_shards = (
-            16 + 2 * config.data.streams // readers
-        )  # a stream lies in two shards at most, or crosses into more
-        sets = [JoinedSet(source, open_shards) for source in config.data.sources]
-        diseases = config.prompts.diseases or label_names(sets)
-        order = build_order(sets, config.data, config.seed)
-        maker = ExampleMaker(
-            tokenizer, diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
-            config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
-        )  # fmt: skip
-        ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
-        if first:
-            describe(run_dir, config, world, ds_json)
+    tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
+    readers = world * max(1, config.data.workers)
+    open_shards = 16 + 2 * config.data.streams // readers  # a stream lies in two shards, as a rule
+    sets = [JoinedSet(source, open_shards) for source in config.data.sources]
+    diseases = config.prompts.diseases or label_names(sets)
+    order = build_order(sets, config.data, config.seed)
+    maker = ExampleMaker(
+        tokenizer, diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
+        config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
+    )  # fmt: skip
+
+    with ExitStack() as held:
+        with agreed():
+            if first:
+                held.enter_context(locked(run_dir))
+                describe(run_dir, config, world, ds_json)
         engine = build_engine(build_model(config, tokenizer, diseases).to(device), config, ds_json)
         step = checkpoint.resume(run_dir, engine, config)
         batches = build_loader(
@@ -80,6 +82,21 @@ def train(config: Config) -> None:
             if step % config.checkpoint.every == 0 or step == config.optim.last_step:
                 meta = checkpoint.Meta(step, world, config.zero_stage, tuple(diseases), trained_on)
                 checkpoint.save(run_dir, engine, tokenizer, config, meta)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """What one rank refuses, all refuse: a ValueError inside is raised on every rank, so that none waits for another."""
+    refused = None
+    try:
+        yield
+    except ValueError as error:
+        refused = str(error)
+    refusals: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refused)
+    for refusal in refusals:
+        if refusal is not None:
+            raise ValueError(refusal)
 
 
 def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mmclip_dist.model.prompts import load_prompts
@@ -53,28 +54,26 @@ def reports_of(urls: Sequence[str]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer of at most `vocabulary` tokens. Errors: ValueError without any text."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, min_frequency=2, special_tokens=list(_SPECIAL.values()), show_progress=False
-    )
-    seen = 0
+    """A lower-casing WordPiece tokenizer of at most `vocabulary` tokens. Errors: ValueError without any text.
 
-    def counted() -> Iterator[str]:
-        nonlocal seen
-        for text in texts:
-            seen += 1
-            yield text
-
-    tokenizer.train_from_iterator(counted(), trainer)
-    if not seen:
+    Its pieces are all characters and the most frequent words (two occurrences at least), so that a rare word is spelled
+    and a term of the field stays whole. The trainers of `tokenizers` break ties at random: the same reports would give
+    another vocabulary each time, and a run that is made again other numbers.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    if not counts:
         raise ValueError("no report to train a tokenizer on: name at least one set with reports")
-    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    characters = sorted(set("".join(counts)))
+    frequent = sorted((word for word, count in counts.items() if count > 1), key=lambda word: (-counts[word], word))
+    pieces = [*_SPECIAL.values(), *characters, *(f"##{character}" for character in characters), *frequent]
+    tokens = {piece: number for number, piece in enumerate(list(dict.fromkeys(pieces))[:vocabulary])}
+    tokenizer = Tokenizer(models.WordPiece(tokens, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+        single="[CLS] $A [SEP]", special_tokens=[(name, tokens[name]) for name in ("[CLS]", "[SEP]")]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **_SPECIAL)
 

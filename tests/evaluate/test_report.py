@@ -107,7 +107,7 @@ def read(path: Path) -> _Reader:
 
 
 def test_a_run_shows_its_figures(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [row(1), row(10), row(20)], **{"log_every": "10", "optim.steps": "25"})
+    run = write_run(tmp_path / "run", [row(1), row(10), row(20)], **{"log_every": "10", "optim.stop_at": "null", "optim.steps": "25"})
     save_result(result(left_out=("Hernia",)), run / "zeroshot.json")
     path = build_report(run, [("warm-up", 30.0), ("train", 90.0)])
     assert path == run / "report.html"

@@ -77,7 +77,7 @@ def test_the_result_covers_every_image_and_class(sets, run: Path, tmp_path: Path
 
 
 def test_a_set_that_was_trained_on_is_refused(sets, run: Path) -> None:
-    with pytest.raises(ValueError, match="was trained on.*--allow-leak"):
+    with pytest.raises(ValueError, match=r"was trained on.*--allow-leak"):
         zero_shot(str(run), [sets.paired])
     assert zero_shot(str(run), [sets.paired], allow_leak=True).samples == load_manifest(sets.paired).samples
 

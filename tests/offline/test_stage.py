@@ -78,7 +78,7 @@ def test_another_configuration_is_refused(sets, cluster: None, tmp_path: Path) -
     out = str(tmp_path / "entities")
     stage = entities_stage(sets.paired, out)
     run(stage)
-    with pytest.raises(ValueError, match="another configuration.*--out"):
+    with pytest.raises(ValueError, match=r"another configuration.*--out"):
         run(Stage(stage.kind, stage.base, out, "0" * 64, stage.build))
     with pytest.raises(ValueError, match="name the packed set itself"):
         run(entities_stage(out, str(tmp_path / "again")))
