@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from mmclip_shards.manifest import Manifest
 from mmclip_shards.storage import join
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,6 +53,11 @@ def progress_bar(description: str, unit: str = "") -> Iterator[Callable[[int, in
         yield report
 
 
+def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
+    for split, manifest in manifests.items():
+        print(f"{join(dest, split)}: {manifest.samples} samples in {len(manifest.shards)} shards")
+
+
 @pack_app.command("csv")
 def pack_csv(
     dest: Dest,
@@ -92,8 +98,7 @@ def pack_csv(
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
             config_hash=table_hash(table, **options), workers=workers, progress=report,
         )  # fmt: skip
-    for split, manifest in manifests.items():
-        print(f"{join(dest, split)}: {manifest.samples} samples in {len(manifest.shards)} shards")
+    _print_splits(dest, manifests)
 
 
 @pack_app.command("synthetic")
@@ -116,8 +121,7 @@ def pack_synthetic(
             dest, count, unpaired=unpaired, size=size, splits=parse_splits(splits), seed=seed,
             samples_per_shard=samples_per_shard, workers=workers, progress=report,
         )  # fmt: skip
-    for split, manifest in manifests.items():
-        print(f"{join(dest, split)}: {manifest.samples} samples in {len(manifest.shards)} shards")
+    _print_splits(dest, manifests)
 
 
 @app.command()
@@ -229,6 +233,8 @@ def evaluate_zeroshot(
     Console().print(table)
     if result.left_out:
         print(f"left out, for lack of positives or negatives: {', '.join(result.left_out)}")
+    if result.undecodable:
+        print(f"left out, {len(result.undecodable)} images that cannot be decoded: {', '.join(result.undecodable[:5])}")
     if out:
         save_result(result, out)
 

@@ -176,7 +176,9 @@ class Optim(Section):
     @model_validator(mode="after")
     def _stop(self) -> Self:
         if self.stop_at is not None and self.stop_at > self.steps:
-            raise ValueError(f"optim.stop_at={self.stop_at} lies after the last step, optim.steps={self.steps}")
+            raise ValueError(
+                f"optim.stop_at={self.stop_at} lies after the last step, optim.steps={self.steps}; set both"
+            )
         return self
 
     @property

@@ -31,7 +31,7 @@ TRAIN = ("optim.steps=12", "checkpoint.every=4", "log_every=2", "optim.lr=0.1", 
 def run_training(overrides: list[str], ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
     env = environment(accelerator_environment())
     found = subprocess.run(
-        train_command("quickstart", overrides, ranks=ranks), env=env, capture_output=True, text=True, timeout=240
+        train_command("quickstart", overrides, ranks), env=env, capture_output=True, text=True, timeout=240
     )
     assert not check or found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     return found
@@ -109,7 +109,7 @@ def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, overrides: list[
 def test_ranks_die_with_their_launcher(sets, tmp_path: Path) -> None:
     """SIGKILL of the launcher leaves no rank behind that would go on writing."""
     run = tmp_path / "run"
-    command = train_command("quickstart", [*sets.overrides(run), "optim.steps=100000", "log_every=1"], ranks=2)
+    command = train_command("quickstart", [*sets.overrides(run), "optim.steps=100000", "log_every=1"], 2)
     launcher = subprocess.Popen(
         command, env=environment(accelerator_environment()), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

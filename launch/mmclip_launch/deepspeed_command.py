@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import socket
 from collections.abc import Sequence
 
@@ -27,15 +26,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train_command(
-    recipe: str, overrides: Sequence[str] = (), *, ranks: int | None = None, hostfile: str | None = None
-) -> list[str]:
-    """The command that trains `recipe` on `ranks` devices of this machine, or on all nodes of a hostfile."""
-    if (ranks is None) == (hostfile is None):
-        raise ValueError("give either ranks (this machine) or a hostfile (several nodes)")
-    where = (
-        ["--hostfile", hostfile] if hostfile else ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    )
+def train_command(recipe: str, overrides: Sequence[str], ranks: int) -> list[str]:
+    """The command that trains `recipe` on `ranks` devices of this machine, on a port of its own."""
+    where = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
     return ["deepspeed", *where, "--module", "mmclip_dist.train", recipe, *overrides]
 
 
@@ -44,11 +37,6 @@ def accelerator_environment() -> dict[str, str]:
     if torch.cuda.is_available():
         return {}
     return {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1"}
-
-
-def as_shell(command: Sequence[str]) -> str:
-    """The command as a user types it."""
-    return shlex.join(command)
 
 
 def check_ranks(config: Config, ranks: int) -> None:

@@ -42,7 +42,7 @@ class Synthetic:
     paired: int = 5000
     unpaired: int = 4000
     size: int = 72
-    seed: int = 0
+    seed: int = 1  # the recipe was tuned on the draw of seed 0, so its scores on that one would flatter it
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _train(job: Job, phase: str, first_step: int) -> None:
     """One phase of the training, through the `deepspeed` launcher."""
     config = phase_config(job, phase)
     check_ranks(config, job.ranks)
-    command = train_command(RECIPE, phase_overrides(job, phase), ranks=job.ranks)
+    command = train_command(RECIPE, phase_overrides(job, phase), job.ranks)
     env = environment({**accelerator_environment(), OWNER: str(os.getpid())})
     log = job.out / "logs" / f"{phase}.log"
     total = config.optim.last_step - first_step

@@ -34,6 +34,7 @@ class ZeroShot:
     per_class: dict[str, float]
     left_out: tuple[str, ...]
     samples: int
+    undecodable: tuple[str, ...]  # keys of the images that no score could be made of
     patients: int
     datasets: tuple[str, ...]
     checkpoint: str  # sha256 of the weights
@@ -67,18 +68,24 @@ def zero_shot(
         config.entmlm, augment=None,
     )  # fmt: skip
     total = sum(manifest.samples for manifest in manifests)
-    scores, labels, patients = [], [], []
+    scores, labels = [], []
+    patients: list[str] = []
+    undecodable: list[str] = []
     with torch.inference_mode():
         directions = class_directions(model, *(tensor.to(device) for tensor in prompts))
-        for batch, owners in _batches(urls, maker, tokenizer.pad_token_id):
+        for batch, owners in _batches(urls, maker, tokenizer.pad_token_id, undecodable):
             moved = to_device(batch, device)
             scores.append((model.embed_images(moved["image"]) @ directions.T).cpu().numpy())
             labels.append(batch["labels"].numpy())
             patients += owners
             if report:
-                report(len(patients), total)
+                report(len(patients) + len(undecodable), total)
+    if not scores:
+        raise ValueError(
+            f"none of the {total} images can be decoded ({', '.join(undecodable[:3])} ...): pack the set again"
+        )
     return _summarise(
-        np.concatenate(scores), np.concatenate(labels), np.array(patients), classes,
+        np.concatenate(scores), np.concatenate(labels), np.array(patients), undecodable, classes,
         tuple(dict.fromkeys(f"{manifest.dataset}/{manifest.split}" for manifest in manifests)), weights_hash(folder),
     )  # fmt: skip
 
@@ -93,8 +100,10 @@ def class_directions(model: MMCLIP, tokens: Tensor, mask: Tensor) -> Tensor:
     return present - absent
 
 
-def _batches(urls: Sequence[str], maker: ExampleMaker, padding: int) -> Iterator[tuple[Batch, list[str]]]:
-    """(batch, patients) over all samples of the sets, in their order."""
+def _batches(
+    urls: Sequence[str], maker: ExampleMaker, padding: int, undecodable: list[str]
+) -> Iterator[tuple[Batch, list[str]]]:
+    """(batch, patients) over all samples of the sets, in their order; keys that cannot be decoded go to `undecodable`."""
     for url in urls:
         reader = ShardReader(url, load_manifest(url))
         examples: list[Example] = []
@@ -102,7 +111,11 @@ def _batches(urls: Sequence[str], maker: ExampleMaker, padding: int) -> Iterator
         for number in range(len(reader.manifest.shards)):
             for key in reader.keys(number):
                 members = reader.read(number, key)
-                examples.append(maker(key, members, epoch=0))
+                try:
+                    examples.append(maker(key, members, epoch=0))
+                except ValueError:
+                    undecodable.append(key)
+                    continue
                 owners.append(json.loads(members["json"])["patient"])
                 if len(examples) == _BATCH:
                     yield collate(examples, 0, padding), owners
@@ -112,8 +125,8 @@ def _batches(urls: Sequence[str], maker: ExampleMaker, padding: int) -> Iterator
 
 
 def _summarise(
-    scores: np.ndarray, labels: np.ndarray, patients: np.ndarray, classes: Sequence[str], datasets: tuple[str, ...],
-    checkpoint: str,
+    scores: np.ndarray, labels: np.ndarray, patients: np.ndarray, undecodable: Sequence[str], classes: Sequence[str],
+    datasets: tuple[str, ...], checkpoint: str,
 ) -> ZeroShot:  # fmt: skip
     aucs = per_class_auc(scores, labels)
     measured = ~np.isnan(aucs)
@@ -126,6 +139,7 @@ def _summarise(
         per_class={name: float(auc) for name, auc, known in zip(classes, aucs, measured, strict=True) if known},
         left_out=tuple(name for name, known in zip(classes, measured, strict=True) if not known),
         samples=len(scores),
+        undecodable=tuple(undecodable),
         patients=len(np.unique(patients)),
         datasets=datasets,
         checkpoint=checkpoint,

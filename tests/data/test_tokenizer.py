@@ -16,7 +16,10 @@ def test_words_stay_whole_and_rare_ones_are_spelled() -> None:
     assert tokenizer.tokenize("feel") == ["f", "##e", "##e", "##l"]
     assert tokenizer.tokenize("Ω") == ["[UNK]"]
     encoded = tokenizer("Small heart.", return_offsets_mapping=True)
-    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[0] == "[CLS]" and encoded["offset_mapping"][1] == (0, 5)
+    assert tokenizer.convert_ids_to_tokens(encoded["input_ids"])[0] == "[CLS]" and encoded["offset_mapping"][1] == (
+        0,
+        5,
+    )
 
 
 def test_it_is_the_same_in_every_process() -> None:

@@ -57,7 +57,7 @@ def write_run(folder: Path, rows: Iterable[dict[str, Any]], **settings: str) -> 
 def result(**values: Any) -> ZeroShot:
     fields: dict[str, Any] = {
         "auc_macro": 0.71234, "auc_macro_ci95": (0.65432, 0.76543), "per_class": {"Edema": 0.6, "Mass": 0.82468},
-        "left_out": (), "samples": 1234, "patients": 567, "datasets": ("covid/test",), "checkpoint": "ab" * 32,
+        "left_out": (), "samples": 1234, "undecodable": (), "patients": 567, "datasets": ("covid/test",), "checkpoint": "ab" * 32,
     }  # fmt: skip
     return ZeroShot(**fields | values)
 
@@ -107,7 +107,8 @@ def read(path: Path) -> _Reader:
 
 
 def test_a_run_shows_its_figures(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [row(1), row(10), row(20)], **{"log_every": "10", "optim.stop_at": "null", "optim.steps": "25"})
+    changed = {"log_every": "10", "optim.stop_at": "null", "optim.steps": "25"}
+    run = write_run(tmp_path / "run", [row(1), row(10), row(20)], **changed)
     save_result(result(left_out=("Hernia",)), run / "zeroshot.json")
     path = build_report(run, [("warm-up", 30.0), ("train", 90.0)])
     assert path == run / "report.html"

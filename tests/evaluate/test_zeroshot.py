@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mmclip_shards.manifest import load_manifest
+from mmclip_shards.reader import ShardReader
 from sklearn.metrics import roc_auc_score
 
 from mmclip_dist.engine.checkpoint import Meta, checkpoint_path, load_model, write_model
@@ -74,6 +75,20 @@ def test_the_result_covers_every_image_and_class(sets, run: Path, tmp_path: Path
     save_result(result, tmp_path / "result.json")
     assert load_result(tmp_path / "result.json") == result
     assert json.loads((tmp_path / "result.json").read_text())["auc_macro"] == result.auc_macro
+
+
+def test_an_undecodable_image_is_listed_and_the_rest_scored(sets, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil_one(reader: ShardReader, number: int, key: str) -> dict[str, bytes]:
+        members = read(reader, number, key)
+        return members if key != bad else members | {"png": b"no image", "jpg": b"no image"}
+
+    read, whole = ShardReader.read, zero_shot(str(run), [sets.test])
+    manifest = load_manifest(sets.test)
+    bad = ShardReader(sets.test, manifest).keys(0)[1]
+    monkeypatch.setattr(ShardReader, "read", spoil_one)
+    result = zero_shot(str(run), [sets.test])
+    assert result.undecodable == (bad,) and result.samples == manifest.samples - 1
+    assert whole.undecodable == () and whole.samples == manifest.samples
 
 
 def test_a_set_that_was_trained_on_is_refused(sets, run: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from mmclip_shards.manifest import Manifest, load_manifest
 from mmclip_shards.reader import ShardReader
-from mmclip_shards.schema import IMAGE_SUFFIXES
+from mmclip_shards.schema import IMAGE_SUFFIXES, Box
 from PIL import Image
 
 from mmclip_dist.data.batch import collate
@@ -35,17 +35,6 @@ _SCORES = 10  # rows of a panel's table at most
 # Viridis: purple to yellow, lighter throughout, so that colour-blind eyes read it too; every 51st of its 256 colours.
 _VIRIDIS = np.array([(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)])
 _OPACITY = (0.15, 0.65)  # of the lowest and of the highest score: the image stays visible where attention is low
-
-
-@dataclass(frozen=True)
-class Box:
-    """Where a finding is. x, y, width, height: pixels of the stored image."""
-
-    label: str
-    x: float
-    y: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True)
