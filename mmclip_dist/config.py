@@ -52,14 +52,28 @@ class Augment(Section):
         return self
 
 
+class Reading(Section):
+    """How each loader process reads shards that are on object storage; local ones need none of it."""
+
+    memory_mib: int = Field(1024, gt=0)  # bytes fetched and kept; too little for the blocks: one request a sample
+    connections: int = Field(8, gt=0)  # requests under way at once
+    cache: str | None = (
+        None  # folder on a local disk where fetched bytes are kept, shared by the processes of a machine
+    )
+    cache_gib: float = Field(100.0, gt=0)  # its limit
+    budget_s: float = Field(120.0, gt=0)  # seconds without a new byte after which the run stops
+    stall_s: float = Field(10.0, gt=0)  # seconds without a byte after which a request is made again
+
+
 class Data(Section):
     sources: tuple[Source, ...] = ()
     streams: int = Field(64, gt=0)  # virtual streams: ranks x workers must divide this, and this the global batch
-    shuffle_block: int = Field(1024, gt=0)  # samples of one stream that are permuted together
+    shuffle_block: int = Field(256, gt=0)  # samples of one stream that are permuted together, and read together
     workers: int = Field(0, ge=0)  # loader processes of each rank
     prefetch: int = Field(4, gt=0)  # batches that each worker prepares ahead
     max_bad_fraction: float = Field(1e-3, ge=0, le=1)  # undecodable samples above this share stop the run
     augment: Augment = Augment()
+    reading: Reading = Reading()
 
 
 class ImageEncoder(Section):

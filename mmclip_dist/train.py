@@ -11,20 +11,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmclip_shards.chunks import Tally
 from torch import Tensor
 
 from mmclip_dist.config import Config, Loss, load_config
 from mmclip_dist.data.batch import Batch, to_device
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
-from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.loader import build_loader, build_order, label_names
+from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine import checkpoint
+from mmclip_dist.engine.checkpoint_folder import Meta
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.orphans import exit_with_launcher
 from mmclip_dist.engine.quarantine import Quarantine
@@ -41,9 +43,7 @@ def train(config: Config) -> None:
     ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
 
     tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
-    readers = world * max(1, config.data.workers)
-    open_shards = 16 + 2 * config.data.streams // readers  # a stream lies in two shards, as a rule
-    sets = [JoinedSet(source, open_shards) for source in config.data.sources]
+    sets = open_sets(config.data.sources, config.data, world)
     diseases = config.prompts.diseases or label_names(sets)
     order = build_order(sets, config.data, config.seed)
     maker = ExampleMaker(
@@ -52,6 +52,7 @@ def train(config: Config) -> None:
     )  # fmt: skip
 
     with ExitStack() as held:
+        held.callback(sets[0].chunks.close)
         with agreed():
             if first:
                 held.enter_context(locked(run_dir))
@@ -80,7 +81,7 @@ def train(config: Config) -> None:
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
                 log.write(step, losses, rate, engine)
             if step % config.checkpoint.every == 0 or step == config.optim.last_step:
-                meta = checkpoint.Meta(step, world, config.zero_stage, tuple(diseases), trained_on)
+                meta = Meta(step, world, config.zero_stage, tuple(diseases), trained_on)
                 checkpoint.save(run_dir, engine, tokenizer, config, meta)
 
 
@@ -108,20 +109,23 @@ class ProgressLog:
 
     def __init__(self, config: Config, metrics: MetricsLog | None, start: int) -> None:
         self.config, self.metrics = config, metrics
-        self.last_step, self.last_time, self.waited = start, time.monotonic(), 0.0
+        self.last_step, self.last_time, self.waited, self.read = start, time.monotonic(), 0.0, Tally()
 
     def wait_for(self, batches: Any) -> Batch:
         """The next batch; the time it takes is the data's share of the step."""
         started = time.monotonic()
         batch: Batch = next(batches)
         self.waited += time.monotonic() - started
+        self.read.add(batch["reading"])
         return batch
 
     def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
-        """A collective call: losses are means over all ranks."""
-        values = torch.stack([value.detach().float().reshape(()) for value in losses.values()])
+        """A collective call: losses are means over all ranks, what was read from remote stores is summed."""
+        values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
+        values = torch.cat([values, values.new_tensor(list(asdict(self.read).values()))])
         dist.all_reduce(values)
-        means = dict(zip(losses, (values / dist.get_world_size()).tolist(), strict=True))
+        means = dict(zip(losses, (values[: len(losses)] / dist.get_world_size()).tolist(), strict=True))
+        read = Tally(*values[len(losses) :].tolist())
         if self.metrics is None:
             return
         elapsed = time.monotonic() - self.last_time
@@ -132,15 +136,20 @@ class ProgressLog:
             "step": step, "samples": step * self.config.optim.global_batch, "loss": means, "lr": rate,
             "temperature": 1 / engine.module.scale().detach().item(), "samples_per_s": round(samples_per_s, 1),
             "data_wait": round(self.waited / elapsed, 4), "memory_gib": round(host_memory_gib(), 3),
+            "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
+                     "retries": int(read.retries), "cache_hits": int(read.cache_hits), "waited_s": round(read.waited_s, 3)},
         }  # fmt: skip
         self.metrics.write(row)
+        store = (
+            f" ({read.fetched / elapsed / 1e6:.0f} MB/s, {read.retries:.0f} retries, {read.cache_hits:.0f} cache hits)"
+        )
         terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         print(
             f"step {step}/{self.config.optim.last_step}  {terms}  lr {rate:.2e}  {samples_per_s:.0f} samples/s  "
-            f"data wait {row['data_wait']:.0%}  {left:.0f} s left",
+            f"data wait {row['data_wait']:.0%}{store if read.requests + read.cache_hits else ''}  {left:.0f} s left",
             flush=True,
         )
-        self.last_step, self.last_time, self.waited = step, time.monotonic(), 0.0
+        self.last_step, self.last_time, self.waited, self.read = step, time.monotonic(), 0.0, Tally()
 
 
 def main(arguments: list[str]) -> int:

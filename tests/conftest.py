@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,16 @@ TINY = (
     "optim.stop_at=null",
     "threads=1",
 )
+
+
+TRAIN = ("optim.steps=12", "checkpoint.every=4", "log_every=2", "optim.lr=0.1", "checkpoint.keep=5")
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -113,7 +124,7 @@ def write_sidecar(base: str, out: str, kind: str, make: Callable[[dict[str, byte
     manifest = load_manifest(base)
     reader = ShardReader(base, manifest)
     shards = tuple(
-        write_shard(out, number, [(key, make(reader.read(number, key))) for key in reader.keys(number)])
+        write_shard(out, number, [(key, make(members)) for key, members in reader.samples(number)])
         for number in range(len(manifest.shards))
     )
     save_manifest(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
+from mmclip_shards.chunks import Tally
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class Batch(TypedDict):
     has_attention: Tensor  # [B] bool
     noise: Tensor  # [B, g * g] float32 in [0, 1): what is random in the choice of patches
     replaced: list[tuple[str, str]]  # (key, reason) of samples that could not be decoded and gave way to others
+    reading: Tally  # what it took to read them
 
 
 Example = dict[str, Any]
@@ -56,6 +58,7 @@ def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
         has_attention=torch.tensor([example["has_attention"] for example in examples]),
         noise=stack("noise"),
         replaced=[pair for example in examples for pair in example["replaced"]],
+        reading=Tally(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmclip_shards.chunks import ChunkReader
 from mmclip_shards.manifest import Manifest, load_manifest
 from mmclip_shards.reader import ShardReader
 
@@ -33,30 +34,47 @@ class JoinedSet:
     """Random access to the samples of one source: members of the base shard and of its sidecars together."""
 
     def __init__(self, source: Source, open_shards: int = 64) -> None:
-        """open_shards: how many shards stay open; fewer than the streams that are read at once would thrash."""
+        """open_shards: as of `ShardReader`."""
         self.url = source.url
         self.manifest = load_manifest(source.url)
         if self.manifest.kind != "base":
             raise ValueError(f"{source.url} holds {self.manifest.kind} sidecars; name the packed set itself as `url`")
-        self._base = ShardReader(source.url, self.manifest, open_indexes=open_shards, open_files=open_shards)
+        self.chunks = ChunkReader()
+        self._base = ShardReader(source.url, self.manifest, open_shards=open_shards, chunks=self.chunks)
         self._sidecars = []
         for kind, url in (("entities", source.entities), ("attention", source.attention)):
             if url is not None:
                 sidecar = load_manifest(url)
                 check_sidecar(kind, source.url, self.manifest, url, sidecar)
-                self._sidecars.append(ShardReader(url, sidecar, open_indexes=open_shards, open_files=open_shards))
+                self._sidecars.append(ShardReader(url, sidecar, open_shards=open_shards, chunks=self.chunks))
 
     @property
     def counts(self) -> list[int]:
         """Samples of each shard."""
         return [shard.samples for shard in self.manifest.shards]
 
+    @property
+    def readers(self) -> list[ShardReader]:
+        """Of the set itself and of its sidecars."""
+        return [self._base, *self._sidecars]
+
+    def read_through(self, chunks: ChunkReader) -> None:
+        """Read remote shards through these chunks from now on: sets that share them share one memory."""
+        self.chunks = chunks
+        for reader in self.readers:
+            reader.chunks = chunks
+
     def key(self, shard: int, row: int) -> str:
         return self._base.keys(shard)[row]
 
     def read(self, shard: int, key: str) -> dict[str, bytes]:
         """All members of a sample: suffix -> bytes, each checked against its index."""
-        members = dict(self._base.read(shard, key))
+        members = self._base.read(shard, key)
         for sidecar in self._sidecars:
             members.update(sidecar.read(shard, key))
         return members
+
+    def prefetch(self, shard: int, row: int) -> None:
+        """Have a sample fetched from object storage; returns at once."""
+        for reader in self.readers:
+            reader.prefetch(shard, row)

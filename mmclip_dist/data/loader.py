@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from typing import Protocol, TypeVar
 
 import torch
+from mmclip_shards.chunks import MIB, ChunkReader, Tally
+from mmclip_shards.chunks import Reading as ChunkReading
+from mmclip_shards.faults import Patience
+from mmclip_shards.storage import local_path
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmclip_dist.config import Data
+from mmclip_dist.config import Data, Reading, Source
 from mmclip_dist.data.batch import Batch, Example, collate
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.order import Order
 
+T = TypeVar("T")
 _MAX_RETRIES = 16  # replacements tried for one undecodable sample before its block is given up
+_CHUNKS = MIB // 4, 8 * MIB  # bytes of one request: below, the store's latency rules; above, nothing is gained
+
+
+def open_sets(sources: Sequence[Source], data: Data, world: int) -> list[JoinedSet]:
+    """The training sets, each with its sidecars, all reading through the memory and the cache of one process."""
+    readers = world * max(1, data.workers)
+    streams = max(1, data.streams // readers)
+    sets = [JoinedSet(source, 16 + 2 * streams) for source in sources]  # a stream lies in two shards, as a rule
+    blocks = [
+        data.shuffle_block * sum(shard.bytes for shard in reader.manifest.shards) // reader.manifest.samples
+        for joined in sets for reader in joined.readers if local_path(reader.url) is None
+    ]  # fmt: skip
+    chunks = ChunkReader(chunk_reading(data.reading, blocks, streams))
+    for joined in sets:
+        joined.read_through(chunks)
+    return sets
+
+
+def chunk_reading(reading: Reading, blocks: Sequence[int], streams: int) -> ChunkReading:
+    """How to read remote sets whose shuffle blocks are of so many bytes each, in so many streams side by side.
+
+    The samples of a block lie together but come in random order, so it is read in chunks that are kept until it is used up. Where
+    all blocks of all streams find no room in memory, chunks would be fetched over and over: then each sample is fetched alone,
+    unless a folder keeps the chunks.
+    """
+    chunk = min(max(max(blocks, default=0) // 2, _CHUNKS[0]), _CHUNKS[1])
+    needed = streams * sum(block + 2 * chunk for block in blocks)
+    memory = reading.memory_mib * MIB
+    return ChunkReading(
+        chunk_bytes=chunk if needed <= memory or reading.cache else None,
+        memory_bytes=memory, connections=reading.connections,
+        folder=reading.cache, folder_bytes=int(reading.cache_gib * 1024 * MIB) if reading.cache else 0,
+        patience=Patience(budget_s=reading.budget_s, stall_s=reading.stall_s),
+    )  # fmt: skip
 
 
 def label_names(sets: Sequence[JoinedSet]) -> tuple[str, ...]:
@@ -29,26 +69,57 @@ def build_order(sets: Sequence[JoinedSet], data: Data, seed: int) -> Order:
     )  # fmt: skip
 
 
+class Maker(Protocol):
+    """From a sample's members to its entries of a batch: `ExampleMaker`, as a rule."""
+
+    def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
+        """ValueError if the sample cannot be decoded."""
+
+
+def as_it_is(item: T) -> T:
+    """DataLoader's own conversion walks through every example to find nothing to convert."""
+    return item
+
+
 class StreamShare(IterableDataset):
     """Examples of one rank's streams, step by step. A loader worker takes a contiguous part of the rank's streams and
-    yields that part of every batch, so each stream is read by one process."""
+    yields that part of every batch, so each stream is read by one process.
+
+    ahead: steps whose samples are fetched from object storage before they are due.
+    """
 
     def __init__(
-        self, sets: Sequence[JoinedSet], order: Order, maker: ExampleMaker, streams: range, per_stream: int, start: int
-    ) -> None:
+        self, sets: Sequence[JoinedSet], order: Order, maker: Maker, streams: range, per_stream: int, start: int,
+        ahead: int,
+    ) -> None:  # fmt: skip
         self.sets, self.order, self.maker = sets, order, maker
-        self.streams, self.per_stream, self.start = streams, per_stream, start
+        self.streams, self.per_stream, self.start, self.ahead = streams, per_stream, start, ahead
+        self.remote = any(local_path(reader.url) is None for joined in sets for reader in joined.readers)
 
-    def __iter__(self) -> Iterator[list[Example]]:
+    def __iter__(self) -> Iterator[tuple[list[Example], Tally]]:
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         width = len(self.streams) // parts
         mine = self.streams[part * width : (part + 1) * width]
+        if self.remote:
+            for step in range(self.start, self.start + self.ahead):
+                self._prefetch(mine, step)
         for step in count(self.start):
-            first = step * self.per_stream
-            yield [
-                self._example(stream, position) for stream in mine for position in range(first, first + self.per_stream)
-            ]
+            if self.remote:
+                self._prefetch(mine, step + self.ahead)
+            examples = [self._example(stream, position) for stream, position in self._positions(mine, step)]
+            tally = self.sets[0].chunks.take_tally()
+            tally.samples = len(examples)
+            yield examples, tally
+
+    def _positions(self, streams: range, step: int) -> Iterator[tuple[int, int]]:
+        first = step * self.per_stream
+        return ((stream, position) for stream in streams for position in range(first, first + self.per_stream))
+
+    def _prefetch(self, streams: range, step: int) -> None:
+        for stream, position in self._positions(streams, step):
+            place = self.order.locate(stream, position)
+            self.sets[place.set].prefetch(place.shard, place.row)
 
     def _example(self, stream: int, position: int) -> Example:
         """The example at a position, or the next of its block that can be decoded, with the failures listed."""
@@ -84,18 +155,24 @@ def build_loader(
     """This rank's batches of steps start, start + 1, ... without end. Sizes were checked by `Config.check_world`."""
     width = data.streams // world
     share = StreamShare(
-        sets, order, maker, range(rank * width, (rank + 1) * width), global_batch // data.streams, start
+        sets, order, maker, range(rank * width, (rank + 1) * width), global_batch // data.streams, start, data.prefetch
     )
     parts = max(1, data.workers)
     loader = DataLoader(
         share, batch_size=None, num_workers=data.workers, prefetch_factor=data.prefetch if data.workers else None,
-        pin_memory=False,
+        pin_memory=False, collate_fn=as_it_is,
     )  # fmt: skip
     # The DataLoader takes its workers in turn, so `parts` items in a row are the parts of one step, in stream order.
     items = iter(loader)
     for step in count(start):
-        examples = [example for _ in range(parts) for example in next(items)]
+        examples: list[Example] = []
+        reading = Tally()
+        for _ in range(parts):
+            some, tally = next(items)
+            examples += some
+            reading.add(tally)
         batch = collate(examples, step, maker.tokenizer.pad_token_id)
         if torch.cuda.is_available():
             batch = Batch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()})  # type: ignore[typeddict-item]
+        batch["reading"] = reading
         yield batch

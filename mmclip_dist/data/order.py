@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +46,7 @@ def permutation(length: int, *key: int) -> np.ndarray:
     return np.argsort(state ^ state >> np.uint64(31), kind="stable")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where one sample is: set number, that set's epoch, shard number, row inside the shard."""
 
     set: int
@@ -72,7 +71,8 @@ class SetOrder:
             )
         # An epoch's line costs 16 bytes a shard; two are in use at once where streams cross an epoch's end.
         self._line = lru_cache(maxsize=4)(self._epoch_line)
-        self._permuted = lru_cache(maxsize=4 * streams)(self._permuted_block)
+        # Two blocks of a stream are in use at once, the one being read and the one being fetched ahead.
+        self._block = lru_cache(maxsize=2 * streams)(self._places_of_block)
 
     @property
     def remainder(self) -> int:
@@ -86,21 +86,24 @@ class SetOrder:
         """
         epoch, offset = divmod(position, self.stream_length)
         block, inside = divmod(offset, self.block)
-        order = self._permuted(epoch, stream, block)
-        line = stream * self.stream_length + block * self.block + int(order[(inside + retry) % len(order)])
-        shards, ends = self._line(epoch)
-        slot = int(np.searchsorted(ends, line, side="right"))
-        shard = int(shards[slot])
-        return Place(self.number, epoch, shard, line - int(ends[slot] - self.counts[shard]))
+        shards, rows = self._block(epoch, stream, block)
+        at = (inside + retry) % len(shards)
+        return Place(self.number, epoch, shards[at], rows[at])
 
     def _epoch_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in this epoch's order [S], and where each one ends in the line of samples [S]."""
         shards = permutation(len(self.counts), self.seed, self.number, epoch)
         return shards, np.cumsum(self.counts[shards])
 
-    def _permuted_block(self, epoch: int, stream: int, block: int) -> np.ndarray:
+    def _places_of_block(self, epoch: int, stream: int, block: int) -> tuple[list[int], list[int]]:
+        """Shard and row of every position of a block: all at once, since one by one they cost more than reading does."""
         length = min(self.block, self.stream_length - block * self.block)
-        return permutation(length, self.seed, self.number, epoch, stream, block)
+        order = permutation(length, self.seed, self.number, epoch, stream, block)
+        line = stream * self.stream_length + block * self.block + order
+        shards, ends = self._line(epoch)
+        slots = np.searchsorted(ends, line, side="right")
+        numbers = shards[slots]
+        return numbers.tolist(), (line - (ends[slots] - self.counts[numbers])).tolist()
 
 
 class Order:
@@ -135,6 +138,8 @@ class Order:
 
     def locate(self, stream: int, position: int, retry: int = 0) -> Place:
         """The sample at `position` of `stream`, counted from step 0; `retry` as in `SetOrder.locate`."""
+        if len(self.sets) == 1:
+            return self.sets[0].locate(stream, position, retry)
         before, after = self.counts_before(stream, position), self.counts_before(stream, position + 1)
         chosen = next(k for k in range(len(before)) if after[k] > before[k])
         return self.sets[chosen].locate(stream, before[chosen], retry)

@@ -7,12 +7,9 @@ complete: a checkpoint can be moved and used without its run, and without the we
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +19,21 @@ from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config, dump_config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
+from mmclip_dist.engine.checkpoint_folder import (
+    CONFIG,
+    META,
+    WEIGHTS,
+    Meta,
+    checkpoint_path,
+    newest_checkpoint,
+    read_meta,
+    resolve_checkpoint,
+)  # fmt: skip
 from mmclip_dist.model.build import build_model
 from mmclip_dist.model.mmclip import MMCLIP
 from mmclip_dist.model.prompts import prompts_source
 
-_NAME = re.compile(r"step-(\d{8})")
-_WEIGHTS, _CONFIG, _META = "model.safetensors", "config.yaml", "meta.json"
 _TOKENIZER, _PROMPTS = "tokenizer", "prompts.yaml"
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a checkpoint says of itself. trained_on: sha256 of every base shard that training could read."""
-
-    step: int
-    world_size: int
-    zero_stage: int
-    diseases: tuple[str, ...]
-    trained_on: tuple[str, ...]
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; a torn one never carries the final name."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return max(found, default=None)
-
-
-def resolve_checkpoint(path: str) -> Path:
-    """A checkpoint folder, or the newest one of a run folder. ValueError if there is none."""
-    folder = Path(path)
-    if (folder / _META).is_file():
-        return folder
-    newest = newest_checkpoint(folder)
-    if newest is None:
-        raise ValueError(f"no checkpoint at {path}: name a run folder or one of its checkpoints/step-* folders")
-    return newest
-
-
-def read_meta(checkpoint: Path) -> Meta:
-    values: dict[str, Any] = json.loads((checkpoint / _META).read_text())
-    return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
 
 
 def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta) -> None:
@@ -92,12 +60,12 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
 def write_model(folder: Path, model: MMCLIP, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta) -> None:
     """Write what `load_model` reads: all that evaluation and the offline stages need."""
     weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS)
-    (folder / _CONFIG).write_text(dump_config(config))
+    save_file(weights, folder / WEIGHTS)
+    (folder / CONFIG).write_text(dump_config(config))
     tokenizer.save_pretrained(str(folder / _TOKENIZER))
     model.save_shapes(folder)
     (folder / _PROMPTS).write_text(prompts_source(config.prompts.file).read_text())
-    (folder / _META).write_text(json.dumps(vars(meta)))
+    (folder / META).write_text(json.dumps(vars(meta)))
 
 
 def _sync(folder: Path, deep: bool = True) -> None:
@@ -129,16 +97,10 @@ def resume(run_dir: Path, engine: Any, config: Config) -> int:
 def load_model(checkpoint: Path) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
     """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta."""
     config, meta = (
-        load_config(str(checkpoint / _CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"]),
+        load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"]),
         read_meta(checkpoint),
     )
     tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
     model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
-    model.load_state_dict(load_file(checkpoint / _WEIGHTS))
+    model.load_state_dict(load_file(checkpoint / WEIGHTS))
     return model.eval(), tokenizer, config, meta
-
-
-def weights_hash(checkpoint: Path) -> str:
-    """sha256 of the weights: the identity of a checkpoint for what is made with it."""
-    with (checkpoint / _WEIGHTS).open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mmclip_dist.data.batch import Batch, Example, collate, to_device
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.engine.checkpoint import load_model, read_meta, resolve_checkpoint, weights_hash
+from mmclip_dist.engine.checkpoint import load_model
+from mmclip_dist.engine.checkpoint_folder import read_meta, resolve_checkpoint, weights_hash
 from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc
 from mmclip_dist.model.mmclip import MMCLIP
 from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
@@ -109,8 +110,7 @@ def _batches(
         examples: list[Example] = []
         owners: list[str] = []
         for number in range(len(reader.manifest.shards)):
-            for key in reader.keys(number):
-                members = reader.read(number, key)
+            for key, members in reader.samples(number):
                 try:
                     examples.append(maker(key, members, epoch=0))
                 except ValueError:

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-import torch
-from mmclip_shards.schema import encode_npy
-
 from mmclip_dist.config import config_hash
-from mmclip_dist.data.batch import Example, collate, to_device
-from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.engine.checkpoint import load_model, resolve_checkpoint, weights_hash
-from mmclip_dist.offline.stage import Maker, Members, Stage
+from mmclip_dist.engine.checkpoint_folder import resolve_checkpoint, weights_hash
+from mmclip_dist.offline.stage import Maker, Stage
 
 
 def attention_stage(base: str, out: str, checkpoint: str, entities: str | None = None, gpus: float = 0) -> Stage:
@@ -31,29 +25,8 @@ def attention_stage(base: str, out: str, checkpoint: str, entities: str | None =
 
 
 def _build(checkpoint: str) -> Maker:
-    torch.set_num_threads(1)  # one process a core
-    model, tokenizer, config, meta = load_model(resolve_checkpoint(checkpoint))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    examine = ExampleMaker(
-        tokenizer, meta.diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
-        config.entmlm, augment=None,
-    )  # fmt: skip
+    from mmclip_dist.offline.scorer import (
+        build_scorer,
+    )  # torch and transformers: the workers need them, the driver does not
 
-    def example(key: str, members: Members) -> Example | None:
-        try:
-            return examine(key, members, epoch=0)
-        except ValueError:
-            return None  # undecodable: no scores. Training meets the same sample, replaces it and counts it.
-
-    def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
-        examples = {key: found for key, members in samples if (found := example(key, members))}
-        grids = np.zeros((len(samples), config.model.image.grid, config.model.image.grid), np.float16)
-        known = [row for row, (key, _) in enumerate(samples) if key in examples]
-        if known:
-            batch = collate(list(examples.values()), 0, tokenizer.pad_token_id)
-            with torch.inference_mode():
-                grids[known] = model.attention_grid(to_device(batch, device)).cpu().numpy()
-        return [(key, {"attention.npy": encode_npy(grid)}) for (key, _), grid in zip(samples, grids, strict=True)]
-
-    return make
+    return build_scorer(checkpoint)

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import ray
@@ -58,15 +59,21 @@ class _Worker:
         return write_shard(self.stage.out, number, self._rows(number))
 
     def _rows(self, number: int) -> Iterator[tuple[str, Members]]:
-        keys = self.readers[0].keys(number)
-        for start in range(0, len(keys), _BATCH):
-            samples = []
-            for key in keys[start : start + _BATCH]:
-                members: Members = {}
-                for reader in self.readers:
-                    members.update(reader.read(number, key))
-                samples.append((key, members))
-            yield from self.make(samples)
+        """The sidecar rows of a shard; the base and its entities have the same keys in the same order."""
+        rows = zip(*(reader.samples(number) for reader in self.readers), strict=True)
+        while samples := list(islice(rows, _BATCH)):
+            yield from self.make([_joined(parts) for parts in samples])
+
+
+def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
+    """(key, members) of one sample from its rows in the base and its sidecars. ValueError unless they share the key."""
+    key = parts[0][0]
+    members: Members = {}
+    for other, more in parts:
+        if other != key:
+            raise ValueError(f"the sidecar has {other} where the set has {key}: rebuild it")
+        members |= more
+    return key, members
 
 
 def run_stage(stage: Stage, *, workers: int, report: Callable[[int, int], None]) -> Manifest:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from array import array
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from mmclip_shards import storage
-from mmclip_shards.schema import SCHEMA_VERSION, canonical_json, split_member
+from mmclip_shards.faults import Tries
+from mmclip_shards.schema import SCHEMA_VERSION, canonical_json, check_key, check_suffix
 from mmclip_shards.storage import Url
 
 MANIFEST_NAME = "manifest.json"
@@ -23,13 +26,15 @@ _TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar of a set. path, index: relative to the manifest's folder; samples, bytes: counts; sha256: of the tar."""
+    """One tar of a set. path, index: relative to the manifest's folder; samples, bytes: counts; sha256: of the tar;
+    index_sha256: of the index."""
 
     path: str
     samples: int
     bytes: int
     sha256: str
     index: str
+    index_sha256: str
 
     def __post_init__(self) -> None:
         check_relative(self.path)
@@ -37,6 +42,7 @@ class Shard:
         if not (_is_count(self.samples) and self.samples > 0 and _is_count(self.bytes)):
             raise ValueError(f"shard {self.path}: samples and bytes must be positive whole numbers")
         _check_sha256(self.sha256, f"shard {self.path}")
+        _check_sha256(self.index_sha256, f"index {self.index}")
 
 
 @dataclass(frozen=True)
@@ -93,30 +99,64 @@ class Member:
     xxh3: str
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where every sample of a shard lies. keys: in order; members: key -> suffix -> Member."""
+class MemberColumns(NamedTuple):
+    """One entry a member. suffix: its number among the shard's suffixes; offset, length: bytes in the tar; xxh3: hash."""
 
-    keys: list[str]
-    members: dict[str, dict[str, Member]]
+    suffix: array[int]
+    offset: array[int]
+    length: array[int]
+    xxh3: array[int]
+
+
+class ShardIndex:
+    """Where every sample of a shard lies, in compact arrays: some 150 bytes a sample.
+
+    keys: of the samples, in the order of the tar; rows: key -> number of the sample.
+    """
+
+    def __init__(self, keys: list[str], suffixes: tuple[str, ...], first: array[int], columns: MemberColumns) -> None:
+        self.keys = keys
+        self.rows = {key: row for row, key in enumerate(keys)}
+        self._suffixes, self._first, self._columns = suffixes, first, columns
+
+    def sample(self, row: int) -> list[tuple[str, int, int, int]]:
+        """(suffix, offset, length, xxh3 as a number) of each member of a sample, in the order of the tar."""
+        suffix, offset, length, xxh3 = self._columns
+        return [
+            (self._suffixes[suffix[m]], offset[m], length[m], xxh3[m])
+            for m in range(self._first[row], self._first[row + 1])
+        ]  # fmt: skip
+
+    def span(self, first: int, stop: int) -> tuple[int, int]:
+        """(offset, length) from the first byte of sample `first` to the last of sample `stop` - 1."""
+        _, offset, length, _ = self._columns
+        begin, last = offset[self._first[first]], self._first[stop] - 1
+        return begin, offset[last] + length[last] - begin
 
 
 def load_manifest(url: Url) -> Manifest:
     """The checked manifest in folder `url`. ValueError when it is missing, of another version, or malformed."""
     where = storage.join(url, MANIFEST_NAME)
+
+    def parse(data: bytes) -> Manifest:
+        try:
+            return _parse_manifest(json.loads(data))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{where} is not a usable manifest: {_cause(error)}") from error
+
     try:
-        data = storage.read_bytes(where)
+        return storage.read_parsed(where, parse)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack`, or correct the path") from error
-    try:
-        return _parse_manifest(json.loads(data))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{where} is not a usable manifest: {_cause(error)}") from error
+        raise ValueError(
+            f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack` (or `mmclip index`, for shards of others), "
+            "or correct the path"
+        ) from error
 
 
 def save_manifest(url: Url, manifest: Manifest) -> None:
     """Write the manifest into folder `url`, atomically. The same manifest is the same bytes."""
     document = {**asdict(manifest), "samples": manifest.samples}
+    document["digest"] = _digest(document)
     storage.write_atomic(storage.join(url, MANIFEST_NAME), canonical_json(document))
 
 
@@ -139,15 +179,26 @@ def index_bytes(members: list[tuple[str, Member]], sha256: str) -> bytes:
     return canonical_json({"version": SCHEMA_VERSION, "sha256": sha256, "members": rows})
 
 
-def load_index(url: Url, shard: Shard) -> ShardIndex:
-    """The checked index of one shard of the set in folder `url`. ValueError when it is missing or does not fit."""
+def load_index(url: Url, shard: Shard, tries: Tries | None = None) -> ShardIndex:
+    """The checked index of one shard of the set in folder `url`. ValueError when it is missing or does not fit.
+
+    tries: of a remote read; a fresh one by default.
+    """
     where = storage.join(url, shard.index)
+
+    def parse(data: bytes) -> ShardIndex:
+        try:
+            index = _parse_index(json.loads(data), shard)
+            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+                raise ValueError("its sha256 is not the manifest's: copy or pack the set again")
+            return index
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"index {where} does not fit shard {shard.path}: {_cause(error)}") from error
+
     try:
-        return _parse_index(json.loads(storage.read_bytes(where)), shard)
+        return storage.read_parsed(where, parse, tries)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"index {where} is missing: pack the set again or copy it again") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"index {where} does not fit shard {shard.path}: {_cause(error)}") from error
 
 
 def check_relative(path: str) -> None:
@@ -160,13 +211,23 @@ def _parse_manifest(document: dict[str, Any]) -> Manifest:
     if not isinstance(document, dict) or not isinstance(document.get("labels"), list):
         raise ValueError("it is not a JSON object with the fields of a manifest")
     _check_version(document["version"])  # before the fields: another version may have others
-    fields = {name: value for name, value in document.items() if name != "samples"}
+    fields = {name: value for name, value in document.items() if name not in ("samples", "digest")}
     fields["shards"] = tuple(Shard(**row) for row in document["shards"])
     fields["labels"] = tuple(document["labels"])
     manifest = Manifest(**fields)
     if manifest.samples != document["samples"]:
         raise ValueError(f"its shards hold {manifest.samples} samples, but it promises {document['samples']}")
+    if document.get("digest", digest := _digest(document)) != digest:
+        raise ValueError(
+            "its digest is not that of its content: it is damaged, or was edited (then leave out `digest`)"
+        )
     return manifest
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Hash of a manifest's content: a byte that an object store got wrong must not become a path or a count."""
+    content = {name: value for name, value in document.items() if name != "digest"}
+    return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
@@ -174,21 +235,37 @@ def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
     # Ties the hashes of the members to the manifest: shard and index replaced together would agree with each other.
     if document["sha256"] != shard.sha256:
         raise ValueError("it was written for another build of the shard than the manifest: copy or pack the set again")
-    members: dict[str, dict[str, Member]] = {}
-    last_key, end = "", 0
+    keys: list[str] = []
+    suffixes: dict[str, int] = {}
+    first, columns, end = array("Q"), MemberColumns(array("B"), array("Q"), array("Q"), array("Q")), 0
     for name, offset, length, xxh3 in document["members"]:
-        key, suffix = split_member(name)
-        if key < last_key or (key == last_key and suffix in members[key]):
-            raise ValueError(f"{name} is a duplicate or out of order")
+        key, _, suffix = name.partition(".")
         if not (_is_count(offset) and _is_count(length) and _XXH3.fullmatch(xxh3)):
             raise ValueError(f"{name} has no usable offset, length and hash")
         if offset < end + _TAR_BLOCK or offset % _TAR_BLOCK or offset + length > shard.bytes:
             raise ValueError(f"{name} lies at {offset} to {offset + length}, which is not in the {shard.bytes} bytes")
-        members.setdefault(key, {})[suffix] = Member(offset, length, xxh3)
-        last_key, end = key, offset + length
-    if len(members) != shard.samples:
-        raise ValueError(f"it has {len(members)} samples, but the manifest promises {shard.samples}")
-    return ShardIndex(keys=list(members), members=members)
+        new = not keys or key != keys[-1]
+        if new:
+            check_key(key)
+        if suffix not in suffixes:
+            check_suffix(suffix)
+            suffixes[suffix] = len(suffixes)
+        number = suffixes[suffix]
+        if new:
+            first.append(len(columns.suffix))
+            keys.append(key)
+        elif number in columns.suffix[first[-1] :]:
+            raise ValueError(f"{name} comes twice")
+        for column, value in zip(columns, (number, offset, length, int(xxh3, 16)), strict=True):
+            column.append(value)
+        end = offset + length
+    first.append(len(columns.suffix))
+    index = ShardIndex(keys, tuple(suffixes), first, columns)
+    if len(index.rows) != len(keys):
+        raise ValueError("a key comes twice, or the members of a sample do not lie together")
+    if len(keys) != shard.samples:
+        raise ValueError(f"it has {len(keys)} samples, but the manifest promises {shard.samples}")
+    return index
 
 
 def _check_version(version: object) -> None:
@@ -200,7 +277,7 @@ def _check_version(version: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and value >= 0  # no bool
 
 
 def _check_sha256(value: object, of_what: str) -> None:

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from tarfile import BLOCKSIZE
 
 import xxhash
 
 from mmclip_shards import storage
-from mmclip_shards.manifest import Manifest, Shard, ShardIndex, load_index, load_manifest
-from mmclip_shards.schema import member_name
+from mmclip_shards.chunks import ChunkReader
+from mmclip_shards.faults import Tries
+from mmclip_shards.manifest import Manifest, ShardIndex, load_index, load_manifest
 from mmclip_shards.storage import Url
+
+_AHEAD = 32  # samples that sequential reading has fetched ahead
 
 
 class ShardReader:
     """Random access to the samples of the set in folder `url`.
 
-    open_indexes, open_files: how many loaded indexes and open local shards are kept (the last used ones).
+    open_shards: how many indexes and open local files are kept (the last used ones); fewer than are read side by side would
+    thrash. chunks: what remote shards are read through; readers may share one, with its memory.
     Threads may share a reader; a copy sent to another process opens its own files there.
     """
 
-    def __init__(self, url: Url, manifest: Manifest, *, open_indexes: int = 16, open_files: int = 64) -> None:
+    def __init__(
+        self, url: Url, manifest: Manifest, *, open_shards: int = 16, chunks: ChunkReader | None = None
+    ) -> None:
         self.url = url
         self.manifest = manifest
-        self._limits = (open_indexes, open_files)
-        self._index = lru_cache(open_indexes)(self._load_index)
-        self._file = lru_cache(open_files)(self._open_file)
+        self.chunks = chunks or ChunkReader()
+        self._open_shards = open_shards
+        self._local = storage.local_path(url) is not None
+        self._index = lru_cache(open_shards)(self._load_index)
+        self._file = lru_cache(open_shards)(self._open_file)
 
     def __reduce__(self) -> tuple[object, ...]:
-        open_indexes, open_files = self._limits
-        return _rebuild, (self.url, self.manifest, open_indexes, open_files)
+        return _rebuild, (self.url, self.manifest, self._open_shards, self.chunks)
 
     def keys(self, shard_number: int) -> list[str]:
         """The keys of a shard, in order. Do not change the list: it is shared."""
@@ -40,43 +47,86 @@ class ShardReader:
 
     def read(self, shard_number: int, key: str) -> dict[str, bytes]:
         """A sample's members: suffix -> bytes. ValueError naming shard, key, offset and cause when a byte is wrong."""
-        shard = self.manifest.shards[shard_number]
-        members = self._index(shard_number).members.get(key)
-        where = f"shard {storage.join(self.url, shard.path)}, key {key}"
-        if members is None:
-            raise ValueError(f"{where}: no such sample in this shard")
-        # One read from the first header to the last byte: one request on object storage, and the headers come along.
-        start = min(member.offset for member in members.values()) - BLOCKSIZE
-        end = max(member.offset + member.length for member in members.values())
-        try:
-            span = memoryview(self._read_span(shard_number, shard, start, end - start))
-        except OSError as error:
-            raise ValueError(f"{where}, offset {start}: cannot be read: {error}") from error
-        sample: dict[str, bytes] = {}
-        for suffix, member in members.items():
-            at = member.offset - start
-            data = bytes(span[at : at + member.length])
-            if bytes(span[at - BLOCKSIZE : at - BLOCKSIZE + 100]).rstrip(b"\0") != member_name(key, suffix).encode():
-                raise ValueError(f"{where}, offset {member.offset}: the tar has another file there than {key}.{suffix}")
-            if xxhash.xxh3_64_hexdigest(data) != member.xxh3:
-                raise ValueError(
-                    f"{where}, offset {member.offset}: the {member.length} bytes of {key}.{suffix} are damaged "
-                    "(hash differs from the index): copy the shard again"
-                )
-            sample[suffix] = data
-        return sample
+        index = self._index(shard_number)
+        row = index.rows.get(key)
+        if row is None:
+            raise ValueError(f"shard {self._where(shard_number)}, key {key}: no such sample in this shard")
+        start, length = index.span(row, row + 1)
+        tries: Tries | None = None
+        while True:
+            # One read from the first byte to the last: one request on object storage.
+            span = self._read_span(shard_number, key, start, length)
+            sample, damaged = {}, None
+            for suffix, offset, size, xxh3 in index.sample(row):
+                data = span[offset - start : offset - start + size]
+                if xxhash.xxh3_64_intdigest(data) != xxh3:
+                    damaged = suffix, offset, size
+                sample[suffix] = data
+            if damaged is None:
+                return sample
+            suffix, offset, size = damaged
+            fault = ValueError(
+                f"shard {self._where(shard_number)}, key {key}, offset {offset}: the {size} bytes of {key}.{suffix} are damaged "
+                "(hash differs from the index): copy the shard again"
+            )
+            if self._local:
+                raise fault
+            shard = self.manifest.shards[shard_number]
+            self.chunks.forget(self._where(shard_number), shard.sha256, shard.bytes, start, length)
+            tries = tries or Tries(self.chunks.reading.patience)
+            tries.wait("", fault)
 
-    def _read_span(self, shard_number: int, shard: Shard, offset: int, length: int) -> bytes:
-        if storage.local_path(self.url) is None:
-            return storage.read_range(storage.join(self.url, shard.path), offset, length)
-        return self._file(shard_number).read(offset, length)
+    def prefetch(self, shard_number: int, row: int) -> None:
+        """Have a sample fetched from object storage; returns at once. Local files need none."""
+        if not self._local:
+            self.chunks.submit(self._prefetch, shard_number, row, row + 1)
+
+    def samples(self, shard_number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Every (key, members) of a shard, in order, fetched ahead."""
+        keys = self.keys(shard_number)
+        for row, key in enumerate(keys):
+            if not self._local and row % _AHEAD == 0:
+                self._prefetch(shard_number, row, min(row + 2 * _AHEAD, len(keys)))
+            yield key, self.read(shard_number, key)
+
+    # -- Inside ---------------------------------------------------------------------------------------------------
+
+    def _where(self, shard_number: int) -> str:
+        return storage.join(self.url, self.manifest.shards[shard_number].path)
+
+    def _prefetch(self, shard_number: int, first: int, stop: int) -> None:
+        shard = self.manifest.shards[shard_number]
+        if self.chunks.reading.chunk_bytes is not None:
+            spans = [self._index(shard_number).span(first, stop)]
+        else:
+            spans = [self._index(shard_number).span(row, row + 1) for row in range(first, stop)]
+        for start, length in spans:
+            self.chunks.prefetch(self._where(shard_number), shard.sha256, shard.bytes, start, length)
+
+    def _read_span(self, shard_number: int, key: str, offset: int, length: int) -> bytes:
+        try:
+            if self._local:
+                return self._file(shard_number).read(offset, length)
+            shard = self.manifest.shards[shard_number]
+            started = time.monotonic()
+            data = self.chunks.read(self._where(shard_number), shard.sha256, shard.bytes, offset, length)
+            self.chunks.count(waited_s=time.monotonic() - started)
+            return data
+        except OSError as error:
+            where = f"shard {self._where(shard_number)}, key {key}, offset {offset}"
+            raise ValueError(f"{where}: cannot be read: {error}") from error
 
     def _load_index(self, shard_number: int) -> ShardIndex:
-        return load_index(self.url, self.manifest.shards[shard_number])
+        tries = Tries(self.chunks.reading.patience)
+        try:
+            return load_index(self.url, self.manifest.shards[shard_number], tries)
+        finally:
+            if tries.count:
+                self.chunks.count(retries=tries.count)
 
     def _open_file(self, shard_number: int) -> _LocalFile:
         shard = self.manifest.shards[shard_number]
-        path = storage.local_path(storage.join(self.url, shard.path))
+        path = storage.local_path(self._where(shard_number))
         assert path is not None
         return _LocalFile(path, shard.bytes)
 
@@ -85,8 +135,7 @@ def iterate(url: Url) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every (key, members) of the set in folder `url`, in order, checked like `ShardReader.read`."""
     reader = ShardReader(url, load_manifest(url))
     for number in range(len(reader.manifest.shards)):
-        for key in reader.keys(number):
-            yield key, reader.read(number, key)
+        yield from reader.samples(number)
 
 
 class _LocalFile:
@@ -110,5 +159,5 @@ class _LocalFile:
             os.close(self._descriptor)
 
 
-def _rebuild(url: Url, manifest: Manifest, open_indexes: int, open_files: int) -> ShardReader:
-    return ShardReader(url, manifest, open_indexes=open_indexes, open_files=open_files)
+def _rebuild(url: Url, manifest: Manifest, open_shards: int, chunks: ChunkReader) -> ShardReader:
+    return ShardReader(url, manifest, open_shards=open_shards, chunks=chunks)

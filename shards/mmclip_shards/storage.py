@@ -1,19 +1,44 @@
-"""Bytes in and out of a folder, local or on object storage: thin over fsspec, with atomic writes and exact reads."""
+"""Bytes in and out of a folder, local or on object storage: thin over fsspec, with atomic writes and exact reads.
+
+What a remote store refuses once is tried again (`faults.Patience`), with a new session where the credentials are at fault.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import secrets
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
+from fsspec.asyn import sync as run_async
 
+from mmclip_shards.faults import Patience, Tries
+
+T = TypeVar("T")
 Url = str | os.PathLike[str]
 """A local path, or file://, memory://, s3://, gs:// ... (anything fsspec opens)."""
 
+PATIENCE = Patience()
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    # One try of its own and short time-outs: how long to try again is decided here, in one place.
+    "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1},
+                             "max_pool_connections": 64}},
+}  # fmt: skip
+_TRIES_BEFORE_SIZE = 2  # a short answer may be one broken body; after so many, the file's size is asked for
+_SLOWEST = 64 * 1024  # bytes a second: a read that is slower, all in all, counts as stalled
+
 _filesystems: dict[tuple[int, str], Any] = {}
+_opening = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_opening._at_fork_reinit)  # type: ignore[attr-defined]  # a thread of the parent may hold it at that moment
 
 
 def local_path(url: Url) -> Path | None:
@@ -38,8 +63,7 @@ def exists(url: Url) -> bool:
     path = local_path(url)
     if path is not None:
         return path.exists()
-    filesystem, name = _open_remote(url)
-    return bool(filesystem.exists(name))
+    return _surely(url, lambda filesystem, name: bool(filesystem.exists(name)))
 
 
 def read_bytes(url: Url) -> bytes:
@@ -47,31 +71,58 @@ def read_bytes(url: Url) -> bytes:
     path = local_path(url)
     if path is not None:
         return path.read_bytes()
-    filesystem, name = _open_remote(url)
-    return bytes(filesystem.cat_file(name))
+    return _surely(url, lambda filesystem, name: bytes(filesystem.cat_file(name)))
 
 
-def read_range(url: Url, offset: int, length: int) -> bytes:
-    """Exactly `length` bytes from `offset` on. OSError when the file ends before."""
+def read_parsed(url: Url, parse: Callable[[bytes], T], tries: Tries | None = None) -> T:
+    """parse(a whole file). A remote file for which it raises ValueError is read again: a store may have sent it damaged."""
+    if local_path(url) is not None:
+        return parse(read_bytes(url))
+    return _surely(url, lambda filesystem, name: parse(bytes(filesystem.cat_file(name))), tries)
+
+
+def file_size(url: Url) -> int:
+    """Bytes of a file. FileNotFoundError when missing."""
+    path = local_path(url)
+    if path is not None:
+        return path.stat().st_size
+    return _surely(url, lambda filesystem, name: int(filesystem.info(name)["size"]))
+
+
+def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -> bytes:
+    """Exactly `length` bytes from `offset` on. OSError when the file ends before or the store gives up.
+
+    A remote read that breaks goes on from the byte where it broke. `tries`: how often, and who counts it.
+    """
     path = local_path(url)
     if path is not None:
         with path.open("rb") as file:
             file.seek(offset)
             data = file.read(length)
-    else:
-        filesystem, name = _open_remote(url)
-        data = bytes(filesystem.cat_file(name, start=offset, end=offset + length)) if length else b""
-    if len(data) != length:
-        raise OSError(f"{os.fspath(url)}: {length} bytes wanted at offset {offset}, {len(data)} came")
-    return data
+        if len(data) != length:
+            raise OSError(f"{path}: {length} bytes wanted at offset {offset}, {len(data)} came")
+        return data
+    got = bytearray()
+    tries = tries or Tries(PATIENCE)
+    while len(got) < length:
+        before = len(got)
+        try:
+            _read_some(url, offset + before, length - before, got, tries.patience.stall_s)
+            if len(got) < length:
+                raise OSError(f"{length} bytes wanted at offset {offset}, {len(got)} came")
+        except Exception as fault:
+            _renew(url, fault)
+            if tries.count == _TRIES_BEFORE_SIZE:
+                _check_end(url, offset, length)
+            tries.wait(f"{os.fspath(url)}, offset {offset + len(got)}", fault, progress=len(got) > before)
+    return bytes(got)
 
 
 def write_atomic(url: Url, data: bytes) -> None:
     """Publish a whole file or nothing: a rename on a local disk, one completed upload on object storage."""
     path = local_path(url)
     if path is None:
-        filesystem, name = _open_remote(url)
-        filesystem.pipe_file(name, data)
+        _surely(url, lambda filesystem, name: filesystem.pipe_file(name, data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name ends in .tmp, so that what a killed process leaves can never be taken for a shard.
@@ -93,9 +144,8 @@ def remove(url: Url) -> None:
     if path is not None:
         path.unlink(missing_ok=True)
         return
-    filesystem, name = _open_remote(url)
     with contextlib.suppress(FileNotFoundError):
-        filesystem.rm_file(name)
+        _surely(url, lambda filesystem, name: filesystem.rm_file(name))
 
 
 def remove_empty_folder(url: Url) -> None:
@@ -110,12 +160,81 @@ def list_folder(url: Url) -> list[str]:
     path = local_path(url)
     if path is not None:
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    filesystem, name = _open_remote(url)
+
+    def names(filesystem: Any, name: str) -> list[str]:
+        try:
+            found = filesystem.ls(name, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != name.rstrip("/"))
+
+    return _surely(url, names)
+
+
+# -- Remote stores ----------------------------------------------------------------------------------------------------
+
+
+def _surely(url: Url, action: Callable[[Any, str], T], tries: Tries | None = None) -> T:
+    """action(file system, name), again after a fault."""
+    tries = tries or Tries(PATIENCE)
+    while True:
+        try:
+            return action(*_open_remote(url))
+        except Exception as fault:
+            _renew(url, fault)
+            tries.wait(os.fspath(url), fault)
+
+
+def _renew(url: Url, fault: Exception) -> None:
+    """After a refusal or a broken session, the next try starts a session that reads the credentials again."""
+    if isinstance(fault, PermissionError | RuntimeError) or "Credentials" in type(fault).__name__:
+        with _opening:
+            _filesystems.pop((os.getpid(), os.fspath(url).partition("://")[0]), None)
+
+
+def _check_end(url: Url, offset: int, length: int) -> None:
+    """OSError at once, instead of a budget of tries, where the file really ends before the wanted bytes."""
     try:
-        found = filesystem.ls(name, detail=False)
-    except FileNotFoundError:
-        return []
-    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != name.rstrip("/"))
+        size = file_size(url)
+    except OSError:
+        return  # no verdict: the tries go on
+    if size < offset + length:
+        raise OSError(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
+
+
+def _read_some(url: Url, offset: int, length: int, into: bytearray, stall_s: float) -> None:
+    """Append up to `length` bytes from `offset` on to `into`; those that came before a fault stay there."""
+    filesystem, name = _open_remote(url)
+    patience = stall_s + length / _SLOWEST
+    if hasattr(filesystem, "_call_s3"):  # s3fs throws away what came before a connection broke
+        run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s, timeout=patience)
+    elif isinstance(filesystem, AsyncFileSystem):
+        into += run_async(filesystem.loop, filesystem._cat_file, name, offset, offset + length, timeout=patience)[
+            :length
+        ]
+    else:
+        into += filesystem.cat_file(name, start=offset, end=offset + length)[:length]
+
+
+async def _stream_s3(filesystem: Any, name: str, offset: int, length: int, into: bytearray, stall_s: float) -> None:
+    """One ranged GET. TimeoutError if no byte comes for `stall_s`; OSError if the store answers another range."""
+    bucket, key, _ = filesystem.split_path(name)
+    end = len(into) + length
+    async with asyncio.timeout(stall_s) as stall:
+        answer = await filesystem._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}"
+        )
+        body = answer["Body"]
+        try:
+            if not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
+                raise OSError(
+                    f"asked for the bytes from {offset} on, the store sent {answer.get('ContentRange') or 'no range'}"
+                )
+            while len(into) < end and (part := await body.read(1 << 20)):
+                into += part[: end - len(into)]
+                stall.reschedule(asyncio.get_running_loop().time() + stall_s)
+        finally:
+            body.close()
 
 
 def _open_remote(url: Url) -> tuple[Any, str]:
@@ -126,8 +245,12 @@ def _open_remote(url: Url) -> tuple[Any, str]:
     """
     text = os.fspath(url)
     protocol = text.partition("://")[0]
-    cached = _filesystems.get((os.getpid(), protocol))
-    if cached is None:
-        cached = fsspec.filesystem(protocol, use_listings_cache=False)
-        _filesystems[(os.getpid(), protocol)] = cached
+    with _opening:
+        cached = _filesystems.get((os.getpid(), protocol))
+        if cached is None:
+            options = _OPTIONS.get(protocol, {})
+            cached = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=bool(options), **options)
+            if hasattr(cached, "retries"):
+                cached.retries = 1
+            _filesystems[(os.getpid(), protocol)] = cached
     return cached, str(cached._strip_protocol(text))

@@ -59,8 +59,9 @@ def write_shard(url: Url, number: int, samples: Iterable[Sample]) -> Shard:
     tar = b"".join([*chunks, _END_OF_TAR])
     digest = hashlib.sha256(tar).hexdigest()
     storage.write_atomic(storage.join(url, shard_name(number)), tar)
-    storage.write_atomic(storage.join(url, index_name(number)), index_bytes(members, digest))
-    return Shard(shard_name(number), count, len(tar), digest, index_name(number))
+    index = index_bytes(members, digest)
+    storage.write_atomic(storage.join(url, index_name(number)), index)
+    return Shard(shard_name(number), count, len(tar), digest, index_name(number), hashlib.sha256(index).hexdigest())
 
 
 def check_next_key(key: str, last_key: str) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mmclip_dist.config import load_config
-from mmclip_dist.engine.checkpoint import checkpoint_path, newest_checkpoint, resolve_checkpoint
+from mmclip_dist.engine.checkpoint_folder import checkpoint_path, newest_checkpoint, resolve_checkpoint
 from mmclip_dist.engine.deepspeed_engine import deepspeed_json, parameter_groups
 from mmclip_dist.engine.quarantine import Quarantine
 from mmclip_dist.engine.run import MetricsLog, describe, locked, read_metrics

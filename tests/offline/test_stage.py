@@ -14,7 +14,8 @@ from mmclip_shards.schema import decode_npy
 
 from mmclip_dist.config import Source
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.engine.checkpoint import Meta, write_model
+from mmclip_dist.engine.checkpoint import write_model
+from mmclip_dist.engine.checkpoint_folder import Meta
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
@@ -61,7 +62,7 @@ def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, cluster:
 
     rows = json.loads(whole["manifest.json"])
     shards = {
-        str(n): {k: shard[k] for k in ("path", "samples", "bytes", "sha256", "index")}
+        str(n): {k: shard[k] for k in ("path", "samples", "bytes", "sha256", "index", "index_sha256")}
         for n, shard in enumerate(rows["shards"])
     }
     (out / "manifest.json").unlink()
@@ -105,7 +106,7 @@ def test_attention_scores_are_the_models(sets, tokenizer, cluster: None, tmp_pat
     write_model(checkpoint, build_model(config, tokenizer, diseases), tokenizer, config, Meta(1, 1, 1, diseases, ()))
     for base, entities in ((sets.paired, sets.sidecar("entities")), (sets.unpaired, None)):
         out = str(tmp_path / ("paired" if entities else "unpaired"))
-        manifest, _ = run(attention_stage(base, out, str(checkpoint), entities))
+        manifest, _ = run(attention_stage(base, out, str(checkpoint), entities), workers=1)
         JoinedSet(Source(url=base, attention=out))
         assert manifest.checkpoint is not None
         grids = [decode_npy(row["attention.npy"]) for _, row in iterate(out)]

@@ -12,7 +12,7 @@ from mmclip_shards import storage
 from mmclip_shards.manifest import Manifest, Shard, find_split, load_index, load_manifest, save_manifest
 from mmclip_shards.writer import write_shard
 
-SHARD = Shard("000000.tar", 3, 4096, "a" * 64, "000000.index.json")
+SHARD = Shard("000000.tar", 3, 4096, "a" * 64, "000000.index.json", "b" * 64)
 BASE = Manifest("base", "toy", "train", (SHARD,), "cafe", labels=("Edema", "Mass"))
 
 
@@ -130,8 +130,11 @@ def test_index_round_trip(tmp_path: Path, shard: Shard) -> None:
     index = load_index(tmp_path, shard)
     assert index.keys == ["k0", "k1", "k2"]
     tar = (tmp_path / shard.path).read_bytes()
-    member = index.members["k2"]["jpg"]
-    assert tar[member.offset : member.offset + member.length] == b"xxx"
+    assert index.rows == {"k0": 0, "k1": 1, "k2": 2}
+    (suffix, offset, length, _), _ = index.sample(2)
+    assert (suffix, tar[offset : offset + length]) == ("jpg", b"xxx")
+    start, length = index.span(1, 3)
+    assert tar[start : start + 2] == b"xx" and tar[start + length - 2 : start + length] == b"{}"
 
 
 @pytest.mark.parametrize(
@@ -147,10 +150,12 @@ def test_index_round_trip(tmp_path: Path, shard: Shard) -> None:
         (0, ["k0.jpg", 512, 1, "z"], "no usable offset"),
         (0, ["k0.jpg", 512.0, 1, "0" * 16], "no usable offset"),
         (0, ["k0.jpg", 512], "not enough values"),
-        (0, ["k9.jpg", 512, 1, "0" * 16], "out of order"),
-        (1, ["k0.jpg", 1536, 2, "0" * 16], "duplicate"),
+        (0, ["k9.jpg", 512, 1, "0" * 16], "4 samples, but the manifest promises 3"),
+        (0, ["k2.jpg", 512, 1, "0" * 16], "a key comes twice"),
+        (1, ["k0.jpg", 1536, 2, "0" * 16], "comes twice"),
         (1, ["k0.json", 512, 2, "0" * 16], "is not in"),
-        (2, ["k1x.jpg", 2560, 2, "0" * 16], "out of order"),
+        (2, ["k1x.jpg", 2560, 2, "0" * 16], "4 samples, but the manifest promises 3"),
+        (2, ["k1.jpg", 2560, 2, "1" * 16], "sha256 is not the manifest's"),
         (4, ["k11.jpg", 4608, 3, "0" * 16], "4 samples, but the manifest promises 3"),
     ],
 )

@@ -24,7 +24,8 @@ from PIL import Image
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.transforms import decode_image
-from mmclip_dist.engine.checkpoint import load_model, weights_hash
+from mmclip_dist.engine.checkpoint import load_model
+from mmclip_dist.engine.checkpoint_folder import weights_hash
 from mmclip_dist.evaluate.zeroshot import class_directions
 from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
 
@@ -112,8 +113,7 @@ def _positive_samples(urls: Sequence[str], manifests: Sequence[Manifest]) -> Ite
     for url, manifest in zip(urls, manifests, strict=True):
         reader = ShardReader(url, manifest)
         for number in range(len(manifest.shards)):
-            for key in reader.keys(number):
-                members = reader.read(number, key)
+            for _, members in reader.samples(number):
                 if 1 in json.loads(members["json"])["labels"].values():
                     yield members
 

@@ -1,0 +1,129 @@
+"""What a sample says beside its image: report, labels, patient. The one home of reading `KEY.json` and `KEY.txt`, ours or
+another program's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mmclip_shards.schema import LABEL_VALUES
+
+_PATIENT = re.compile(r"[0-9a-f]{32}")
+_FOREIGN_REPORTS = ("report", "text", "caption")  # fields of other programs' JSON that hold the text itself
+
+
+class Document(NamedTuple):
+    """What is known of a sample. report: its text, "" without one; labels: as in `schema.Record`, empty if unknown."""
+
+    report: str
+    labels: dict[str, int | None]
+    patient: str | None
+    view: str | None
+
+
+def read_document(members: Mapping[str, bytes]) -> Document:
+    """The document of a sample, from its members. ValueError when `json` or `txt` cannot be read.
+
+    Without a report in our form (`{"report": {"text": ...}}`), it is what `txt` holds, or a text in the JSON's `report`,
+    `text` or `caption`. Labels in another form than ours are unknown.
+    """
+    fields = json_fields(members["json"]) if "json" in members else {}
+    report, patient, view = _report(members, fields), fields.get("patient"), fields.get("view")
+    return Document(
+        report=report if report.strip() else "",
+        labels=legal_labels(fields.get("labels")) or {},
+        patient=patient if isinstance(patient, str) and patient.strip() else None,
+        view=view if isinstance(view, str) and view.strip() else None,
+    )
+
+
+def json_fields(data: bytes) -> dict[str, Any]:
+    """The fields of a JSON object; none for another JSON value. ValueError when it cannot be parsed."""
+    value = parse_json(data)
+    return value if isinstance(value, dict) else {}
+
+
+def parse_json(data: bytes) -> Any:
+    """The value. ValueError, without the text itself, when it cannot be parsed."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"not usable JSON: {type(error).__name__}{place}") from error
+
+
+def legal_labels(value: object) -> dict[str, int | None] | None:
+    """`{disease: 1 | 0 | -1 | null}`, checked (1.0 counts as 1); None for anything else."""
+    if not isinstance(value, dict):
+        return None
+    labels: dict[str, int | None] = {}
+    for name, label in value.items():
+        if not name.strip() or isinstance(label, bool) or label not in LABEL_VALUES:
+            return None
+        labels[name] = None if label is None else int(label)
+    return labels
+
+
+def check_fields(fields: Mapping[str, Any], *, dataset: str, label_names: tuple[str, ...]) -> None:
+    """ValueError unless these are the fields of `schema.sample_document`, for a set with these labels."""
+    report = fields.get("report", "")
+    texts = {"text", "findings", "impression"}
+    if report is not None and not (
+        isinstance(report, dict)
+        and "text" in report
+        and report.keys() <= texts
+        and all(isinstance(text, str) and text.strip() for text in report.values())
+    ):
+        raise ValueError("`report` must be null, or hold `text` and perhaps `findings` and `impression`")
+    labels = legal_labels(fields.get("labels"))
+    if labels is None or set(labels) != set(label_names):
+        raise ValueError("`labels` must give 1, 0, -1 or null for each label of the manifest")
+    if not _PATIENT.fullmatch(str(fields.get("patient"))):
+        raise ValueError("`patient` must be a keyed hash, 32 hex digits")
+    if fields.get("dataset") != dataset:
+        raise ValueError("`dataset` is not that of the manifest")
+    if not isinstance(fields.get("view", 0), str | None):
+        raise ValueError("`view` must be a text or null")
+    source = fields.get("source")
+    if not isinstance(source, str) or not source or source.startswith("/"):
+        raise ValueError("`source` must be a name or a relative path")
+    if not all(_is_number(fields.get(side), whole=True) and fields[side] > 0 for side in ("width", "height")):
+        raise ValueError("`width` and `height` must be positive whole numbers")
+    for box in fields.get("boxes", ()):
+        if not (isinstance(box, dict) and isinstance(box.get("label"), str) and box["label"]):
+            raise ValueError("a box has no `label`")
+        if not all(_is_number(box.get(side)) for side in ("x", "y", "width", "height")):
+            raise ValueError("a box lacks `x`, `y`, `width` or `height`")
+
+
+def check_spans(spans: object) -> None:
+    """ValueError unless these are spans as `KEY.entities.json` holds them: start, end, text, label, negated, cui."""
+    if not isinstance(spans, list):
+        raise ValueError("it is not a list of spans")
+    for number, span in enumerate(spans):
+        if not isinstance(span, dict):
+            raise ValueError(f"span {number} is not an object")
+        start, end, text = span.get("start"), span.get("end"), span.get("text")
+        if not (_is_number(start, whole=True) and _is_number(end, whole=True) and 0 <= start < end):
+            raise ValueError(f"span {number}: `start` and `end` must be whole numbers, 0 <= start < end")
+        if not isinstance(text, str) or len(text) != end - start:
+            raise ValueError(f"span {number}: `text` must have `end` - `start` characters")
+        if not (isinstance(span.get("label"), str) and span["label"] and isinstance(span.get("negated"), bool)):
+            raise ValueError(f"span {number}: `label` must be a text and `negated` true or false")
+        if not isinstance(span.get("cui", ""), str):
+            raise ValueError(f"span {number}: `cui` must be a text")
+
+
+def _report(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> str:
+    ours = fields.get("report")
+    if isinstance(ours, dict) and isinstance(ours.get("text"), str):
+        return str(ours["text"])
+    if "txt" in members:
+        return members["txt"].decode("utf-8")
+    return next((fields[name] for name in _FOREIGN_REPORTS if isinstance(fields.get(name), str)), "")
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)

@@ -1,0 +1,113 @@
+"""Training through the `deepspeed` launcher: resume, ranks, ZeRO stages, bad input, and a killed launcher."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+from mmclip_launch.deepspeed_command import accelerator_environment, train_command
+from mmclip_launch.processes import environment
+from safetensors.torch import load_file
+
+from mmclip_dist.engine.checkpoint_folder import checkpoint_path
+from mmclip_dist.engine.run import read_metrics
+from tests.conftest import TRAIN, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def run_training(overrides: list[str], ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
+    env = environment(accelerator_environment())
+    found = subprocess.run(
+        train_command("quickstart", overrides, ranks), env=env, capture_output=True, text=True, timeout=240
+    )
+    assert not check or found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    return found
+
+
+def final_weights(run: Path, step: int = 12) -> dict[str, bytes]:
+    weights = load_file(checkpoint_path(run, step) / "model.safetensors")
+    return {name: value.numpy().tobytes() for name, value in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def unbroken(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("unbroken") / "run"
+    run_training([*sets.overrides(run), *TRAIN])
+    return run
+
+
+def losses(run: Path) -> list[dict]:
+    return [{"step": row["step"], **row["loss"]} for row in read_metrics(run)]
+
+
+def test_resume_equals_no_interruption_bit_for_bit(sets, unbroken: Path, tmp_path: Path) -> None:
+    """The run's newest checkpoints are gone, as after a crash; it goes on from an older one and ends the same."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    (run / "config.yaml").write_text((unbroken / "config.yaml").read_text().replace(str(unbroken), str(run)))
+    for step in (8, 12):
+        shutil.rmtree(checkpoint_path(run, step))
+    (run / "checkpoints" / ".step-00000008.writing").mkdir()  # and a save was torn
+    run_training([*sets.overrides(run), *TRAIN])
+    assert final_weights(run) == final_weights(unbroken)
+    assert losses(run) == losses(unbroken)
+
+
+def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_training([*sets.overrides(run), *TRAIN], ranks=1)
+    for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
+
+
+@pytest.mark.parametrize("overrides", [("zero_stage=2",), ("zero_stage=0",)])
+def test_zero_stages_train_alike(sets, unbroken: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    run_training([*sets.overrides(run), *TRAIN, *overrides, "optim.stop_at=4"])
+    for ours, theirs in zip(losses(run), losses(unbroken), strict=False):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_training([*sets.overrides(run), *TRAIN, "attmim.mode=split", "precision=bf16", "optim.stop_at=4"])
+    assert [row["step"] for row in losses(run)] == [1, 2, 4]
+    assert set(losses(run)[-1]) == {"step", "contrastive", "image", "entity"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optim.lr=0.2"], "another configuration (differs in lr)"),
+        (["model.image.dept=3"], "did you mean model.image.depth"),
+        (["data.streams=3"], "does not divide over 2 ranks"),
+        (["data.streams=512", "optim.global_batch=512"], "samples cannot fill data.streams=512"),
+        (["data.sources=[{url: /nowhere, entities: /nowhere}]"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, overrides: list[str], message: str) -> None:
+    found = run_training([*sets.overrides(unbroken), *TRAIN, *overrides], check=False)
+    assert found.returncode == 2, found.stderr[-2000:]
+    lines = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0], lines
+    assert "Traceback" not in found.stderr and "Traceback" not in found.stdout
+
+
+def test_ranks_die_with_their_launcher(sets, tmp_path: Path) -> None:
+    """SIGKILL of the launcher leaves no rank behind that would go on writing."""
+    run = tmp_path / "run"
+    command = train_command("quickstart", [*sets.overrides(run), "optim.steps=100000", "log_every=1"], 2)
+    launcher = subprocess.Popen(
+        command, env=environment(accelerator_environment()), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: len(read_metrics(run)) >= 2)
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(ranks) >= 3
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    assert not alive
