@@ -9,27 +9,33 @@ stage=${1:?entities or attention}
 base=${2:?a packed set, SET/SPLIT}
 workers=${WORKERS:-2}
 # Sets on this machine are named by their full path: a job starts in a folder of its own.
-[[ $base == *://* ]] || base=$(realpath "$base")
-
-if [[ -z ${RAY_ADDRESS:-} ]]; then
-  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(python3 -c 'import secrets; print(secrets.token_hex(32))')}
-  ray start --head --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --disable-usage-stats --num-cpus="$workers"
-  trap 'ray stop' EXIT
-  export RAY_ADDRESS=http://127.0.0.1:8265
-fi
+[[ $base == *://* ]] || base=$(realpath -e "$base")
 
 case $stage in
   entities)
-    ray job submit -- mmclip entities "$base" --workers "$workers"
+    job=(mmclip entities "$base" --workers "$workers")
     ;;
   attention)
-    checkpoint=$(realpath "${3:?a checkpoint, or the folder of a run}")
-    entities=()
-    [[ $base == *://* || ! -d $base/entities ]] || entities=(--entities "$base/entities")
-    ray job submit -- mmclip attention "$base" --checkpoint "$checkpoint" --workers "$workers" "${entities[@]}"
+    job=(mmclip attention "$base" --checkpoint "$(realpath -e "${3:?a checkpoint, or the folder of a run}")" --workers "$workers")
+    [[ $base == *://* || ! -d $base/entities ]] || job+=(--entities "$base/entities")
     ;;
   *)
     echo "the stage is entities or attention, not $stage" >&2
     exit 2
     ;;
 esac
+
+if [[ -z ${RAY_ADDRESS:-} ]]; then
+  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(python3 -c 'import secrets; print(secrets.token_hex(32))')}
+  # Kept in the foreground of a child and ended by its number: `ray stop` would end every Ray cluster of this user.
+  ray start --head --block --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --disable-usage-stats --num-cpus="$workers" \
+    >/dev/null &
+  head=$!
+  trap 'kill "$head"; wait "$head" || true' EXIT
+  export RAY_ADDRESS=http://127.0.0.1:8265
+  until ray job list >/dev/null 2>&1; do
+    kill -0 "$head" || { echo "the Ray cluster did not start; is one running already? Then set RAY_ADDRESS" >&2; exit 1; }
+    sleep 1
+  done
+fi
+ray job submit -- "${job[@]}"
