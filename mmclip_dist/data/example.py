@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from mmclip_shards.document import read_document
+from mmclip_shards.schema import decode_npy
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, EntMLM
@@ -45,7 +46,7 @@ class ExampleMaker:
     needs_entities: bool = False
 
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
-        """ValueError if the image cannot be decoded."""
+        """ValueError if the image cannot be decoded, or what the sample says cannot be read."""
         random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}".encode())))
         crop = random_crop(random, self.augment) if self.augment else WHOLE
         data = members.get("jpg") or members.get("png")
@@ -57,12 +58,12 @@ class ExampleMaker:
             "noise": torch.from_numpy(random.random(self.grid**2, dtype=np.float32)),
             "replaced": [],
         }
-        about = json.loads(members["json"])
+        document = read_document(members)
         example["labels"] = torch.tensor(
-            [self._label(about["labels"].get(name)) for name in self.diseases], dtype=torch.int64
+            [self._label(document.labels.get(name)) for name in self.diseases], dtype=torch.int64
         )
         example |= self._attention(members.get("attention.npy"), crop)
-        example |= self._report(key, (about["report"] or {}).get("text", ""), members.get("entities.json"), random)
+        example |= self._report(key, document.report, members.get("entities.json"), random)
         return example
 
     @staticmethod
@@ -72,7 +73,7 @@ class ExampleMaker:
     def _attention(self, data: bytes | None, crop: object) -> Example:
         if data is None:
             return {"attention": torch.zeros(self.grid, self.grid), "has_attention": False}
-        scores = np.load(io.BytesIO(data), allow_pickle=False)
+        scores = decode_npy(data)
         return {"attention": torch.from_numpy(crop_grid(scores, crop, self.grid)), "has_attention": True}  # type: ignore[arg-type]
 
     def _report(self, key: str, text: str, entities: bytes | None, random: np.random.Generator) -> Example:

@@ -3,13 +3,13 @@ unless a hub id is named."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
+from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -48,9 +48,8 @@ def reports_of(urls: Sequence[str]) -> Iterator[str]:
     """The report texts of packed sets, in the order of their shards."""
     for url in urls:
         for _, members in iterate(url):
-            report = json.loads(members["json"])["report"]
-            if report and report["text"]:
-                yield report["text"]
+            if report := read_document(members).report:
+                yield report
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 8192) -> PreTrainedTokenizerFast:

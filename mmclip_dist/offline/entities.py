@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from functools import partial
 
+from mmclip_shards.document import read_document
+
 from mmclip_dist.offline.clinical_text import as_json, build_extractor, extractor_hash
 from mmclip_dist.offline.stage import Maker, Members, Stage
 
@@ -18,7 +20,7 @@ def _build(model: str) -> Maker:
     extract = build_extractor(model)
 
     def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
-        reports = [(json.loads(members["json"])["report"] or {}).get("text", "") for _, members in samples]
+        reports = [read_document(members).report for _, members in samples]
         rows = zip(samples, extract(reports), strict=True)
         return [
             (key, {"entities.json": json.dumps([as_json(entity) for entity in found]).encode()})

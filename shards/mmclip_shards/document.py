@@ -105,7 +105,9 @@ def check_spans(spans: object) -> None:
     for number, span in enumerate(spans):
         if not isinstance(span, dict):
             raise ValueError(f"span {number} is not an object")
-        start, end, text = span.get("start"), span.get("end"), span.get("text")
+        start: Any = span.get("start")
+        end: Any = span.get("end")
+        text = span.get("text")
         if not (_is_number(start, whole=True) and _is_number(end, whole=True) and 0 <= start < end):
             raise ValueError(f"span {number}: `start` and `end` must be whole numbers, 0 <= start < end")
         if not isinstance(text, str) or len(text) != end - start:

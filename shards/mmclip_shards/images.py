@@ -42,6 +42,15 @@ class PreparedImage(NamedTuple):
     boxes: tuple[Box, ...] = ()
 
 
+class ImageFacts(NamedTuple):
+    """What an encoded image is. suffix: "jpg" or "png"; mode: Pillow's, "L" for 8-bit single channel."""
+
+    suffix: str
+    mode: str
+    width: int
+    height: int
+
+
 def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
     """Upright, 8-bit, single channel, the shorter side reduced to at most `short_side` pixels (never enlarged).
 
@@ -66,6 +75,18 @@ def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequ
     )
 
 
+def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
+    """Facts from an image's header; with `decode`, all of it must be decodable too. ValueError when it cannot be used."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as source:
+            _check_pixels(source.size)
+            if decode:
+                source.load()
+            return ImageFacts(_suffix(source), source.mode, source.width, source.height)
+    except _DECODE_ERRORS as error:
+        raise ValueError(f"not a usable JPEG or PNG: {_reason(error)}") from error
+
+
 def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
     """Minimum to 0, maximum to 255, linearly; a constant image becomes 0. values [height, width] -> uint8.
 
@@ -86,11 +107,15 @@ def _decode(image: Path | bytes, name: str) -> tuple[Image.Image, str]:
         source = Image.open(image if isinstance(image, Path) else io.BytesIO(image), formats=("JPEG", "PNG"))
         with source:
             _check_pixels(source.size)
-            suffix = "jpg" if source.format in ("JPEG", "MPO") else "png"
+            suffix = _suffix(source)
             source.load()
             return _to_8_bit(ImageOps.exif_transpose(source)), suffix
     except _DECODE_ERRORS as error:
         raise ValueError(f"{name} is not a usable JPEG or PNG: {_reason(error)}") from error
+
+
+def _suffix(source: Image.Image) -> str:
+    return "jpg" if source.format in ("JPEG", "MPO") else "png"
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -173,6 +173,20 @@ def find_split(url: Url, split: str) -> str:
     )
 
 
+def find_sets(url: Url) -> list[str]:
+    """The folders of the sets at `url`: itself, or the sub-folders that have a manifest. ValueError when there is none."""
+    if storage.exists(storage.join(url, MANIFEST_NAME)):
+        return [str(url)]
+    names = storage.list_folder(url)
+    folders = [storage.join(url, name) for name in names if not name.endswith((".tar", ".json"))]
+    if found := [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST_NAME))]:
+        return found
+    raise ValueError(
+        f"no {MANIFEST_NAME} in {url} or a folder of it ({len(names)} entries there): make a set with `mmclip pack` "
+        "(or `mmclip index`, for shards of others), or correct the path"
+    )
+
+
 def index_bytes(members: list[tuple[str, Member]], sha256: str) -> bytes:
     """The index file of a shard, from (member name, Member) in the order of the tar, and the sha256 of the tar."""
     rows = [[name, member.offset, member.length, member.xxh3] for name, member in members]

@@ -9,6 +9,7 @@ import math
 import re
 import tokenize
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -133,20 +134,28 @@ def encode_npy(array: np.ndarray) -> bytes:
 
 def decode_npy(data: bytes) -> np.ndarray:
     """The array in .npy bytes. ValueError for anything else, pickled objects included."""
-    buffer = io.BytesIO(data)
-    try:
-        read_header = _NPY_HEADERS[np.lib.format.read_magic(buffer)]
-        shape, fortran_order, dtype = read_header(buffer)
-    except _NPY_HEADER_ERRORS as error:
-        raise ValueError(f"not .npy data: {error}") from error
-    if dtype.hasobject:
-        raise ValueError("a .npy of Python objects is refused: unpickling it would run code")
-    body = memoryview(data)[buffer.tell() :]
+    # The header ends where its length field says; a shard's arrays share one, which NumPy would parse as Python each time.
+    length = 10 + int.from_bytes(data[8:10], "little") if data[6:7] == b"\x01" else 12 + int.from_bytes(data[8:12], "little")
+    shape, fortran_order, dtype = _npy_header(data[:length])
+    body = memoryview(data)[length:]
     # Checked before anything is allocated: the header is untrusted and may claim terabytes.
     if math.prod(shape) * dtype.itemsize != len(body) or any(length < 0 for length in shape):
         raise ValueError(f".npy data of shape {shape} and type {dtype} does not fit its {len(body)} bytes")
     flat = np.frombuffer(body, dtype=dtype) if len(body) else np.empty(0, dtype)
     return flat.reshape(shape, order="F" if fortran_order else "C").copy()
+
+
+@lru_cache(maxsize=64)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, type) of an array from the bytes before its values. ValueError for what is none."""
+    buffer = io.BytesIO(header)
+    try:
+        shape, fortran_order, dtype = _NPY_HEADERS[np.lib.format.read_magic(buffer)](buffer)
+    except _NPY_HEADER_ERRORS as error:
+        raise ValueError(f"not .npy data: {error}") from error
+    if dtype.hasobject:
+        raise ValueError("a .npy of Python objects is refused: unpickling it would run code")
+    return shape, fortran_order, dtype
 
 
 def check_record(record: Record) -> None:

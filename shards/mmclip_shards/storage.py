@@ -10,7 +10,8 @@ import contextlib
 import os
 import secrets
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +29,17 @@ PATIENCE = Patience()
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     # One try of its own and short time-outs: how long to try again is decided here, in one place.
-    "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 1},
+    "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1},
                              "max_pool_connections": 64}},
 }  # fmt: skip
 _TRIES_BEFORE_SIZE = 2  # a short answer may be one broken body; after so many, the file's size is asked for
 _SLOWEST = 64 * 1024  # bytes a second: a read that is slower, all in all, counts as stalled
+_EXPIRED = {
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "TokenRefreshRequired",
+    "400",
+}  # a HEAD is refused without a reason
 
 _filesystems: dict[tuple[int, str], Any] = {}
 _opening = threading.Lock()
@@ -63,7 +70,15 @@ def exists(url: Url) -> bool:
     path = local_path(url)
     if path is not None:
         return path.exists()
-    return _surely(url, lambda filesystem, name: bool(filesystem.exists(name)))
+
+    def found(filesystem: Any, name: str) -> bool:
+        try:  # s3fs's own `exists` takes a bucket that refuses access for one that is not there
+            _info(filesystem, name, PATIENCE.stall_s)
+        except FileNotFoundError:
+            return False
+        return True
+
+    return _surely(url, found)
 
 
 def read_bytes(url: Url) -> bytes:
@@ -71,14 +86,16 @@ def read_bytes(url: Url) -> bytes:
     path = local_path(url)
     if path is not None:
         return path.read_bytes()
-    return _surely(url, lambda filesystem, name: bytes(filesystem.cat_file(name)))
+    return read_parsed(url, bytes)
 
 
 def read_parsed(url: Url, parse: Callable[[bytes], T], tries: Tries | None = None) -> T:
     """parse(a whole file). A remote file for which it raises ValueError is read again: a store may have sent it damaged."""
     if local_path(url) is not None:
         return parse(read_bytes(url))
-    return _surely(url, lambda filesystem, name: parse(bytes(filesystem.cat_file(name))), tries)
+    tries = tries or Tries(PATIENCE)
+    stall_s = tries.patience.stall_s
+    return _surely(url, lambda filesystem, name: parse(_read_whole(filesystem, name, stall_s)), tries)
 
 
 def file_size(url: Url) -> int:
@@ -86,7 +103,7 @@ def file_size(url: Url) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    return _surely(url, lambda filesystem, name: int(filesystem.info(name)["size"]))
+    return _surely(url, lambda filesystem, name: int(_info(filesystem, name, PATIENCE.stall_s)["size"]))
 
 
 def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -> bytes:
@@ -105,16 +122,17 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
     got = bytearray()
     tries = tries or Tries(PATIENCE)
     while len(got) < length:
-        before = len(got)
+        before, began = len(got), time.monotonic()
         try:
             _read_some(url, offset + before, length - before, got, tries.patience.stall_s)
             if len(got) < length:
                 raise OSError(f"{length} bytes wanted at offset {offset}, {len(got)} came")
         except Exception as fault:
-            _renew(url, fault)
             if tries.count == _TRIES_BEFORE_SIZE:
-                _check_end(url, offset, length)
-            tries.wait(f"{os.fspath(url)}, offset {offset + len(got)}", fault, progress=len(got) > before)
+                _check_end(url, offset, length, tries.patience.stall_s)
+            came = len(got) - before
+            progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # drops now and then are none
+            tries.wait(f"{os.fspath(url)}, offset {offset + len(got)}", _diagnose(url, fault), progress=progress)
     return bytes(got)
 
 
@@ -181,60 +199,99 @@ def _surely(url: Url, action: Callable[[Any, str], T], tries: Tries | None = Non
         try:
             return action(*_open_remote(url))
         except Exception as fault:
-            _renew(url, fault)
-            tries.wait(os.fspath(url), fault)
+            tries.wait(os.fspath(url), _diagnose(url, fault))
 
 
-def _renew(url: Url, fault: Exception) -> None:
-    """After a refusal or a broken session, the next try starts a session that reads the credentials again."""
-    if isinstance(fault, PermissionError | RuntimeError) or "Credentials" in type(fault).__name__:
+def _diagnose(url: Url, fault: Exception) -> Exception:
+    """The fault as it shall be judged. After one of credentials or session, the next try reads the credentials again."""
+    expired = (getattr(fault.__cause__, "response", None) or {}).get("Error", {}).get("Code") in _EXPIRED
+    missing = "Credentials" in type(fault).__name__
+    if expired or missing or isinstance(fault, PermissionError | RuntimeError):
         with _opening:
             _filesystems.pop((os.getpid(), os.fspath(url).partition("://")[0]), None)
+    if expired:  # not settled like other refusals: who renews them may be late
+        return OSError(f"{fault} (expired credentials? they are read again at every try)")
+    return (
+        PermissionError(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        if missing
+        else fault
+    )
 
 
-def _check_end(url: Url, offset: int, length: int) -> None:
+def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
     """OSError at once, instead of a budget of tries, where the file really ends before the wanted bytes."""
     try:
-        size = file_size(url)
-    except OSError:
+        size = int(_info(*_open_remote(url), stall_s)["size"])
+    except Exception:
         return  # no verdict: the tries go on
     if size < offset + length:
         raise OSError(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
 
 
+def _info(filesystem: Any, name: str, stall_s: float) -> dict[str, Any]:
+    if isinstance(filesystem, AsyncFileSystem):
+        return run_async(filesystem.loop, _within, stall_s, filesystem._info, name)  # type: ignore[no-any-return]
+    return filesystem.info(name)  # type: ignore[no-any-return]
+
+
+def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
+    if not hasattr(filesystem, "_call_s3"):
+        return bytes(filesystem.cat_file(name))
+    data = bytearray()
+    run_async(filesystem.loop, _stream_s3, filesystem, name, 0, None, data, stall_s)
+    return bytes(data)
+
+
 def _read_some(url: Url, offset: int, length: int, into: bytearray, stall_s: float) -> None:
     """Append up to `length` bytes from `offset` on to `into`; those that came before a fault stay there."""
     filesystem, name = _open_remote(url)
-    patience = stall_s + length / _SLOWEST
     if hasattr(filesystem, "_call_s3"):  # s3fs throws away what came before a connection broke
-        run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s, timeout=patience)
+        run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s)
     elif isinstance(filesystem, AsyncFileSystem):
-        into += run_async(filesystem.loop, filesystem._cat_file, name, offset, offset + length, timeout=patience)[
-            :length
-        ]
+        patience = stall_s + length / _SLOWEST
+        into += run_async(
+            filesystem.loop, _within, patience, filesystem._cat_file, name, offset, offset + length
+        )[:length]  # fmt: skip
     else:
         into += filesystem.cat_file(name, start=offset, end=offset + length)[:length]
 
 
-async def _stream_s3(filesystem: Any, name: str, offset: int, length: int, into: bytearray, stall_s: float) -> None:
-    """One ranged GET. TimeoutError if no byte comes for `stall_s`; OSError if the store answers another range."""
+async def _within(seconds: float, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
+    """function(*arguments), cancelled with a TimeoutError after so long."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await function(*arguments)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer within {seconds:g} s") from error
+
+
+async def _stream_s3(
+    filesystem: Any, name: str, offset: int, length: int | None, into: bytearray, stall_s: float
+) -> None:
+    """One GET of a range, or of the whole file (None). TimeoutError if no byte comes for `stall_s`, or if they come too
+    slowly; OSError if the store answers another range."""
     bucket, key, _ = filesystem.split_path(name)
-    end = len(into) + length
-    async with asyncio.timeout(stall_s) as stall:
-        answer = await filesystem._call_s3(
-            "get_object", Bucket=bucket, Key=key, Range=f"bytes={offset}-{offset + length - 1}"
-        )
-        body = answer["Body"]
-        try:
-            if not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
-                raise OSError(
-                    f"asked for the bytes from {offset} on, the store sent {answer.get('ContentRange') or 'no range'}"
-                )
-            while len(into) < end and (part := await body.read(1 << 20)):
-                into += part[: end - len(into)]
-                stall.reschedule(asyncio.get_running_loop().time() + stall_s)
-        finally:
-            body.close()
+    asked = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
+    now = asyncio.get_running_loop().time
+    try:
+        async with asyncio.timeout(stall_s) as stall:
+            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+            body = answer["Body"]
+            try:
+                if "ContentLength" not in answer:
+                    raise OSError("the store does not say how many bytes it sends")
+                if asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
+                    found = answer.get("ContentRange") or "no range"
+                    raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")
+                end = float("inf") if length is None else len(into) + length
+                latest = now() + stall_s + (length or answer["ContentLength"]) / _SLOWEST
+                while len(into) < end and (part := await body.read(1 << 20)):
+                    into += part[: length and end - len(into)]
+                    stall.reschedule(min(now() + stall_s, latest))
+            finally:
+                body.close()
+    except TimeoutError as error:
+        raise TimeoutError(f"no byte for {stall_s:g} s, or fewer than {_SLOWEST} a second") from error
 
 
 def _open_remote(url: Url) -> tuple[Any, str]:
