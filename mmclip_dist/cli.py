@@ -189,6 +189,30 @@ def attention(
     print(f"{stage.out}: attention scores of {manifest.samples} samples")
 
 
+@app.command("bench-loader")
+def bench_loader(
+    urls: Annotated[list[str], typer.Argument(help="Packed sets, SET/SPLIT.")],
+    size: Annotated[int | None, typer.Option(min=1, help="Decode to so many pixels; without, nothing is decoded.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    streams: Annotated[int, typer.Option(min=1, help="Streams of this rank.")] = 32,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
+    cache: Annotated[str | None, typer.Option(help="Folder on a local disk for what is fetched.")] = None,
+) -> None:
+    """How fast sets are read in training order, every byte checked: samples/s, MB/s, waiting for the store."""
+    from mmclip_shards.manifest import find_split
+
+    from mmclip_dist.bench.loader import measure
+    from mmclip_dist.config import Data, Reading, Source
+
+    sources = [Source(url=find_split(url, "train")) for url in urls]
+    data = Data(streams=streams, workers=workers, reading=Reading(cache=cache))
+    rate = measure(sources, data, seconds=seconds, size=size, batch=8 * streams)
+    print(
+        f"{rate.samples_per_s:,.0f} samples/s, {rate.mb_per_s:,.1f} MB/s, {rate.wait:.0%} of the time waiting for the store "
+        f"({rate.read.requests} requests, {rate.read.retries} retries, {rate.read.cache_hits} cache hits)"
+    )
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a training run or of a quick start.")],
