@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from mmclip_shards import storage
+from mmclip_shards.chunks import MIB
 from mmclip_shards.manifest import load_manifest, save_manifest
 from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.config import Config, Source
+from mmclip_dist.config import Config, Reading, Source
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.loader import build_loader, build_order, label_names
+from mmclip_dist.data.loader import build_loader, build_order, chunk_reading, label_names, open_sets
 
 
 def loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1, start: int = 0):
-    joined = [JoinedSet(source) for source in config.data.sources]
+    joined = open_sets(config.data.sources, config.data, world)
     maker = ExampleMaker(
         tokenizer, label_names(joined), config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
         config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
@@ -157,3 +160,42 @@ def test_labels_that_are_uncertain_or_not_mentioned_are_unknown(sets, tokenizer)
     about = json.loads(members["json"]) | {"labels": {"A": 1, "B": 0, "C": -1, "D": None}}
     example = maker("key", members | {"json": json.dumps(about).encode()}, 0)
     assert example["labels"].tolist() == [1, 0, -1, -1, -1]
+
+
+# -- Remote sets ------------------------------------------------------------------------------------------------------
+
+
+def copied(url: str, to: str) -> str:
+    for name in storage.list_folder(url):
+        if "." in name:
+            storage.write_atomic(storage.join(to, name), storage.read_bytes(storage.join(url, name)))
+    return to
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("data.reading.memory_mib=1", "data.shuffle_block=1000000"), ("data.workers=2",)]
+)
+def test_remote_sets_and_sidecars_give_the_same_batches(sets, tokenizer, overrides: tuple[str, ...]) -> None:
+    """The base on one URL, the sidecars on others; in chunks, sample by sample where memory is short, and in forked workers."""
+    root = f"memory://{uuid.uuid4().hex}"
+    source = {"url": copied(sets.paired, f"{root}/base")}
+    source |= {kind: copied(sets.sidecar(kind), f"{root}/side/{kind}") for kind in ("entities", "attention")}
+    local = sets.config(f"data.sources=[{{url: {sets.paired}, entities: {sets.sidecar('entities')}, "
+                        f"attention: {sets.sidecar('attention')}}}]", *overrides)  # fmt: skip
+    remote = sets.config(f"data.sources={json.dumps([source])}", *overrides)
+    joined = open_sets(remote.data.sources, remote.data, 1)
+    assert (joined[0].chunks.reading.chunk_bytes is None) == ("data.shuffle_block=1000000" in overrides)
+    for ours, theirs in zip(islice(loader(remote, tokenizer), 6), islice(loader(local, tokenizer), 6), strict=True):
+        assert_equal(ours, theirs)
+        assert ours["reading"].samples == 8
+    stream = loader(remote, tokenizer)
+    assert sum(next(stream)["reading"].requests for _ in range(6)) > 0
+
+
+def test_how_remote_sets_are_read_follows_from_the_memory() -> None:
+    reading = Reading(memory_mib=64)
+    assert chunk_reading(reading, [], 8).chunk_bytes == MIB // 4
+    assert chunk_reading(reading, [2 * MIB], 8).chunk_bytes == MIB  # 8 x (2 + 2) MiB fit
+    assert chunk_reading(reading, [100 * MIB], 8).chunk_bytes is None
+    cached = chunk_reading(Reading(memory_mib=64, cache="/c", cache_gib=2), [100 * MIB], 8)
+    assert (cached.chunk_bytes, cached.folder, cached.folder_bytes) == (8 * MIB, "/c", 2048 * MIB)
