@@ -56,7 +56,7 @@ class Reading(Section):
     """How each loader process reads shards that are on object storage; local ones need none of it."""
 
     memory_mib: int = Field(1024, gt=0)  # bytes fetched and kept; too little for the blocks: one request a sample
-    connections: int = Field(8, gt=0)  # requests under way at once
+    connections: int = Field(16, gt=0)  # requests under way at once
     cache: str | None = (
         None  # folder on a local disk where fetched bytes are kept, shared by the processes of a machine
     )

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from mmclip_shards.chunks import Tally
 from torch.utils.data import DataLoader
 
@@ -36,7 +35,7 @@ class _Maker:
         example: Example = {"bytes": sum(map(len, members.values()))}
         if self.size is not None:
             data = members.get("jpg") or members["png"]
-            example["image"] = crop_image(decode_image(data), WHOLE, self.size).astype(np.float32)
+            example["image"] = crop_image(decode_image(data), WHOLE, self.size)
         return example
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mmclip_shards.chunks import ChunkReader
 from mmclip_shards.manifest import Manifest, load_manifest
 from mmclip_shards.reader import ShardReader
@@ -74,7 +76,7 @@ class JoinedSet:
             members.update(sidecar.read(shard, key))
         return members
 
-    def prefetch(self, shard: int, row: int) -> None:
-        """Have a sample fetched from object storage; returns at once."""
+    def prefetch(self, shard: int, rows: Sequence[int]) -> None:
+        """Have samples of a shard fetched from object storage; returns at once."""
         for reader in self.readers:
-            reader.prefetch(shard, row)
+            reader.prefetch(shard, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
@@ -10,6 +11,7 @@ import torch
 from mmclip_shards.chunks import MIB, ChunkReader, Tally
 from mmclip_shards.chunks import Reading as ChunkReading
 from mmclip_shards.faults import Patience
+from mmclip_shards.manifest import Manifest
 from mmclip_shards.storage import local_path
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -30,13 +32,17 @@ def open_sets(sources: Sequence[Source], data: Data, world: int) -> list[JoinedS
     streams = max(1, data.streams // readers)
     sets = [JoinedSet(source, 16 + 2 * streams) for source in sources]  # a stream lies in two shards, as a rule
     blocks = [
-        data.shuffle_block * sum(shard.bytes for shard in reader.manifest.shards) // reader.manifest.samples
+        min(data.shuffle_block, reader.manifest.samples // data.streams) * _bytes_per_sample(reader.manifest)
         for joined in sets for reader in joined.readers if local_path(reader.url) is None
     ]  # fmt: skip
     chunks = ChunkReader(chunk_reading(data.reading, blocks, streams))
     for joined in sets:
         joined.read_through(chunks)
     return sets
+
+
+def _bytes_per_sample(manifest: Manifest) -> int:
+    return sum(shard.bytes for shard in manifest.shards) // manifest.samples
 
 
 def chunk_reading(reading: Reading, blocks: Sequence[int], streams: int) -> ChunkReading:
@@ -47,7 +53,7 @@ def chunk_reading(reading: Reading, blocks: Sequence[int], streams: int) -> Chun
     unless a folder keeps the chunks.
     """
     chunk = min(max(max(blocks, default=0) // 2, _CHUNKS[0]), _CHUNKS[1])
-    needed = streams * sum(block + 2 * chunk for block in blocks)
+    needed = streams * sum(2 * block + 2 * chunk for block in blocks)  # one being read, the next being fetched
     memory = reading.memory_mib * MIB
     return ChunkReading(
         chunk_bytes=chunk if needed <= memory or reading.cache else None,
@@ -117,9 +123,12 @@ class StreamShare(IterableDataset):
         return ((stream, position) for stream in streams for position in range(first, first + self.per_stream))
 
     def _prefetch(self, streams: range, step: int) -> None:
+        rows = defaultdict(list)
         for stream, position in self._positions(streams, step):
             place = self.order.locate(stream, position)
-            self.sets[place.set].prefetch(place.shard, place.row)
+            rows[place.set, place.shard].append(place.row)
+        for (number, shard), wanted in rows.items():
+            self.sets[number].prefetch(shard, wanted)
 
     def _example(self, stream: int, position: int) -> Example:
         """The example at a position, or the next of its block that can be decoded, with the failures listed."""

@@ -85,10 +85,21 @@ class SetOrder:
         `retry` > 0 names the replacement for a sample that could not be decoded: the next ones of the same block.
         """
         epoch, offset = divmod(position, self.stream_length)
-        block, inside = divmod(offset, self.block)
+        block = (offset + self._phase(stream)) // self.block
+        first, _ = self._bounds(stream, block)
         shards, rows = self._block(epoch, stream, block)
-        at = (inside + retry) % len(shards)
+        at = (offset - first + retry) % len(shards)
         return Place(self.number, epoch, shards[at], rows[at])
+
+    def _phase(self, stream: int) -> int:
+        """How much shorter a stream's first block is: streams then end their blocks in turn, not all at one step, and the store
+        sees an even load."""
+        return stream * self.block // self.streams
+
+    def _bounds(self, stream: int, block: int) -> tuple[int, int]:
+        """First offset of a block in its stream, and the one after its last."""
+        start = block * self.block - self._phase(stream)
+        return max(0, start), min(self.stream_length, start + self.block)
 
     def _epoch_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in this epoch's order [S], and where each one ends in the line of samples [S]."""
@@ -97,9 +108,9 @@ class SetOrder:
 
     def _places_of_block(self, epoch: int, stream: int, block: int) -> tuple[list[int], list[int]]:
         """Shard and row of every position of a block: all at once, since one by one they cost more than reading does."""
-        length = min(self.block, self.stream_length - block * self.block)
-        order = permutation(length, self.seed, self.number, epoch, stream, block)
-        line = stream * self.stream_length + block * self.block + order
+        first, stop = self._bounds(stream, block)
+        order = permutation(stop - first, self.seed, self.number, epoch, stream, block)
+        line = stream * self.stream_length + first + order
         shards, ends = self._line(epoch)
         slots = np.searchsorted(ends, line, side="right")
         numbers = shards[slots]

@@ -126,6 +126,7 @@ class ChunkReader:
 
     def count(self, **counts: float) -> None:
         """Add to the tally."""
+        self._here()
         with self._lock:
             self.tally.add(Tally(**counts))  # type: ignore[arg-type]
 
@@ -136,6 +137,7 @@ class ChunkReader:
 
     def take_tally(self) -> Tally:
         """The counts since the last call."""
+        self._here()
         with self._lock:
             taken, self.tally = self.tally, Tally()
         return taken
@@ -199,7 +201,8 @@ class ChunkReader:
             self.count(requests=1 + tries.count, retries=tries.count)
         self.count(fetched=len(data))
         if self._folder:
-            self._folder.keep(chunk, data)
+            with suppress(OSError):  # a full disk or a folder of another user is no fault of the training
+                self._folder.keep(chunk, data)
         return data
 
 
@@ -215,23 +218,25 @@ class ChunkFolder:
             raise ValueError(f"the cache {folder} may hold {limit} bytes; give it some, at least a few chunks")
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            pass  # a folder that we may not use shows now, not as a cache that stays empty
 
     def find(self, chunk: Chunk) -> bytes | None:
         """A chunk's bytes, or None when they are not there or not whole."""
         path = self._path(chunk)
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except OSError:
             return None
         if len(data) != chunk.size:
             self.remove(chunk)
             return None
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # deleted meanwhile, or the file of another user
             os.utime(path)
         return data
 
     def keep(self, chunk: Chunk, data: bytes) -> None:
-        """Store a chunk, if it fits at all. A full disk is no fault of the training: the chunk is just not kept."""
+        """Store a chunk, if it fits at all."""
         path = self._path(chunk)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         if len(data) > self.limit:
@@ -244,9 +249,10 @@ class ChunkFolder:
             try:
                 temporary.write_bytes(data)
                 temporary.replace(path)
-                total.value += len(data)
-            except OSError:
+            except BaseException:
                 temporary.unlink(missing_ok=True)
+                raise
+            total.value += len(data)
 
     def remove(self, chunk: Chunk) -> None:
         with self._locked() as total, suppress(FileNotFoundError):

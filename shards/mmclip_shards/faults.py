@@ -13,16 +13,15 @@ OUR_OWN = (TypeError, AttributeError, NameError, NotImplementedError, ImportErro
 """What no second try mends."""
 
 _SETTLED = (FileNotFoundError, PermissionError, ValueError)
-_SETTLED_TRIES = (
-    4  # a store that says 404 or 403, or sends damaged bytes, may do so for a moment, but not for two minutes
-)
+# A store that says 404 or 403, or sends damaged bytes, may do so for a moment, but not for two minutes.
+_SETTLED_TRIES = 4
 
 
 @dataclass(frozen=True)
 class Patience:
     """How long to bear with a store.
 
-    budget_s: seconds without a new byte after which a read fails. stall_s: seconds without a byte that end one try.
+    budget_s: seconds without progress after which a read fails. stall_s: seconds without a byte that end one try.
     The n-th wait is drawn from [0, min(longest_wait_s, first_wait_s 2^n)] ("full jitter"): ranks that fail together do not come
     back together.
     """
@@ -42,7 +41,7 @@ class Tries:
 
     def __init__(self, patience: Patience, closed: threading.Event | None = None) -> None:
         self.patience, self.closed = patience, closed or threading.Event()
-        self.count, self._in_a_row = 0, 0
+        self.count, self._in_a_row, self._settled = 0, 0, 0
         self._since = time.monotonic()
 
     def wait(self, what: str, fault: Exception, *, progress: bool = False) -> None:
@@ -50,11 +49,12 @@ class Tries:
         if isinstance(fault, OUR_OWN):
             raise fault
         if progress:
-            self._in_a_row, self._since = 0, time.monotonic()
+            self._in_a_row, self._settled, self._since = 0, 0, time.monotonic()
         self.count += 1
         self._in_a_row += 1
+        self._settled = self._settled + 1 if isinstance(fault, _SETTLED) else 0
         spent = time.monotonic() - self._since
-        if spent > self.patience.budget_s or (isinstance(fault, _SETTLED) and self._in_a_row >= _SETTLED_TRIES):
+        if spent > self.patience.budget_s or self._settled >= _SETTLED_TRIES:
             if isinstance(fault, ValueError):
                 raise fault
             kind = next((kind for kind in _SETTLED if isinstance(fault, kind)), OSError)

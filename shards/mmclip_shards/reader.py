@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,17 +76,17 @@ class ShardReader:
             tries = tries or Tries(self.chunks.reading.patience)
             tries.wait("", fault)
 
-    def prefetch(self, shard_number: int, row: int) -> None:
-        """Have a sample fetched from object storage; returns at once. Local files need none."""
+    def prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
+        """Have samples fetched from object storage; returns at once. Local files need none."""
         if not self._local:
-            self.chunks.submit(self._prefetch, shard_number, row, row + 1)
+            self.chunks.submit(self._prefetch, shard_number, rows)
 
     def samples(self, shard_number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Every (key, members) of a shard, in order, fetched ahead."""
         keys = self.keys(shard_number)
         for row, key in enumerate(keys):
             if not self._local and row % _AHEAD == 0:
-                self._prefetch(shard_number, row, min(row + 2 * _AHEAD, len(keys)))
+                self._prefetch(shard_number, range(row, min(row + 2 * _AHEAD, len(keys))))
             yield key, self.read(shard_number, key)
 
     # -- Inside ---------------------------------------------------------------------------------------------------
@@ -94,13 +94,10 @@ class ShardReader:
     def _where(self, shard_number: int) -> str:
         return storage.join(self.url, self.manifest.shards[shard_number].path)
 
-    def _prefetch(self, shard_number: int, first: int, stop: int) -> None:
-        shard = self.manifest.shards[shard_number]
-        if self.chunks.reading.chunk_bytes is not None:
-            spans = [self._index(shard_number).span(first, stop)]
-        else:
-            spans = [self._index(shard_number).span(row, row + 1) for row in range(first, stop)]
-        for start, length in spans:
+    def _prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
+        shard, index = self.manifest.shards[shard_number], self._index(shard_number)
+        for row in rows:
+            start, length = index.span(row, row + 1)
             self.chunks.prefetch(self._where(shard_number), shard.sha256, shard.bytes, start, length)
 
     def _read_span(self, shard_number: int, key: str, offset: int, length: int) -> bytes:
@@ -120,6 +117,8 @@ class ShardReader:
         tries = Tries(self.chunks.reading.patience)
         try:
             return load_index(self.url, self.manifest.shards[shard_number], tries)
+        except OSError as error:
+            raise ValueError(f"shard {self._where(shard_number)}: its index cannot be read: {error}") from error
         finally:
             if tries.count:
                 self.chunks.count(retries=tries.count)

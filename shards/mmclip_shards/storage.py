@@ -131,7 +131,7 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
             if tries.count == _TRIES_BEFORE_SIZE:
                 _check_end(url, offset, length, tries.patience.stall_s)
             came = len(got) - before
-            progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # drops now and then are none
+            progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # a trickle would go on for days
             tries.wait(f"{os.fspath(url)}, offset {offset + len(got)}", _diagnose(url, fault), progress=progress)
     return bytes(got)
 
@@ -230,8 +230,8 @@ def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
 
 def _info(filesystem: Any, name: str, stall_s: float) -> dict[str, Any]:
     if isinstance(filesystem, AsyncFileSystem):
-        return run_async(filesystem.loop, _within, stall_s, filesystem._info, name)  # type: ignore[no-any-return]
-    return filesystem.info(name)  # type: ignore[no-any-return]
+        return run_async(filesystem.loop, _within, stall_s, filesystem._info, name)
+    return filesystem.info(name)
 
 
 def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
@@ -257,19 +257,19 @@ def _read_some(url: Url, offset: int, length: int, into: bytearray, stall_s: flo
 
 
 async def _within(seconds: float, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    """function(*arguments), cancelled with a TimeoutError after so long."""
+    """function(*arguments), cancelled after so long: OSError (fsspec would drop the message of a TimeoutError)."""
     try:
         async with asyncio.timeout(seconds):
             return await function(*arguments)
     except TimeoutError as error:
-        raise TimeoutError(f"no answer within {seconds:g} s") from error
+        raise OSError(f"no answer within {seconds:g} s") from error
 
 
 async def _stream_s3(
     filesystem: Any, name: str, offset: int, length: int | None, into: bytearray, stall_s: float
 ) -> None:
-    """One GET of a range, or of the whole file (None). TimeoutError if no byte comes for `stall_s`, or if they come too
-    slowly; OSError if the store answers another range."""
+    """One GET of a range, or of the whole file (None), appended to `into`. OSError if no byte comes for `stall_s`,
+    or too few, or those of another range."""
     bucket, key, _ = filesystem.split_path(name)
     asked = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
     now = asyncio.get_running_loop().time
@@ -278,20 +278,20 @@ async def _stream_s3(
             answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **asked)
             body = answer["Body"]
             try:
-                if "ContentLength" not in answer:
-                    raise OSError("the store does not say how many bytes it sends")
+                if length is None and (length := answer.get("ContentLength")) is None:
+                    raise OSError("the store does not say how long the file is")
                 if asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
                     found = answer.get("ContentRange") or "no range"
                     raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")
-                end = float("inf") if length is None else len(into) + length
-                latest = now() + stall_s + (length or answer["ContentLength"]) / _SLOWEST
-                while len(into) < end and (part := await body.read(1 << 20)):
-                    into += part[: length and end - len(into)]
+                end, latest = len(into) + length, now() + stall_s + length / _SLOWEST
+                # A whole file is read until nothing comes: only then is its checksum compared.
+                while (len(into) < end or not asked) and (part := await body.read(1 << 20)):
+                    into += part[: end - len(into)]
                     stall.reschedule(min(now() + stall_s, latest))
             finally:
                 body.close()
     except TimeoutError as error:
-        raise TimeoutError(f"no byte for {stall_s:g} s, or fewer than {_SLOWEST} a second") from error
+        raise OSError(f"no byte for {stall_s:g} s, or fewer than {_SLOWEST} a second") from error
 
 
 def _open_remote(url: Url) -> tuple[Any, str]:

@@ -195,7 +195,8 @@ def test_remote_sets_and_sidecars_give_the_same_batches(sets, tokenizer, overrid
 def test_how_remote_sets_are_read_follows_from_the_memory() -> None:
     reading = Reading(memory_mib=64)
     assert chunk_reading(reading, [], 8).chunk_bytes == MIB // 4
-    assert chunk_reading(reading, [2 * MIB], 8).chunk_bytes == MIB  # 8 x (2 + 2) MiB fit
+    assert chunk_reading(reading, [2 * MIB], 8).chunk_bytes == MIB  # 8 x 2 x (2 + 1) MiB fit
+    assert chunk_reading(reading, [4 * MIB], 8).chunk_bytes is None
     assert chunk_reading(reading, [100 * MIB], 8).chunk_bytes is None
     cached = chunk_reading(Reading(memory_mib=64, cache="/c", cache_gib=2), [100 * MIB], 8)
     assert (cached.chunk_bytes, cached.folder, cached.folder_bytes) == (8 * MIB, "/c", 2048 * MIB)
