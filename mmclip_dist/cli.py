@@ -13,8 +13,10 @@ import typer
 from mmclip_shards.manifest import Manifest
 from mmclip_shards.storage import join
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from mmclip_dist import set_commands
+from mmclip_dist.progress import progress_bar
 
 app = typer.Typer(
     name="mmclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -24,6 +26,8 @@ pack_app = typer.Typer(no_args_is_help=True, help="Turn a raw data set into shar
 evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 app.add_typer(pack_app, name="pack")
 app.add_typer(evaluate_app, name="evaluate")
+for command in (set_commands.verify, set_commands.stats, set_commands.index):
+    app.command()(command)
 
 Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
 Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient never crosses splits.")]
@@ -34,23 +38,6 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
 ]
-
-
-@contextmanager
-def progress_bar(description: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on a terminal; yields report(done, total)."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=None, rate="")
-
-        def report(done: int, total: int) -> None:
-            speed = bar.tasks[0].finished_speed or bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, rate=f"{speed:.0f} {unit}/s" if speed else "")
-
-        yield report
 
 
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
@@ -192,7 +179,9 @@ def attention(
 @app.command("bench-loader")
 def bench_loader(
     urls: Annotated[list[str], typer.Argument(help="Packed sets, SET/SPLIT.")],
-    size: Annotated[int | None, typer.Option(min=1, help="Decode to so many pixels; without, nothing is decoded.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Decode to so many pixels; without, nothing is decoded.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
     streams: Annotated[int, typer.Option(min=1, help="Streams of this rank.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,

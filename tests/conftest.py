@@ -16,6 +16,7 @@ from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import encode_npy
 from mmclip_shards.writer import write_shard
+from object_store.fixtures import faulty, s3  # noqa: F401 (fixtures)
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config, load_config

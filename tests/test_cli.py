@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +134,10 @@ def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureF
         (["quickstart", "--eval", "/nowhere", "--out", "/tmp/never"], "at least one --paired"),
         (["quickstart", "--out", "/tmp/never", "optim.stepz=1"], "did you mean optim.steps"),
         (["quickstart", "--out", "/tmp/never", "data.streams=31"], "does not divide"),
+        (["verify", "/nowhere"], "no manifest.json in /nowhere"),
+        (["verify", "nostore://x"], "nostore"),
+        (["stats", "/nowhere"], "no manifest.json in /nowhere"),
+        (["index", "/nowhere"], "no *.tar in /nowhere"),
     ],
 )
 def test_faults_are_one_line_and_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +145,52 @@ def test_faults_are_one_line_and_code_2(arguments: list[str], message: str, caps
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not Path("/tmp/never").exists()
+
+
+def test_verify_is_0_for_a_whole_set_and_1_with_a_line_for_each_finding(
+    table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack(table) == 0
+    capsys.readouterr()
+    folder = table.parent / "set"
+    assert call("verify", str(folder), "--workers", "2")[0] == 0
+    assert "no findings; 12 samples" in capsys.readouterr().out
+    shard = folder / "test" / "000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-512])
+    assert call("verify", str(folder))[0] == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"{shard}: ") for line in lines[:2]) and "2 findings" in lines[2]
+
+
+def test_stats_says_where_patients_are(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(table) == 0
+    folder = table.parent / "set"
+    capsys.readouterr()
+    assert call("stats", str(folder))[0] == 0
+    assert "no patient is in more than one split" in capsys.readouterr().out
+    assert call("stats", str(folder), "--json")[0] == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(split["samples"] for split in found["splits"]) == 12 and found["patients_in_several_splits"] == 0
+    shutil.copytree(folder / "test", folder / "again")
+    assert call("stats", str(folder))[0] == 0
+    assert "WRONG: " in capsys.readouterr().out
+
+
+def test_index_takes_shards_of_others(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = table.parent / "theirs"
+    folder.mkdir()
+    with tarfile.open(folder / "shard.0.tar", "w") as tar:
+        for number in range(3):
+            tar.add(table.parent / "images" / f"{number}.png", f"{number}.png")
+            tar.add(table, f"{number}.cls")
+    assert call("index", str(folder), "--dataset", "other", "--split", "val")[0] == 0
+    out = capsys.readouterr().out
+    assert "3 samples in 1 shards" in out and "left out: 3 members .cls" in out
+    manifest = load_manifest(str(folder))
+    assert (manifest.dataset, manifest.split) == ("other", "val")
+    assert call("verify", str(folder))[0] == 0
+    assert call("index", str(folder))[0] == 2
+    assert "has a manifest.json already" in capsys.readouterr().err
 
 
 def test_wrong_options_are_code_2() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -13,6 +14,9 @@ import psutil
 import pytest
 from mmclip_launch.deepspeed_command import accelerator_environment, train_command
 from mmclip_launch.processes import environment
+from mmclip_shards.manifest import load_manifest
+from mmclip_shards.reader import iterate
+from mmclip_shards.writer import ShardWriter
 from safetensors.torch import load_file
 
 from mmclip_dist.engine.checkpoint_folder import checkpoint_path
@@ -60,6 +64,7 @@ def test_resume_equals_no_interruption_bit_for_bit(sets, unbroken: Path, tmp_pat
     assert losses(run) == losses(unbroken)
 
 
+@pytest.mark.timeout(3600)
 def test_killed_again_and_again_it_ends_in_the_same_weights(sets, tmp_path: Path) -> None:
     """SIGKILL of launcher and ranks at random steps; MMCLIP_KILLS sets how often (20 were tried, see RESULTS.md)."""
     kills = int(os.environ.get("MMCLIP_KILLS", "2"))
@@ -127,6 +132,29 @@ def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, overrides: list[
     lines = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and message in lines[0], lines
     assert "Traceback" not in found.stderr and "Traceback" not in found.stdout
+
+
+def test_too_many_undecodable_samples_stop_the_run_and_are_listed(sets, tmp_path: Path) -> None:
+    manifest = load_manifest(sets.paired)
+    spoiled = str(tmp_path / "spoiled")
+    samples = {key: {"png": b"no image", "json": members["json"]} if number % 4 == 0 else members
+               for number, (key, members) in enumerate(iterate(sets.paired))}  # fmt: skip
+    with ShardWriter(
+        spoiled, kind="base", dataset="d", split="train", config_hash="c", labels=manifest.labels
+    ) as writer:
+        for key, members in samples.items():
+            writer.add(key, members)
+    run = tmp_path / "run"
+    found = run_training(
+        [*sets.overrides(run), *TRAIN, f"data.sources=[{{url: {spoiled}}}]", "loss.entity=0"], check=False
+    )
+    assert found.returncode == 2, found.stderr[-2000:]
+    (line,) = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
+    assert "could not be decoded" in line and "quarantine" in line
+    listed = [
+        json.loads(row)["key"] for path in run.glob("quarantine-*.jsonl") for row in path.read_text().splitlines()
+    ]
+    assert listed and all(samples[key]["png"] == b"no image" for key in listed)
 
 
 def test_ranks_die_with_their_launcher(sets, tmp_path: Path) -> None:

@@ -166,6 +166,10 @@ class ChunkReader:
         self._here()
         with self._lock:
             future = self._kept.get(chunk)
+            if future is not None and future.done() and future.exception():  # fetched ahead, while the store was down
+                del self._kept[chunk]
+                self._kept_bytes -= chunk.size
+                future = None
             if future is None:
                 future = self._kept[chunk] = self._pool.submit(self._fetch, chunk)
                 self._kept_bytes += chunk.size

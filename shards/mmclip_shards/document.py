@@ -29,8 +29,12 @@ def read_document(members: Mapping[str, bytes]) -> Document:
     Without a report in our form (`{"report": {"text": ...}}`), it is what `txt` holds, or a text in the JSON's `report`,
     `text` or `caption`. Labels in another form than ours are unknown.
     """
-    fields = json_fields(members["json"]) if "json" in members else {}
-    report, patient, view = _report(members, fields), fields.get("patient"), fields.get("view")
+    try:
+        fields = json_fields(members["json"]) if "json" in members else {}
+        report = _report(members, fields)
+    except ValueError as error:
+        raise ValueError(f"what the sample says is {error}; `mmclip verify` lists such samples") from error
+    patient, view = fields.get("patient"), fields.get("view")
     return Document(
         report=report if report.strip() else "",
         labels=legal_labels(fields.get("labels")) or {},
@@ -51,7 +55,15 @@ def parse_json(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"not usable JSON: {type(error).__name__}{place}") from error
+        raise ValueError(f"not usable JSON, {type(error).__name__}{place}") from error
+
+
+def decode_text(data: bytes) -> str:
+    """ValueError, without the text itself, when it is not UTF-8."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text, at byte {error.start}") from error
 
 
 def legal_labels(value: object) -> dict[str, int | None] | None:
@@ -66,8 +78,10 @@ def legal_labels(value: object) -> dict[str, int | None] | None:
     return labels
 
 
-def check_fields(fields: Mapping[str, Any], *, dataset: str, label_names: tuple[str, ...]) -> None:
+def check_fields(fields: Any, *, dataset: str, label_names: tuple[str, ...]) -> None:
     """ValueError unless these are the fields of `schema.sample_document`, for a set with these labels."""
+    if not isinstance(fields, dict):
+        raise ValueError("it is not a JSON object")
     report = fields.get("report", "")
     texts = {"text", "findings", "impression"}
     if report is not None and not (
@@ -91,7 +105,9 @@ def check_fields(fields: Mapping[str, Any], *, dataset: str, label_names: tuple[
         raise ValueError("`source` must be a name or a relative path")
     if not all(_is_number(fields.get(side), whole=True) and fields[side] > 0 for side in ("width", "height")):
         raise ValueError("`width` and `height` must be positive whole numbers")
-    for box in fields.get("boxes", ()):
+    if not isinstance(fields.get("boxes", []), list):
+        raise ValueError("`boxes` must be a list")
+    for box in fields.get("boxes", []):
         if not (isinstance(box, dict) and isinstance(box.get("label"), str) and box["label"]):
             raise ValueError("a box has no `label`")
         if not all(_is_number(box.get(side)) for side in ("x", "y", "width", "height")):
@@ -123,7 +139,7 @@ def _report(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> str:
     if isinstance(ours, dict) and isinstance(ours.get("text"), str):
         return str(ours["text"])
     if "txt" in members:
-        return members["txt"].decode("utf-8")
+        return decode_text(members["txt"])
     return next((fields[name] for name in _FOREIGN_REPORTS if isinstance(fields.get(name), str)), "")
 
 

@@ -16,6 +16,7 @@ from mmclip_shards import storage
 from mmclip_shards.document import json_fields, legal_labels
 from mmclip_shards.manifest import MANIFEST_NAME, Manifest, Member, Shard, check_relative, index_bytes, save_manifest
 from mmclip_shards.schema import IMAGE_SUFFIXES, canonical_json, check_suffix, make_key, member_name
+from mmclip_shards.split import check_split_name
 from mmclip_shards.storage import Url
 from mmclip_shards.tarwalk import Entry, TarFault, TarWalk
 
@@ -57,11 +58,12 @@ def index_set(
     progress(done, total): in shards. ValueError, with nothing written, for a folder that is indexed already, a damaged
     tar (names shard and offset), or a sample whose members come twice or apart (names shard and key).
     """
+    check_split_name(split)
     names = _tar_names(url)
     shards: list[Shard] = []
     labels: set[str] = set()
     left_out: Counter[str] = Counter()
-    written: list[str] = []
+    written = [storage.join(url, MANIFEST_NAME)]
     try:
         for number, name in enumerate(names, 1):
             tar = _index_tar(url, name, left_out)
@@ -77,10 +79,12 @@ def index_set(
             if progress is not None:
                 progress(number, len(names))
         if not shards:
-            raise ValueError(f"no sample with a jpg or png in the {len(names)} tars of {url} ({listed(left_out)})")
+            raise ValueError(
+                f"no sample with a jpg or png in the {len(names)} tars of {url}; left out: {listed(left_out)}"
+            )
         manifest = Manifest(
             kind="base",
-            dataset=dataset or storage.join(url).rstrip("/").rpartition("/")[2],
+            dataset=dataset or _folder_name(url),
             split=split,
             shards=tuple(shards),
             config_hash=_FOREIGN + hashlib.sha256(canonical_json([shard.sha256 for shard in shards])).hexdigest(),
@@ -120,7 +124,7 @@ def may_hold(suffix: str) -> bool:
 def listed(left_out: Counter[str], most: int = 12) -> str:
     """The counts as one line."""
     parts = [f"{count} {what}" for what, count in left_out.most_common(most)]
-    return ", ".join([*parts, *(["..."] if len(left_out) > most else [])]) or "nothing left out"
+    return ", ".join([*parts, *(["..."] if len(left_out) > most else [])]) or "nothing"
 
 
 def _tar_names(url: Url) -> list[str]:
@@ -140,6 +144,11 @@ def _tar_names(url: Url) -> list[str]:
                 f"{url} holds {name!r}: rename it with A-Z a-z 0-9 _ - and . only, not beginning with a dot"
             ) from error
     return tars
+
+
+def _folder_name(url: Url) -> str:
+    path = storage.local_path(url)
+    return path.resolve().name if path else str(url).rstrip("/").rpartition("/")[2]
 
 
 def _check_free(where: str) -> None:

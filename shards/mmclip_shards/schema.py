@@ -35,7 +35,9 @@ LABEL_VALUES = (1, 0, -1, None)
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 # NumPy parses a header as Python source, and lets the parser's own errors through.
-_NPY_HEADER_ERRORS = (ValueError, KeyError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, MemoryError)
+_NPY_HEADER_ERRORS = (
+    ValueError, TypeError, KeyError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, MemoryError,
+)  # fmt: skip
 _SUFFIX_PATTERN = re.compile(r"(?:[a-z0-9_]{1,12}\.)?[a-z]{3,4}")
 
 
@@ -135,7 +137,9 @@ def encode_npy(array: np.ndarray) -> bytes:
 def decode_npy(data: bytes) -> np.ndarray:
     """The array in .npy bytes. ValueError for anything else, pickled objects included."""
     # The header ends where its length field says; a shard's arrays share one, which NumPy would parse as Python each time.
-    length = 10 + int.from_bytes(data[8:10], "little") if data[6:7] == b"\x01" else 12 + int.from_bytes(data[8:12], "little")
+    length = (
+        10 + int.from_bytes(data[8:10], "little") if data[6:7] == b"\x01" else 12 + int.from_bytes(data[8:12], "little")
+    )
     shape, fortran_order, dtype = _npy_header(data[:length])
     body = memoryview(data)[length:]
     # Checked before anything is allocated: the header is untrusted and may claim terabytes.

@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TRIES_BEFORE_SIZE = 2  # a short answer may be one broken body; after so many, the file's size is asked for
 _SLOWEST = 64 * 1024  # bytes a second: a read that is slower, all in all, counts as stalled
+_OPENING_S = 60.0  # for a session: it reads credentials, perhaps over the network
 _EXPIRED = {
     "ExpiredToken",
     "ExpiredTokenException",
@@ -123,8 +124,9 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
     tries = tries or Tries(PATIENCE)
     while len(got) < length:
         before, began = len(got), time.monotonic()
+        filesystem, name = _open_remote(url)
         try:
-            _read_some(url, offset + before, length - before, got, tries.patience.stall_s)
+            _read_some(filesystem, name, offset + before, length - before, got, tries.patience.stall_s)
             if len(got) < length:
                 raise OSError(f"{length} bytes wanted at offset {offset}, {len(got)} came")
         except Exception as fault:
@@ -132,7 +134,9 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
                 _check_end(url, offset, length, tries.patience.stall_s)
             came = len(got) - before
             progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # a trickle would go on for days
-            tries.wait(f"{os.fspath(url)}, offset {offset + len(got)}", _diagnose(url, fault), progress=progress)
+            tries.wait(
+                f"{os.fspath(url)}, offset {offset + len(got)}", _diagnose(url, filesystem, fault), progress=progress
+            )
     return bytes(got)
 
 
@@ -196,26 +200,27 @@ def _surely(url: Url, action: Callable[[Any, str], T], tries: Tries | None = Non
     """action(file system, name), again after a fault."""
     tries = tries or Tries(PATIENCE)
     while True:
+        filesystem, name = _open_remote(url)
         try:
-            return action(*_open_remote(url))
+            return action(filesystem, name)
         except Exception as fault:
-            tries.wait(os.fspath(url), _diagnose(url, fault))
+            tries.wait(os.fspath(url), _diagnose(url, filesystem, fault))
 
 
-def _diagnose(url: Url, fault: Exception) -> Exception:
+def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
     """The fault as it shall be judged. After one of credentials or session, the next try reads the credentials again."""
     expired = (getattr(fault.__cause__, "response", None) or {}).get("Error", {}).get("Code") in _EXPIRED
     missing = "Credentials" in type(fault).__name__
     if expired or missing or isinstance(fault, PermissionError | RuntimeError):
-        with _opening:
-            _filesystems.pop((os.getpid(), os.fspath(url).partition("://")[0]), None)
+        session = os.getpid(), os.fspath(url).partition("://")[0]
+        with _opening:  # by the first of the threads that it failed
+            if _filesystems.get(session) is filesystem:
+                del _filesystems[session]
     if expired:  # not settled like other refusals: who renews them may be late
         return OSError(f"{fault} (expired credentials? they are read again at every try)")
-    return (
-        PermissionError(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
-        if missing
-        else fault
-    )
+    if missing:
+        return PermissionError(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+    return fault
 
 
 def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
@@ -230,7 +235,7 @@ def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
 
 def _info(filesystem: Any, name: str, stall_s: float) -> dict[str, Any]:
     if isinstance(filesystem, AsyncFileSystem):
-        return run_async(filesystem.loop, _within, stall_s, filesystem._info, name)
+        return run_async(filesystem.loop, _within, stall_s, filesystem, filesystem._info, name)
     return filesystem.info(name)
 
 
@@ -242,27 +247,23 @@ def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
     return bytes(data)
 
 
-def _read_some(url: Url, offset: int, length: int, into: bytearray, stall_s: float) -> None:
+def _read_some(filesystem: Any, name: str, offset: int, length: int, into: bytearray, stall_s: float) -> None:
     """Append up to `length` bytes from `offset` on to `into`; those that came before a fault stay there."""
-    filesystem, name = _open_remote(url)
     if hasattr(filesystem, "_call_s3"):  # s3fs throws away what came before a connection broke
         run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s)
     elif isinstance(filesystem, AsyncFileSystem):
         patience = stall_s + length / _SLOWEST
         into += run_async(
-            filesystem.loop, _within, patience, filesystem._cat_file, name, offset, offset + length
+            filesystem.loop, _within, patience, filesystem, filesystem._cat_file, name, offset, offset + length
         )[:length]  # fmt: skip
     else:
         into += filesystem.cat_file(name, start=offset, end=offset + length)[:length]
 
 
-async def _within(seconds: float, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    """function(*arguments), cancelled after so long: OSError (fsspec would drop the message of a TimeoutError)."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await function(*arguments)
-    except TimeoutError as error:
-        raise OSError(f"no answer within {seconds:g} s") from error
+async def _within(seconds: float, filesystem: Any, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
+    """function(*arguments) of a file system; OSError after so long."""
+    async with _limit(filesystem, seconds, f"no answer within {seconds:g} s"):
+        return await function(*arguments)
 
 
 async def _stream_s3(
@@ -273,25 +274,35 @@ async def _stream_s3(
     bucket, key, _ = filesystem.split_path(name)
     asked = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
     now = asyncio.get_running_loop().time
+    async with _limit(filesystem, stall_s, f"no byte for {stall_s:g} s, or fewer than {_SLOWEST} a second") as stall:
+        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **asked)
+        body = answer["Body"]
+        try:
+            if length is None and (length := answer.get("ContentLength")) is None:
+                raise OSError("the store does not say how long the file is")
+            if asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
+                found = answer.get("ContentRange") or "no range"
+                raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")
+            end, latest = len(into) + length, now() + stall_s + length / _SLOWEST
+            # A whole file is read until nothing comes: only then is its checksum compared.
+            while (len(into) < end or not asked) and (part := await body.read(1 << 20)):
+                into += part[: end - len(into)]
+                stall.reschedule(min(now() + stall_s, latest))
+        finally:
+            body.close()
+
+
+@contextlib.asynccontextmanager
+async def _limit(filesystem: Any, seconds: float, told: str) -> AsyncIterator[asyncio.Timeout]:
+    """OSError(told) after so long. Opening the session does not count: on a busy machine it takes seconds."""
     try:
-        async with asyncio.timeout(stall_s) as stall:
-            answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **asked)
-            body = answer["Body"]
-            try:
-                if length is None and (length := answer.get("ContentLength")) is None:
-                    raise OSError("the store does not say how long the file is")
-                if asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
-                    found = answer.get("ContentRange") or "no range"
-                    raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")
-                end, latest = len(into) + length, now() + stall_s + length / _SLOWEST
-                # A whole file is read until nothing comes: only then is its checksum compared.
-                while (len(into) < end or not asked) and (part := await body.read(1 << 20)):
-                    into += part[: end - len(into)]
-                    stall.reschedule(min(now() + stall_s, latest))
-            finally:
-                body.close()
-    except TimeoutError as error:
-        raise OSError(f"no byte for {stall_s:g} s, or fewer than {_SLOWEST} a second") from error
+        async with asyncio.timeout(_OPENING_S) as limit:
+            if hasattr(filesystem, "set_session"):
+                await filesystem.set_session()
+            limit.reschedule(asyncio.get_running_loop().time() + seconds)
+            yield limit
+    except TimeoutError as error:  # fsspec would drop its message
+        raise OSError(told) from error
 
 
 def _open_remote(url: Url) -> tuple[Any, str]:

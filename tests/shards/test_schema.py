@@ -119,6 +119,11 @@ def test_npy_with_a_broken_header_is_refused(literal: bytes) -> None:
         decode_npy(data.replace(b"(1, 8)", literal.ljust(6)))
 
 
+def test_npy_with_a_field_of_another_type_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not \.npy data"):
+        decode_npy(encode_npy(np.zeros(3)).replace(b"'descr'", b"b'desc'"))
+
+
 def test_a_pickle_is_not_an_npy() -> None:
     with pytest.raises(ValueError):
         decode_npy(pickle.dumps([1]))

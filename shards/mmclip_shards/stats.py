@@ -1,0 +1,182 @@
+"""What a packed set holds, in numbers. Samples are streamed; only counts and hashes of patients are kept."""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import ceil
+
+from mmclip_shards.document import read_document
+from mmclip_shards.images import image_facts
+from mmclip_shards.manifest import Manifest, find_sets, load_manifest
+from mmclip_shards.reader import ShardReader
+from mmclip_shards.schema import IMAGE_SUFFIXES
+from mmclip_shards.storage import Url
+
+NO_VIEW = "(unknown)"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of whole numbers, by nearest rank."""
+
+    min: int
+    median: int
+    p95: int
+    max: int
+
+    def __str__(self) -> str:
+        return f"{self.min} / {self.median} / {self.p95} / {self.max}"
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Samples by what they say of one disease; the four add up to all samples."""
+
+    present: int
+    absent: int
+    uncertain: int
+    not_mentioned: int
+
+
+@dataclass(frozen=True)
+class SplitStats:
+    """One split. bytes: of the tars; words: of the reports there are; widths, heights: of the images, in pixels.
+
+    unreadable: samples whose text or JSON cannot be read, and undecodable: whose image has no usable header.
+    """
+
+    folder: str
+    dataset: str
+    split: str
+    shards: int
+    samples: int
+    bytes: int
+    views: dict[str, int]
+    labels: dict[str, LabelCounts]
+    without_report: int
+    words: Spread | None
+    widths: Spread | None
+    heights: Spread | None
+    patients: int
+    without_patient: int
+    images_per_patient: Spread | None
+    unreadable: int
+    undecodable: int
+
+
+@dataclass(frozen=True)
+class SetStats:
+    """All splits of a set. patients_in_several_splits: must be 0."""
+
+    splits: tuple[SplitStats, ...]
+    patients_in_several_splits: int
+
+
+def collect_stats(url: Url, progress: Callable[[int, int], None] | None = None) -> SetStats:
+    """Count the set at `url`, or every split below it. progress(done, total): in samples.
+
+    ValueError when there is no set, or a sample is damaged (`mmclip verify` lists all damage).
+    """
+    manifests = {folder: load_manifest(folder) for folder in find_sets(url)}
+    manifests = {folder: manifest for folder, manifest in manifests.items() if manifest.kind == "base"}
+    if not manifests:
+        raise ValueError(f"{url} holds sidecars: name the packed set that they belong to")
+    total = sum(manifest.samples for manifest in manifests.values())
+    done = 0
+    splits = []
+    splits_of_patient: Counter[bytes] = Counter()
+    for folder, manifest in manifests.items():
+        counts = _Counts()
+        reader = ShardReader(folder, manifest)
+        for number in range(len(manifest.shards)):
+            for _, members in reader.samples(number):
+                counts.add(members)
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+        splits.append(counts.result(folder, manifest))
+        splits_of_patient.update(counts.patients.keys())
+    return SetStats(tuple(splits), sum(count > 1 for count in splits_of_patient.values()))
+
+
+def spread(histogram: Mapping[int, int]) -> Spread | None:
+    """Of the values of a histogram (value -> how often); None for an empty one."""
+    total = sum(histogram.values())
+    if not total:
+        return None
+    values = sorted(histogram)
+    reached = list(accumulate(histogram[value] for value in values))
+    median, p95 = (values[bisect_left(reached, ceil(share * total / 100))] for share in (50, 95))
+    return Spread(values[0], median, p95, values[-1])
+
+
+class _Counts:
+    """What grows while a split is read. patients: short hash -> images."""
+
+    def __init__(self) -> None:
+        self.views: Counter[str] = Counter()
+        self.labels: Counter[tuple[str, int | None]] = Counter()
+        self.words: Counter[int] = Counter()
+        self.widths: Counter[int] = Counter()
+        self.heights: Counter[int] = Counter()
+        self.patients: Counter[bytes] = Counter()
+        self.samples = self.without_report = self.without_patient = self.unreadable = self.undecodable = 0
+
+    def add(self, members: Mapping[str, bytes]) -> None:
+        """Count one sample."""
+        self.samples += 1
+        try:
+            facts = image_facts(next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), decode=False)
+        except (ValueError, StopIteration):
+            self.undecodable += 1
+        else:
+            self.widths[facts.width] += 1
+            self.heights[facts.height] += 1
+        try:
+            document = read_document(members)
+        except ValueError:
+            self.unreadable += 1
+            return
+        self.views[document.view or NO_VIEW] += 1
+        self.labels.update(document.labels.items())
+        if document.report:
+            self.words[len(document.report.split())] += 1
+        else:
+            self.without_report += 1
+        if document.patient:
+            # Hashed again: another program's JSON may hold a raw id, which has no business in our memory.
+            self.patients[
+                hashlib.blake2b(document.patient.encode("utf-8", "surrogatepass"), digest_size=12).digest()
+            ] += 1
+        else:
+            self.without_patient += 1
+
+    def result(self, folder: str, manifest: Manifest) -> SplitStats:
+        labels = {}
+        for name in manifest.labels:
+            present, absent, uncertain = (self.labels[name, value] for value in (1, 0, -1))
+            labels[name] = LabelCounts(present, absent, uncertain, self.samples - present - absent - uncertain)
+        return SplitStats(
+            folder=folder,
+            dataset=manifest.dataset,
+            split=manifest.split,
+            shards=len(manifest.shards),
+            samples=self.samples,
+            bytes=sum(shard.bytes for shard in manifest.shards),
+            views=dict(self.views.most_common()),
+            labels=labels,
+            without_report=self.without_report,
+            words=spread(self.words),
+            widths=spread(self.widths),
+            heights=spread(self.heights),
+            patients=len(self.patients),
+            without_patient=self.without_patient,
+            images_per_patient=spread(Counter(self.patients.values())),
+            unreadable=self.unreadable,
+            undecodable=self.undecodable,
+        )

@@ -1,0 +1,571 @@
+"""Shards on object storage: a real S3 server, and a proxy in front of it that breaks its answers in every way we know."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from mmclip_shards import storage
+from mmclip_shards.chunks import ChunkReader, Reading
+from mmclip_shards.faults import Patience
+from mmclip_shards.manifest import Manifest, find_split, load_index, load_manifest
+from mmclip_shards.reader import ShardReader, iterate
+from mmclip_shards.writer import Sample, ShardWriter
+from object_store.faults import Places, faults, places
+from object_store.fixtures import client_environment
+from object_store.proxy import Fault, FaultProxy, Plan, Request, on_reads
+from object_store.server import S3Server
+
+QUICK = Patience(budget_s=2.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.2)
+STEADY = Patience(budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.2)
+CHUNK = 64 * 1024
+NAMES = tuple(faults(Places(0, 0, 0)))
+HARMLESS = {"flipped bit in a header", "flipped bit in a header, true checksum sent"}  # nothing there is believed
+CAUSES = {
+    "silence": "no byte for", "stall": "no byte for", "trickle": "no byte for", "close": "not completed", "reset": "[Rr]eset",
+    "short": "bytes wanted", "short_range": "InvalidRange", "unsized": "bytes wanted", "flip": "damaged",
+    "flip_checksum": "damaged", "zeros": "damaged", "empty": "no range", "page": "no range", "whole": "no range",
+}  # fmt: skip
+
+
+def make_samples(count: int, size: int, seed: int = 1) -> list[Sample]:
+    draw = random.Random(seed)
+    return [
+        (
+            f"k-{n:03d}",
+            {"jpg": draw.randbytes(size + 37 * (n % 5)), "json": b'{"n":%d}' % n, "txt": draw.randbytes(200)},
+        )
+        for n in range(count)
+    ]
+
+
+def write(url: str | Path, samples: list[Sample], samples_per_shard: int) -> Manifest:
+    with ShardWriter(
+        url, kind="base", dataset="d", split="s", config_hash="c", samples_per_shard=samples_per_shard
+    ) as writer:
+        for key, files in samples:
+            writer.add(key, files)
+    return load_manifest(url)
+
+
+def read_all(reader: ShardReader) -> list[Sample]:
+    return [sample for number in range(len(reader.manifest.shards)) for sample in reader.samples(number)]
+
+
+def reader_of(
+    url: str, manifest: Manifest, chunk_bytes: int | None = CHUNK, patience: Patience = QUICK, **reading: object
+) -> ShardReader:
+    chunks = ChunkReader(Reading(chunk_bytes=chunk_bytes, patience=patience, **reading))  # type: ignore[arg-type]
+    return ShardReader(url, manifest, chunks=chunks)
+
+
+@pytest.fixture
+def url(s3: S3Server) -> str:
+    """A folder on the server that nobody has used."""
+    return f"{s3.url}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole files and lists must not take minutes when a test goes wrong."""
+    monkeypatch.setattr(storage, "PATIENCE", STEADY)
+
+
+SAMPLES = make_samples(24, 20_000)
+
+
+@pytest.fixture(scope="module")
+def packed(s3: S3Server) -> tuple[str, Manifest]:
+    url = f"{s3.url}/{uuid.uuid4().hex}"
+    return url, write(url, SAMPLES, 8)
+
+
+# ---- the store itself
+
+
+def test_write_read_list_remove(url: str) -> None:
+    where = storage.join(url, "train", "a.bin")
+    assert not storage.exists(where) and not storage.exists(storage.join(url, "train"))
+    assert storage.list_folder(storage.join(url, "train")) == []
+    with pytest.raises(FileNotFoundError, match=r"a\.bin"):
+        storage.read_bytes(where)
+    for data in (b"0123456789", b"new", b""):
+        storage.write_atomic(where, data)
+        assert storage.exists(where) and storage.exists(storage.join(url, "train"))
+        assert (storage.read_bytes(where), storage.file_size(where)) == (data, len(data))
+    storage.write_atomic(storage.join(url, "train", "b.bin"), b"b")
+    assert storage.list_folder(storage.join(url, "train")) == ["a.bin", "b.bin"]
+    assert storage.list_folder(url) == ["train"]
+    storage.remove(where)
+    storage.remove(where)
+    assert storage.list_folder(storage.join(url, "train")) == ["b.bin"]
+
+
+def test_ranges_are_exact_or_an_error(url: str) -> None:
+    where = storage.join(url, "a.bin")
+    storage.write_atomic(where, b"0123456789")
+    assert storage.read_range(where, 3, 4) == b"3456"
+    assert storage.read_range(where, 9, 1) == b"9"
+    assert storage.read_range(where, 10, 0) == b""
+    for offset, length in ((8, 3), (10, 1), (99, 1)):
+        with pytest.raises(OSError, match=rf"{length} bytes wanted at offset {offset}, but the file has 10 bytes"):
+            storage.read_range(where, offset, length)
+
+
+def test_a_packed_set_is_the_same_as_on_disk_and_reads_back(url: str, tmp_path: Path) -> None:
+    manifest = write(url, SAMPLES, 8)
+    assert manifest == write(tmp_path, SAMPLES, 8)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert storage.list_folder(url) == names and len(names) == 7
+    for name in names:
+        assert storage.read_bytes(storage.join(url, name)) == (tmp_path / name).read_bytes()
+    assert list(iterate(url)) == SAMPLES
+    for chunk_bytes in (CHUNK, 1000, None):
+        reader = reader_of(url, manifest, chunk_bytes)
+        assert read_all(reader) == SAMPLES
+        tally = reader.chunks.take_tally()
+        assert (tally.retries, tally.cache_hits) == (0, 0)
+        assert reader.read(2, "k-023") == SAMPLES[23][1]
+
+
+def test_a_shard_cut_at_an_entry_boundary_is_noticed(url: str) -> None:
+    manifest = write(url, SAMPLES, 8)
+    shard = storage.join(url, "000000.tar")
+    offset, _ = load_index(url, manifest.shards[0]).span(4, 5)
+    storage.write_atomic(shard, storage.read_bytes(shard)[: offset - 512])
+    reader = reader_of(url, manifest, None)
+    with pytest.raises(ValueError, match=r"000000\.tar, key k-004, offset \d+: cannot be read: .*but the file has"):
+        read_all(reader)
+
+
+def test_a_server_that_goes_down_and_comes_back_costs_no_sample(s3: S3Server, packed: tuple[str, Manifest]) -> None:
+    url, manifest = packed
+    reader = reader_of(url, manifest, None, STEADY)
+    delivered = [next(reader.samples(0))]
+    s3.kill()
+    rest: list[Sample] = []
+    reading = threading.Thread(target=lambda: rest.extend(read_all(reader)), daemon=True)
+    reading.start()
+    try:
+        time.sleep(0.5)
+    finally:
+        s3.restart()
+    reading.join(60)
+    assert delivered == SAMPLES[:1] and rest == SAMPLES
+    assert reader.chunks.take_tally().retries > 0
+
+
+# ---- credentials
+
+
+@pytest.mark.parametrize("wrong", ["no credentials", "another secret", "an unknown key"])
+def test_refused_access_is_an_error_and_never_an_empty_folder(
+    packed: tuple[str, Manifest], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    url, manifest = packed
+    storage._filesystems.clear()
+    if wrong == "no credentials":
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    else:
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY" if wrong == "another secret" else "AWS_ACCESS_KEY_ID", "wrong")
+    bucket = url.rpartition("/")[0]
+    try:
+        for action in (
+            lambda: storage.exists(bucket),
+            lambda: storage.list_folder(url),
+            lambda: storage.read_range(storage.join(url, "000000.tar"), 0, 10),
+            lambda: storage.write_atomic(storage.join(url, "x"), b""),
+            lambda: load_manifest(url),
+            lambda: find_split(url, "train"),
+        ):
+            told = "set AWS_ACCESS_KEY_ID" if wrong == "no credentials" else "s3://"
+            with pytest.raises(PermissionError, match=told):
+                action()
+        with pytest.raises(ValueError, match=r"shard s3://.*000000\.tar.*PermissionError"):
+            reader_of(url, manifest, patience=STEADY).read(0, "k-000")
+    finally:
+        storage._filesystems.clear()
+
+
+@pytest.fixture(params=["environment", "file"])
+def key_place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyPlace]:
+    place = KeyPlace(tmp_path / "credentials" if request.param == "file" else None, monkeypatch)
+    storage._filesystems.clear()
+    yield place
+    storage._filesystems.clear()
+
+
+class KeyPlace:
+    """Where this process finds its credentials."""
+
+    def __init__(self, file: Path | None, patch: pytest.MonkeyPatch) -> None:
+        self.file, self.patch = file, patch
+
+    def put(self, credentials: dict[str, str]) -> None:
+        if self.file is None:
+            for name, value in credentials.items():
+                self.patch.setenv(name, value)
+            return
+        self.patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(self.file))
+        for name in credentials:
+            self.patch.delenv(name, raising=False)
+        self.file.write_text(
+            "[default]\n" + "".join(f"{name.lower()} = {value}\n" for name, value in credentials.items())
+        )
+
+
+def test_a_revoked_key_that_was_renewed_goes_on(
+    s3: S3Server, packed: tuple[str, Manifest], key_place: KeyPlace
+) -> None:
+    url, manifest = packed
+    first, second = s3.new_credentials(), s3.new_credentials()
+    key_place.put(first)
+    reader = reader_of(url, manifest, None, STEADY)
+    assert reader.read(0, "k-000") == SAMPLES[0][1]
+    s3.revoke(first)
+    with pytest.raises(ValueError, match=r"000000\.tar, key k-001, offset \d+.*PermissionError"):
+        reader.read(0, "k-001")
+    key_place.put(second)
+    assert read_all(reader) == SAMPLES
+    s3.revoke(second)
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_an_expired_token_that_is_renewed_late_goes_on(
+    s3: S3Server, packed: tuple[str, Manifest], faulty: FaultProxy, key_place: KeyPlace, status: int
+) -> None:
+    url, manifest = packed
+    old, new = s3.new_credentials(), s3.new_credentials()
+    key_place.put(old)
+    reader = reader_of(url, manifest, None, STEADY, connections=1)
+    delivered = list(reader.samples(0))
+    refused = 0
+
+    def expired(request: Request) -> Fault | None:
+        nonlocal refused
+        if request.access_key != old["AWS_ACCESS_KEY_ID"]:
+            return None
+        refused += 1
+        if refused == 6:  # more often than other refusals are borne
+            key_place.put(new)
+        return Fault("error", status=status, code="ExpiredToken")
+
+    faulty.plan = expired
+    delivered += [*reader.samples(1), *reader.samples(2)]
+    assert delivered == SAMPLES and refused >= 6
+    for key in (old, new):
+        s3.revoke(key)
+
+
+# ---- faults
+
+
+class Case(NamedTuple):
+    """A fault of one object of a set, on the first answer that can show it or (lasting) on all of them."""
+
+    name: str
+    object: str
+    lasting: bool
+    chunk_bytes: int | None = 16 * 1024
+
+    def __str__(self) -> str:
+        how = "stays" if self.lasting else "once"
+        return f"{self.object}, {self.name}, {how}{'' if self.chunk_bytes else ', single samples'}"
+
+
+class Outcome(NamedTuple):
+    delivered: list[Sample]
+    error: str
+    seconds: float
+    injected: int
+    retries: float
+
+
+SHARD, INDEX, MANIFEST = "000001.tar", "000001.index.json", "manifest.json"
+IN_DOCUMENTS = (
+    "500", "404", "no answer", "5 bytes a second", "reset in data", "short, length agrees, in a sample",
+    "short, no length, in a sample", "flipped bit in data", "zeros from a byte of data on", "error page with 200",
+)  # fmt: skip
+ONCE = [
+    *(Case(name, SHARD, False, chunk_bytes) for name in NAMES for chunk_bytes in (16 * 1024, None)),
+    *(Case(name, document, False) for document in (INDEX, MANIFEST) for name in IN_DOCUMENTS),
+]
+LASTING = [case._replace(lasting=True) for case in ONCE if case.chunk_bytes]
+SMALL = make_samples(12, 6000)
+
+
+@pytest.fixture(scope="module")
+def outcomes(s3: S3Server) -> dict[Case, Outcome]:
+    """Of all cases, eight at a time since most of them wait. Each reads a set of its own."""
+    plans: dict[str, Plan] = {}
+
+    def run(case: Case, url: str) -> Outcome:
+        manifest = write(url, SMALL, 6)
+        if case.object == SHARD:
+            at = places(load_index(url, manifest.shards[1]), 3)
+        else:
+            half = storage.file_size(storage.join(url, case.object)) // 2
+            at = Places(half, half, half)
+        injected: list[Fault] = []
+        plan = on_reads(faults(at)[case.name], of=case.object, times=None if case.lasting else 1)
+        plans[url.removeprefix("s3:/")] = lambda request: next(
+            (injected.append(fault) or fault for fault in [plan(request)] if fault), None
+        )
+        chunks = ChunkReader(Reading(chunk_bytes=case.chunk_bytes, patience=QUICK if case.lasting else STEADY))
+        delivered, error, began = [], "", time.monotonic()
+        try:
+            reader = ShardReader(url, load_manifest(url), chunks=chunks)
+            delivered += reader.samples(0)
+            for sample in reader.samples(1):
+                delivered.append(sample)
+        except (ValueError, OSError) as found:
+            error = f"{type(found).__name__}: {found}"
+        return Outcome(delivered, error, time.monotonic() - began, len(injected), chunks.take_tally().retries)
+
+    def plan_of_folder(request: Request) -> Fault | None:
+        plan = plans.get(request.path.rpartition("/")[0])
+        return plan(request) if plan else None
+
+    cases = [*LASTING, *ONCE]
+    with (
+        FaultProxy(s3, plan_of_folder) as proxy,
+        client_environment(s3.environment(proxy.endpoint)),
+        pytest.MonkeyPatch.context() as patch,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        patch.setattr(storage, "PATIENCE", QUICK)
+        urls = [f"{s3.url}/{uuid.uuid4().hex}" for _ in cases]
+        return dict(zip(cases, pool.map(run, cases, urls), strict=True))
+
+
+@pytest.mark.parametrize("case", ONCE, ids=str)
+def test_a_fault_that_comes_once_costs_nothing(outcomes: dict[Case, Outcome], case: Case) -> None:
+    outcome = outcomes[case]
+    assert outcome.error == ""
+    assert outcome.delivered == SMALL
+    assert outcome.injected == 1
+    if case.name not in HARMLESS and case.object != MANIFEST:
+        assert outcome.retries > 0
+
+
+@pytest.mark.parametrize("case", LASTING, ids=str)
+def test_a_fault_that_stays_is_told_in_time(outcomes: dict[Case, Outcome], case: Case) -> None:
+    outcome = outcomes[case]
+    assert outcome.delivered == SMALL[: len(outcome.delivered)]  # nothing wrong, nothing left out
+    assert outcome.injected > 0
+    if case.name in HARMLESS:
+        assert outcome.error == "" and len(outcome.delivered) == len(SMALL)
+        return
+    if case.object == SHARD:
+        fault = faults(Places(0, 0, 0))[case.name]
+        cause = CAUSES.get(fault.kind, fault.code)
+        assert re.search(rf"ValueError: shard s3://\S+/000001\.tar, key k-\d+, offset \d+: .*{cause}", outcome.error)
+    else:
+        assert case.object in outcome.error
+        assert len(outcome.error) > len("ValueError: ") + len(case.object)
+    assert len(outcome.delivered) < len(SMALL)
+    # A prefetch and the read, each with a last try begun within the budget; and eight readers on a busy machine.
+    assert outcome.seconds < 2 * (QUICK.budget_s + QUICK.stall_s) + 10
+
+
+def test_once_a_lasting_fault_is_over_the_same_reader_goes_on(packed: tuple[str, Manifest], faulty: FaultProxy) -> None:
+    """What was fetched ahead in vain is fetched again."""
+    url, manifest = packed
+    faulty.plan = on_reads(Fault("error", status=503, code="SlowDown"), of="000001.tar", times=None)
+    reader = reader_of(url, manifest)
+    with pytest.raises(ValueError, match=r"000001\.tar, key k-008, offset \d+: .*SlowDown"):
+        read_all(reader)
+    faulty.plan = None
+    assert read_all(reader) == SAMPLES
+
+
+@pytest.mark.parametrize("chunk_bytes", [4096, None])
+def test_an_epoch_with_hundreds_of_faults_delivers_every_sample_once(
+    url: str, faulty: FaultProxy, chunk_bytes: int | None
+) -> None:
+    samples = make_samples(280, 3000, seed=2)
+    manifest = write(url, samples, 70)
+    spans = [load_index(url, shard).span for shard in manifest.shards]
+    starts = {
+        f"/{url.removeprefix('s3://')}/{shard.path}": set(range(0, shard.bytes, chunk_bytes))
+        if chunk_bytes
+        else {span(row, row + 1)[0] for row in range(shard.samples)}
+        for shard, span in zip(manifest.shards, spans, strict=True)
+    }
+    injected = set()
+
+    def plan(request: Request) -> Fault | None:
+        """A fault for the first request of most chunks, drawn by what is asked for, not by when."""
+        if request.start not in starts.get(request.path, ()):
+            return None
+        starts[request.path].remove(request.start)
+        draw = random.Random(f"3 {request.path[-10:]} {request.start}")
+        if draw.random() > 0.8:
+            return None
+        at = draw.randrange(request.start, int(request.stop))
+        name = draw.choice(NAMES)
+        injected.add(name)
+        return faults(Places(at, at, at))[name]
+
+    faulty.plan = plan
+    reader = reader_of(url, manifest, chunk_bytes, STEADY, connections=16)
+    assert read_all(reader) == samples
+    assert faulty.injected.total() >= 200
+    assert injected == set(NAMES)
+
+
+# ---- processes
+
+
+class Dataset(torch.utils.data.Dataset[Sample]):
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return len(SAMPLES)
+
+    def __getitem__(self, row: int) -> Sample:
+        key = SAMPLES[row][0]
+        return key, self.reader.read(row // 8, key)
+
+
+def test_a_worker_forked_after_use_reads_on_its_own(packed: tuple[str, Manifest]) -> None:
+    """A session inherited across fork raises or hangs (s3fs 369, 889, 914)."""
+    url, manifest = packed
+    reader = reader_of(url, manifest, patience=STEADY)
+    assert read_all(reader) == SAMPLES
+    loader = torch.utils.data.DataLoader(
+        Dataset(reader), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60, collate_fn=tuple
+    )
+    assert list(loader) == SAMPLES
+    assert reader.read(1, "k-009") == SAMPLES[9][1]
+
+
+def test_a_forked_process_counts_only_its_own_reads(packed: tuple[str, Manifest]) -> None:
+    url, manifest = packed
+    reader = reader_of(url, manifest)
+    read_all(reader)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(reader.chunks.take_tally().requests))
+    child.start()
+    assert queue.get(timeout=30) == 0
+    child.join(30)
+    assert reader.chunks.take_tally().requests > 0
+
+
+# ---- the folder of chunks
+
+
+def chunk_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.chunk"))
+
+
+def kept_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in chunk_files(folder))
+
+
+def cached(url: str, manifest: Manifest, folder: Path, limit: int = 1 << 30) -> ShardReader:
+    return reader_of(url, manifest, patience=STEADY, folder=str(folder), folder_bytes=limit)
+
+
+def test_sets_with_the_same_file_names_share_no_chunk(url: str, tmp_path: Path) -> None:
+    """Names made of basenames serve the samples of one set for those of another."""
+    sets = {f"{url}/{name}": make_samples(16, 20_000, seed) for seed, name in enumerate(("a", "b"))}
+    for where, samples in sets.items():
+        write(where, samples, 8)
+    for hits in (False, True):
+        for where, samples in sets.items():
+            reader = cached(where, load_manifest(where), tmp_path)
+            assert read_all(reader) == samples
+            tally = reader.chunks.take_tally()
+            assert (tally.cache_hits > 0, tally.fetched > 0) == (hits, not hits)
+    first = next(iter(sets))
+    for name in storage.list_folder(first):
+        storage.remove(storage.join(first, name))
+    new = make_samples(16, 20_000, seed=9)
+    write(first, new, 8)
+    assert read_all(cached(first, load_manifest(first), tmp_path)) == new  # the same URL, another build
+
+
+def _read_in_process(url: str, folder: str, limit: int, queue: multiprocessing.Queue[object]) -> None:
+    reader = cached(url, load_manifest(url), Path(folder), limit)
+    queue.put((read_all(reader) == SAMPLES, kept_bytes(Path(folder))))
+
+
+def test_processes_share_a_folder_within_its_limit(packed: tuple[str, Manifest], tmp_path: Path) -> None:
+    url, _ = packed
+    limit = 4 * CHUNK
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[tuple[bool, int]] = context.Queue()
+    children = [
+        context.Process(target=_read_in_process, args=(url, str(tmp_path), limit, queue), daemon=True) for _ in range(4)
+    ]
+    for child in children:
+        child.start()
+    for right, kept in [queue.get(timeout=60) for _ in children]:
+        assert right and kept <= limit
+    for child in children:
+        child.join(30)
+    assert 0 < kept_bytes(tmp_path) <= limit
+    assert int((tmp_path / ".total").read_text()) == kept_bytes(tmp_path)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".chunk", ""}
+
+
+def test_the_limit_holds_at_every_sample(packed: tuple[str, Manifest], tmp_path: Path) -> None:
+    url, manifest = packed
+    limit = 3 * CHUNK
+    (tmp_path / ".left-by-a-killed-writer.chunk.1.tmp").write_bytes(bytes(CHUNK))
+    reader = cached(url, manifest, tmp_path, limit)
+    most = 0
+    for number in range(3):
+        for key, files in reader.samples(number):
+            assert files == dict(SAMPLES)[key]
+            most = max(most, kept_bytes(tmp_path))
+    assert CHUNK < most <= limit
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_cached_chunk_is_fetched_again(packed: tuple[str, Manifest], tmp_path: Path, damage: str) -> None:
+    url, manifest = packed
+    assert read_all(cached(url, manifest, tmp_path)) == SAMPLES
+    whole = {path: path.read_bytes() for path in chunk_files(tmp_path)}
+    for path, data in whole.items():
+        path.write_bytes(bytes(len(data)) if damage == "flipped" else data[:-1])
+    reader = cached(url, manifest, tmp_path)
+    assert read_all(reader) == SAMPLES
+    reader.chunks.close()
+    assert {path: path.read_bytes() for path in chunk_files(tmp_path)} == whole
+
+
+def test_a_full_disk_costs_the_cache_and_nothing_else(
+    packed: tuple[str, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, manifest = packed
+    reader = cached(url, manifest, tmp_path)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "ftruncate", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert read_all(reader) == SAMPLES
+    assert chunk_files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / ".total").mkdir()
+    with pytest.raises(OSError):
+        ChunkReader(Reading(folder=str(tmp_path), folder_bytes=CHUNK))
