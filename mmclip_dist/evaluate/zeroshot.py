@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.storage import write_atomic
@@ -116,7 +117,7 @@ def _batches(
                 except ValueError:
                     undecodable.append(key)
                     continue
-                owners.append(json.loads(members["json"])["patient"])
+                owners.append(read_document(members).patient or key)  # unknown: a patient of its own
                 if len(examples) == _BATCH:
                     yield collate(examples, 0, padding), owners
                     examples, owners = [], []

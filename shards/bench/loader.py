@@ -42,7 +42,9 @@ RESULTS = Path(__file__).parent / "results"
 SIZE = 224
 CHUNK = 8 << 20
 LOCAL = Data(streams=32)
-REMOTE = Data(streams=8, reading=Reading(memory_mib=512))  # half of the set: most of what is read again is fetched again
+REMOTE = Data(
+    streams=8, reading=Reading(memory_mib=512)
+)  # half of the set: most of what is read again is fetched again
 Sample = dict[str, bytes]
 
 

@@ -206,7 +206,7 @@ def load_index(url: Url, shard: Shard, tries: Tries | None = None) -> ShardIndex
             if hashlib.sha256(data).hexdigest() != shard.index_sha256:
                 raise ValueError("its sha256 is not the manifest's: copy or pack the set again")
             return index
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"index {where} does not fit shard {shard.path}: {_cause(error)}") from error
 
     try:

@@ -36,14 +36,17 @@ def index_name(number: int) -> str:
 def write_shard(url: Url, number: int, samples: Iterable[Sample]) -> Shard:
     """Publish one shard and then its index in folder `url`; the row for the manifest.
 
-    samples: (key, {suffix: bytes}), keys strictly increasing. ValueError for a key or suffix that is refused,
-    unsorted or duplicate keys, or no samples. The same samples are the same bytes; writing again replaces both files.
+    samples: (key, {suffix: bytes}), in the order to keep: a sidecar's is that of its base. ValueError for a key or suffix that is
+    refused, a duplicate key, or no samples. The same samples are the same bytes; writing again replaces both files.
     """
     chunks: list[bytes] = []
     members: list[tuple[str, Member]] = []
-    position, count, last_key = 0, 0, ""
+    position, keys = 0, set()
     for key, files in samples:
-        check_next_key(key, last_key)
+        check_key(key)
+        if key in keys:
+            raise ValueError(f"sample key {key!r} comes twice: keys must be unique")
+        keys.add(key)
         if not files:
             raise ValueError(f"sample {key} has no members")
         for suffix in sorted(files):
@@ -53,15 +56,14 @@ def write_shard(url: Url, number: int, samples: Iterable[Sample]) -> Shard:
             members.append((name, Member(position + len(header), len(data), xxhash.xxh3_64_hexdigest(data))))
             chunks += [header, data, padding]
             position += len(header) + len(data) + len(padding)
-        count, last_key = count + 1, key
-    if not count:
+    if not keys:
         raise ValueError(f"shard {shard_name(number)} would hold no samples")
     tar = b"".join([*chunks, _END_OF_TAR])
     digest = hashlib.sha256(tar).hexdigest()
     storage.write_atomic(storage.join(url, shard_name(number)), tar)
     index = index_bytes(members, digest)
     storage.write_atomic(storage.join(url, index_name(number)), index)
-    return Shard(shard_name(number), count, len(tar), digest, index_name(number), hashlib.sha256(index).hexdigest())
+    return Shard(shard_name(number), len(keys), len(tar), digest, index_name(number), hashlib.sha256(index).hexdigest())
 
 
 def check_next_key(key: str, last_key: str) -> None:

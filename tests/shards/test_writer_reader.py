@@ -102,6 +102,14 @@ def test_duplicate_unsorted_dotted_and_pickled_members_are_refused_and_nothing_s
         assert not folder.exists()
 
 
+def test_a_sidecar_shard_keeps_the_order_of_its_base(tmp_path: Path) -> None:
+    """Shards of others are not sorted by key, and their sidecars must match them row by row."""
+    shard = write_shard(tmp_path, 0, [("b", {"json": b"1"}), ("a", {"json": b"2"})])
+    assert load_index(tmp_path, shard).keys == ["b", "a"]
+    with pytest.raises(ValueError, match="comes twice"):
+        write_shard(tmp_path, 1, [("b", {"json": b"1"}), ("a", {"json": b"2"}), ("b", {"json": b"3"})])
+
+
 def test_an_interrupt_removes_only_what_this_writer_published(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with (

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.manifest import Manifest, load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import IMAGE_SUFFIXES, Box
@@ -114,26 +115,27 @@ def _positive_samples(urls: Sequence[str], manifests: Sequence[Manifest]) -> Ite
         reader = ShardReader(url, manifest)
         for number in range(len(manifest.shards)):
             for _, members in reader.samples(number):
-                if 1 in json.loads(members["json"])["labels"].values():
+                if 1 in read_document(members).labels.values():
                     yield members
 
 
 def _without_report(members: Mapping[str, bytes]) -> dict[str, bytes]:
     """The sample as an unpaired one, which its disease prompts guide; a report would guide it otherwise."""
-    about = json.loads(members["json"]) | {"report": None}
-    return {**members, "json": json.dumps(about).encode()}
+    document = {"report": None, "labels": read_document(members).labels}
+    return {name: data for name, data in members.items() if name != "txt"} | {"json": json.dumps(document).encode()}
 
 
 def _panel(members: Mapping[str, bytes], grid: np.ndarray, scores: Mapping[str, float]) -> Panel:
-    about = json.loads(members["json"])
+    labels = read_document(members).labels
+    boxes = json_fields(members["json"]).get("boxes", ()) if "json" in members else ()
     picture = decode_image(next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))
     width, height = picture.size
     picture.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.BICUBIC)
-    rows = _scores(about["labels"], scores)
+    rows = _scores(labels, scores)
     shown = rows[: max(_SCORES, sum(row.label == 1 for row in rows))]
     return Panel(
         _data_uri(picture, "JPEG", quality=88), _data_uri(heat_map(grid), "PNG"), width, height,
-        tuple(_box(box) for box in about.get("boxes", ())), tuple(shown), len(rows) - len(shown),
+        tuple(_box(box) for box in boxes), tuple(shown), len(rows) - len(shown),
     )  # fmt: skip
 
 
