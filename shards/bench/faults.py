@@ -158,7 +158,7 @@ def try_fault(
     chunks.close()
     error = f"{type(errors[0]).__name__}: {errors[0]}" if errors else ""
     named = {
-        "object": storage.join(url, target.object) in error,
+        "object": url in error and target.object in error,
         "offset": re.search(r"offset \d+", error),
         "cause": error.rstrip(": ") == error and error,
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 
 import pytest
+from botocore import session
 from mmclip_shards import storage
 from object_store.proxy import FaultProxy
 from object_store.server import S3Server
@@ -15,8 +17,11 @@ from object_store.server import S3Server
 @pytest.fixture(scope="session")
 def s3() -> Iterator[S3Server]:
     """A server; this process, and those it starts, reach it as s3://."""
-    with S3Server() as server, client_environment(server.environment()):
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        # Each new session parses megabytes of service descriptions, for half a second once torch is loaded; tests make hundreds.
+        patch.setattr(session, "create_loader", lru_cache(session.create_loader))
+        with S3Server() as server, client_environment(server.environment()):
+            yield server
 
 
 @pytest.fixture
