@@ -74,7 +74,7 @@ def exists(url: Url) -> bool:
 
     def found(filesystem: Any, name: str) -> bool:
         try:  # s3fs's own `exists` takes a bucket that refuses access for one that is not there
-            _info(filesystem, name, PATIENCE.stall_s)
+            _call(filesystem, PATIENCE.stall_s, "info", name)
         except FileNotFoundError:
             return False
         return True
@@ -104,7 +104,7 @@ def file_size(url: Url) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    return _surely(url, lambda filesystem, name: int(_info(filesystem, name, PATIENCE.stall_s)["size"]))
+    return _surely(url, lambda filesystem, name: int(_call(filesystem, PATIENCE.stall_s, "info", name)["size"]))
 
 
 def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -> bytes:
@@ -144,7 +144,8 @@ def write_atomic(url: Url, data: bytes) -> None:
     """Publish a whole file or nothing: a rename on a local disk, one completed upload on object storage."""
     path = local_path(url)
     if path is None:
-        _surely(url, lambda filesystem, name: filesystem.pipe_file(name, data))
+        patience = PATIENCE.stall_s + len(data) / _SLOWEST
+        _surely(url, lambda filesystem, name: _call(filesystem, patience, "pipe_file", name, data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name ends in .tmp, so that what a killed process leaves can never be taken for a shard.
@@ -226,17 +227,19 @@ def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
 def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
     """OSError at once, instead of a budget of tries, where the file really ends before the wanted bytes."""
     try:
-        size = int(_info(*_open_remote(url), stall_s)["size"])
+        filesystem, name = _open_remote(url)
+        size = int(_call(filesystem, stall_s, "info", name)["size"])
     except Exception:
         return  # no verdict: the tries go on
     if size < offset + length:
         raise OSError(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
 
 
-def _info(filesystem: Any, name: str, stall_s: float) -> dict[str, Any]:
+def _call(filesystem: Any, seconds: float, method: str, *arguments: object) -> Any:
+    """A method of the file system. OSError after so long, where it can be interrupted."""
     if isinstance(filesystem, AsyncFileSystem):
-        return run_async(filesystem.loop, _within, stall_s, filesystem, filesystem._info, name)
-    return filesystem.info(name)
+        return run_async(filesystem.loop, _within, seconds, filesystem, getattr(filesystem, f"_{method}"), *arguments)
+    return getattr(filesystem, method)(*arguments)
 
 
 def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
@@ -251,13 +254,9 @@ def _read_some(filesystem: Any, name: str, offset: int, length: int, into: bytea
     """Append up to `length` bytes from `offset` on to `into`; those that came before a fault stay there."""
     if hasattr(filesystem, "_call_s3"):  # s3fs throws away what came before a connection broke
         run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s)
-    elif isinstance(filesystem, AsyncFileSystem):
-        patience = stall_s + length / _SLOWEST
-        into += run_async(
-            filesystem.loop, _within, patience, filesystem, filesystem._cat_file, name, offset, offset + length
-        )[:length]  # fmt: skip
     else:
-        into += filesystem.cat_file(name, start=offset, end=offset + length)[:length]
+        patience = stall_s + length / _SLOWEST
+        into += _call(filesystem, patience, "cat_file", name, offset, offset + length)[:length]
 
 
 async def _within(seconds: float, filesystem: Any, function: Callable[..., Awaitable[T]], *arguments: object) -> T:

@@ -114,6 +114,16 @@ def test_write_read_list_remove(url: str) -> None:
     assert storage.list_folder(storage.join(url, "train")) == ["b.bin"]
 
 
+@pytest.mark.parametrize(
+    "fault", [Fault("silence"), Fault("error", status=500, code="InternalError"), Fault("reset", 0)]
+)
+def test_a_write_that_fails_once_is_tried_again(url: str, faulty: FaultProxy, fault: Fault) -> None:
+    faulty.plan = lambda request: fault if request.method == "PUT" and request.number == 0 else None
+    storage.write_atomic(storage.join(url, "a.bin"), b"0123456789")
+    assert faulty.injected.total() == 1
+    assert storage.read_bytes(storage.join(url, "a.bin")) == b"0123456789"
+
+
 def test_ranges_are_exact_or_an_error(url: str) -> None:
     where = storage.join(url, "a.bin")
     storage.write_atomic(where, b"0123456789")
@@ -330,7 +340,8 @@ def outcomes(s3: S3Server) -> dict[Case, Outcome]:
 
     def run(case: Case) -> Outcome:
         chunks = ChunkReader(Reading(chunk_bytes=case.chunk_bytes, patience=QUICK if case.lasting else STEADY))
-        delivered, error, began = [], "", time.monotonic()
+        delivered: list[Sample] = []
+        error, began = "", time.monotonic()
         try:
             reader = ShardReader(urls[case], load_manifest(urls[case]), chunks=chunks)
             for number in range(2):
@@ -341,7 +352,7 @@ def outcomes(s3: S3Server) -> dict[Case, Outcome]:
         chunks.close()
         return Outcome(delivered, error, seconds, injected[urls[case].removeprefix("s3:/")], retries)
 
-    found = {}
+    found: dict[Case, Outcome] = {}
     with (
         FaultProxy(s3, plan) as proxy,
         client_environment(s3.environment(proxy.endpoint)),
