@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -25,11 +26,11 @@ pytestmark = pytest.mark.slow
 QUICK = (*TINY, *TRAIN, "optim.stop_at=6")
 SMALL = Synthetic(paired=120, unpaired=30, size=40)
 SCRIPT = """
-import sys
+import json, sys
 from pathlib import Path
-from mmclip_launch.quickstart import Job, quickstart
-from tests.test_end_to_end import QUICK, SMALL
-quickstart(Job(Path(sys.argv[1]), overrides=QUICK, synthetic=SMALL))
+from mmclip_launch.quickstart import Job, Synthetic, quickstart
+out, overrides, drawn = sys.argv[1], *map(json.loads, sys.argv[2:])
+quickstart(Job(Path(out), overrides=tuple(overrides), synthetic=Synthetic(**drawn)))
 """
 STAGES = ["pack", "tokenizer", "entities", "warmup", "attention", "train", "evaluate", "report"]
 
@@ -85,14 +86,14 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
 
 def killed_when(out: Path, reached: Callable[[list[str]], bool]) -> None:
     """Start the job, kill it as soon as reached(finished stages), and run it to its end; nothing of it may be left."""
-    command = [sys.executable, "-c", SCRIPT, str(out)]
-    cwd = Path(__file__).resolve().parents[1]
-    job = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: reached(finished(out)), 240)
+    command = [sys.executable, "-c", SCRIPT, str(out), json.dumps(QUICK), json.dumps(asdict(SMALL))]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: reached(finished(out)) or job.poll() is not None, 240)
+    assert job.poll() is None, "the job ended before it could be killed"
     children = psutil.Process(job.pid).children(recursive=True)
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
-    again = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr[-3000:]
     assert not [process for process in children if process.is_running()]
 
