@@ -20,12 +20,9 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "mmclip_dist needs Python 3.11 or newer; found $$($(PYTHON) -V). Try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	@command -v g++ >/dev/null \
-	  || { echo "g++ is missing: DeepSpeed compiles a small communication op with it. Install it first (Debian: apt-get install g++)."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_PIP_ARGS) torch
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[nlp,s3,dev]'
-	$(BIN)/python -m mmclip_launch.build_ops
 	@touch $@
 
 quickstart: $(STAMP)

@@ -101,6 +101,19 @@ def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
 
 
+def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
+    sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock left by a killed compilation of DeepSpeed's CPU op made every later run wait without end."""
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
+    before = set(os.listdir("/dev/shm"))
+    run_training([*sets.overrides(tmp_path / "run"), *TRAIN, "optim.stop_at=4"])
+    assert not list(extensions.iterdir())
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("deepspeed")]
+
+
 @pytest.mark.parametrize("overrides", [("zero_stage=2",), ("zero_stage=0",)])
 def test_zero_stages_train_alike(sets, unbroken: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     run = tmp_path / "run"

@@ -16,7 +16,7 @@ _STOP_WAIT_S = 3  # nothing that we start saves on SIGTERM; a Ray head would tak
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Our environment, with the commands installed beside this interpreter first on the PATH: deepspeed, ninja, ray."""
+    """Our environment, with the commands installed beside this interpreter first on the PATH: deepspeed, ray."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, "PATH": path, **(extra or {})}
 

@@ -68,6 +68,12 @@ def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
     import deepspeed
+    import deepspeed.ops
+
+    # DeepSpeed's shared-memory op serves inference on CPUs alone. Joining would compile it (a compiler for nothing, and a
+    # killed build leaves a lock file that every later run waits on without end) and map 66 MiB of /dev/shm per rank that
+    # no process ever removes, killed or not. Marked as not available, it is left out (DeepSpeed 0.19, comm/torch.py).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
