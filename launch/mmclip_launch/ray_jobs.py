@@ -38,15 +38,18 @@ def local_cluster(log: Path, *, cpus: int, gpus: int = 0) -> Iterator[Cluster]:
     token = secrets.token_hex(32)
     env = environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})
     env.pop("RAY_ADDRESS", None)
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent = free_port(), free_port(), free_port()
     command = [
         "ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
         f"--ray-client-server-port={free_port()}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", "--object-store-memory=80000000",
     ]  # fmt: skip
     address = f"http://127.0.0.1:{dashboard}"
     with child(command, log, env) as head:
         _wait_until_up(f"{address}/api/version", token, head, log)
+        # The job server answers before the node's agent can run a job, and gives up on a job that waits long for it.
+        _wait_until_up(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", token, head, log)
         yield Cluster(address, env)
 
 
