@@ -120,24 +120,24 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
         if len(data) != length:
             raise OSError(f"{path}: {length} bytes wanted at offset {offset}, {len(data)} came")
         return data
-    got = bytearray()
+    got = _Received()
     tries = tries or Tries(PATIENCE)
-    while len(got) < length:
-        before, began = len(got), time.monotonic()
+    while got.size < length:
+        before, began = got.size, time.monotonic()
         filesystem, name = _open_remote(url)
         try:
             _read_some(filesystem, name, offset + before, length - before, got, tries.patience.stall_s)
-            if len(got) < length:
-                raise OSError(f"{length} bytes wanted at offset {offset}, {len(got)} came")
+            if got.size < length:
+                raise OSError(f"{length} bytes wanted at offset {offset}, {got.size} came")
         except Exception as fault:
             if tries.count == _TRIES_BEFORE_SIZE:
                 _check_end(url, offset, length, tries.patience.stall_s)
-            came = len(got) - before
+            came = got.size - before
             progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # a trickle would go on for days
             tries.wait(
-                f"{os.fspath(url)}, offset {offset + len(got)}", _diagnose(url, filesystem, fault), progress=progress
+                f"{os.fspath(url)}, offset {offset + got.size}", _diagnose(url, filesystem, fault), progress=progress
             )
-    return bytes(got)
+    return got.whole()
 
 
 def write_atomic(url: Url, data: bytes) -> None:
@@ -242,21 +242,37 @@ def _call(filesystem: Any, seconds: float, method: str, *arguments: object) -> A
     return getattr(filesystem, method)(*arguments)
 
 
+class _Received:
+    """The bytes of a read, as they come. Joined once, at the end: growing one buffer copies them again and again, with
+    every other thread of the interpreter waiting."""
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.size = 0
+
+    def add(self, part: bytes) -> None:
+        self.parts.append(part)
+        self.size += len(part)
+
+    def whole(self) -> bytes:
+        return b"".join(self.parts)
+
+
 def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
     if not hasattr(filesystem, "_call_s3"):
         return bytes(filesystem.cat_file(name))
-    data = bytearray()
+    data = _Received()
     run_async(filesystem.loop, _stream_s3, filesystem, name, 0, None, data, stall_s)
-    return bytes(data)
+    return data.whole()
 
 
-def _read_some(filesystem: Any, name: str, offset: int, length: int, into: bytearray, stall_s: float) -> None:
+def _read_some(filesystem: Any, name: str, offset: int, length: int, into: _Received, stall_s: float) -> None:
     """Append up to `length` bytes from `offset` on to `into`; those that came before a fault stay there."""
     if hasattr(filesystem, "_call_s3"):  # s3fs throws away what came before a connection broke
         run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s)
     else:
         patience = stall_s + length / _SLOWEST
-        into += _call(filesystem, patience, "cat_file", name, offset, offset + length)[:length]
+        into.add(_call(filesystem, patience, "cat_file", name, offset, offset + length)[:length])
 
 
 async def _within(seconds: float, filesystem: Any, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
@@ -266,7 +282,7 @@ async def _within(seconds: float, filesystem: Any, function: Callable[..., Await
 
 
 async def _stream_s3(
-    filesystem: Any, name: str, offset: int, length: int | None, into: bytearray, stall_s: float
+    filesystem: Any, name: str, offset: int, length: int | None, into: _Received, stall_s: float
 ) -> None:
     """One GET of a range, or of the whole file (None), appended to `into`. OSError if no byte comes for `stall_s`,
     or too few, or those of another range."""
@@ -282,10 +298,10 @@ async def _stream_s3(
             if asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
                 found = answer.get("ContentRange") or "no range"
                 raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")
-            end, latest = len(into) + length, now() + stall_s + length / _SLOWEST
+            end, latest = into.size + length, now() + stall_s + length / _SLOWEST
             # A whole file is read until nothing comes: only then is its checksum compared.
-            while (len(into) < end or not asked) and (part := await body.read(1 << 20)):
-                into += part[: end - len(into)]
+            while (into.size < end or not asked) and (part := await body.read(1 << 20)):
+                into.add(part[: end - into.size])
                 stall.reschedule(min(now() + stall_s, latest))
         finally:
             body.close()
