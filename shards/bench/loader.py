@@ -64,7 +64,7 @@ def main() -> None:
         server.client().create_bucket(Bucket="bench")
         large = "s3://bench/large"
         write_small(large, 16_000, 64_000)
-        seconds = arguments.seconds
+        seconds, connections = arguments.seconds, REMOTE.reading.connections
         rows = [
             *compare("local, 4 kB samples, no decoding", arguments.rounds, {
                 "ours, shuffled, every byte checked": lambda: ours(small, seconds, None),
@@ -78,7 +78,8 @@ def main() -> None:
             }),
             *compare("S3 on loopback, 64 kB samples, no decoding", arguments.rounds, {
                 "ours, shuffled, every byte checked": lambda: ours(large, seconds, None, REMOTE),
-                "plain ranged GETs of 8 MiB, as many under way": lambda: ranged(large, seconds),
+                "plain ranged GETs of 8 MiB, one at a time": lambda: ranged(large, seconds, 1),
+                "plain ranged GETs of 8 MiB, as many under way as ours": lambda: ranged(large, seconds, connections),
                 "webdataset over fsspec.open": lambda: webdataset_samples(shards(large), seconds),
             }),
         ]  # fmt: skip
@@ -157,19 +158,19 @@ def raw(url: str, seconds: float) -> tuple[float, float]:
     return metered(blocks(), share, seconds)
 
 
-def ranged(url: str, seconds: float) -> tuple[float, float]:
-    """Ordered ranged GETs through the same S3 client as ours, as many under way, nothing looked at."""
+def ranged(url: str, seconds: float, connections: int) -> tuple[float, float]:
+    """Ordered ranged GETs through the same S3 client as ours, so many under way, nothing looked at."""
     manifest = load_manifest(url)
     share = manifest.samples / sum(shard.bytes for shard in manifest.shards)
     plan = [
         (storage.join(url, shard.path), start, min(CHUNK, shard.bytes - start))
         for shard in manifest.shards for start in range(0, shard.bytes, CHUNK)
     ]  # fmt: skip
-    with ThreadPoolExecutor(REMOTE.reading.connections) as pool:
+    with ThreadPoolExecutor(connections) as pool:
 
         def blocks() -> Iterator[int]:
             endless = chain.from_iterable(repeat(plan))
-            ahead = [pool.submit(storage.read_range, *next(endless)) for _ in range(REMOTE.reading.connections)]
+            ahead = [pool.submit(storage.read_range, *next(endless)) for _ in range(connections - 1)]
             while True:
                 ahead.append(pool.submit(storage.read_range, *next(endless)))
                 yield len(ahead.pop(0).result())

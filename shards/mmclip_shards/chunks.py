@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -94,8 +94,9 @@ class ChunkReader:
     def __reduce__(self) -> tuple[object, ...]:
         return ChunkReader, (self.reading,)
 
-    def read(self, url: str, sha256: str, size: int, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on of a shard of `size` bytes. OSError when the store gives up."""
+    def read(self, url: str, sha256: str, size: int, offset: int, length: int) -> bytes | memoryview:
+        """`length` bytes from `offset` on of a shard of `size` bytes, not copied where one chunk holds them. OSError when
+        the store gives up."""
         chunks = self._cover(url, sha256, size, offset, length)
         wanted = [(chunk, self._begin(chunk)) for chunk in chunks]  # all under way before the first is waited for
         parts = []
@@ -105,14 +106,15 @@ class ChunkReader:
             except BaseException:
                 self._drop(chunk)
                 raise
-            parts.append(data[max(offset, chunk.start) - chunk.start : min(offset + length, chunk.stop) - chunk.start])
+            first, stop = max(offset, chunk.start), min(offset + length, chunk.stop)
+            parts.append(memoryview(data)[first - chunk.start : stop - chunk.start])
         if self.reading.chunk_bytes is None:
             self._drop(*chunks)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def prefetch(self, url: str, sha256: str, size: int, offset: int, length: int) -> None:
-        """Have a range fetched. A fault shows when the range is read."""
-        for chunk in self._cover(url, sha256, size, offset, length):
+    def prefetch(self, url: str, sha256: str, size: int, spans: Iterable[tuple[int, int]]) -> None:
+        """Have ranges (offset, length) fetched. A fault shows when a range is read."""
+        for chunk in dict.fromkeys(chunk for span in spans for chunk in self._cover(url, sha256, size, *span)):
             self._begin(chunk)
 
     def forget(self, url: str, sha256: str, size: int, offset: int, length: int) -> None:
@@ -128,7 +130,8 @@ class ChunkReader:
         """Add to the tally."""
         self._here()
         with self._lock:
-            self.tally.add(Tally(**counts))  # type: ignore[arg-type]
+            for name, value in counts.items():
+                setattr(self.tally, name, getattr(self.tally, name) + value)
 
     def submit(self, task: object, *arguments: object) -> None:
         """Run a task on the reader's threads; what it raises is dropped, since the reading itself will meet it."""

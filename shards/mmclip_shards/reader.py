@@ -58,7 +58,7 @@ class ShardReader:
             span = self._read_span(shard_number, key, start, length)
             sample, damaged = {}, None
             for suffix, offset, size, xxh3 in index.sample(row):
-                data = span[offset - start : offset - start + size]
+                data = bytes(span[offset - start : offset - start + size])
                 if xxhash.xxh3_64_intdigest(data) != xxh3:
                     damaged = suffix, offset, size
                 sample[suffix] = data
@@ -96,11 +96,10 @@ class ShardReader:
 
     def _prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
         shard, index = self.manifest.shards[shard_number], self._index(shard_number)
-        for row in rows:
-            start, length = index.span(row, row + 1)
-            self.chunks.prefetch(self._where(shard_number), shard.sha256, shard.bytes, start, length)
+        spans = (index.span(row, row + 1) for row in rows)
+        self.chunks.prefetch(self._where(shard_number), shard.sha256, shard.bytes, spans)
 
-    def _read_span(self, shard_number: int, key: str, offset: int, length: int) -> bytes:
+    def _read_span(self, shard_number: int, key: str, offset: int, length: int) -> bytes | memoryview:
         try:
             if self._local:
                 return self._file(shard_number).read(offset, length)
