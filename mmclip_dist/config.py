@@ -168,7 +168,6 @@ class Loss(Section):
     image: float = Field(1.0, ge=0)
     entity: float = Field(1.0, ge=0)
     impl: Literal["torch"] = "torch"  # of the contrastive loss
-    chunk: int = Field(4096, gt=0)  # rows of logits in memory at once
 
     @model_validator(mode="after")
     def _any(self) -> Self:

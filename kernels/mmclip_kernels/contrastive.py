@@ -1,24 +1,37 @@
 """The contrastive loss over the global batch, every logit computed once across all ranks.
 
-With s_ij = scale <image_i, text_j>, P_ij = 1 where image i and text j share a group id, n_i = sum_j P_ij and
-m_j = sum_i P_ij:
+With s_ij = scale <image_i, text_j>, P_ij = 1 where image i and text j share a group id, n_i = sum_j P_ij, m_j = sum_i P_ij,
+and weights u_i, v_j (1 by default), the softmax mode is
 
-    L = 1/2 [ mean_i (lse_j s_ij - sum_j P_ij s_ij / n_i)  +  mean_j (lse_i s_ij - sum_i P_ij s_ij / m_j) ]
+    L_rows    = sum_i u_i (lse_j s_ij - sum_j P_ij s_ij / n_i) / sum_i u_i      over the rows i with n_i > 0
+    L_columns = sum_j v_j (lse_i s_ij - sum_i P_ij s_ij / m_j) / sum_j v_j      over the columns j with m_j > 0
+    L         = (L_rows + L_columns) / 2
 
-over the rows i with n_i > 0 and the columns j with m_j > 0. A rank owns its image rows: it computes them against all
-texts in chunks, keeps the log-sum-exps alone, and shares the columns' (maximum, sum) partials. The backward pass forms
-G = dL/ds chunk by chunk again; dText partials are summed over ranks.
+and the sigmoid mode (SigLIP, arXiv 2303.15343), with z_ij = 1 for positives, else -1:
+
+    L = sum_ij u_i v_j log(1 + exp(-z_ij (s_ij + bias))) / sum_i u_i
+
+A rank owns its image rows: one sweep over all texts leaves the rows' log-sum-exps and the columns' (maximum, sum) partials,
+which the ranks share. The backward sweep forms dL/ds block by block again; the texts' partial gradients are summed over ranks.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup | None
+from mmclip_kernels.pairs import LogSums, Mode, Pairs, finite
+from mmclip_kernels.ranks import Group, Shards, all_reduce, gather_rows
+
+Impl = Literal["torch", "triton"]
 
 
 def contrastive_loss(
@@ -28,199 +41,369 @@ def contrastive_loss(
     *,
     image_ids: Tensor | None = None,
     text_ids: Tensor | None = None,
-    chunk: int = 4096,
-    impl: Literal["torch"] = "torch",
+    row_weight: Tensor | None = None,
+    col_weight: Tensor | None = None,
+    exclude: Tensor | None = None,
+    bias: Tensor | None = None,
+    mode: Mode = "softmax",
+    directions: bool = False,
+    impl: Impl = "torch",
     group: Group = None,
 ) -> Tensor:
-    """Symmetric multi-positive InfoNCE of image [N, E] and text [M, E] (L2-normalised by the caller) -> scalar, float32.
+    """Symmetric multi-positive InfoNCE, or SigLIP, of image [N, E] and text [M, E] (L2-normalised by the caller) -> [].
 
-    scale: the factor on the cosine, not its logarithm; shape [] or [1].
+    scale: the factor on the cosine, not its logarithm; shape [] or [1]. bias: added to it in sigmoid mode, likewise.
     image_ids [N], text_ids [M]: int64 group ids; an image and a text are positives when they share one, and a row with
-      an id < 0 takes no part, not even as a negative. Both None: the diagonal (N = M).
-    chunk: image rows whose logits are in memory at once; memory is chunk x (texts of all ranks) x 4 bytes.
+      an id < 0 takes no part, not even as a negative (it may hold anything). Both None: the diagonal (N = M).
+    row_weight [N], col_weight [M]: floats >= 0, of each row's term in its mean; no gradient.
+    exclude: bool, broadcastable to [N, M], True for pairs that take no part, neither as positives nor in a denominator.
+    directions: return the two halves [2], over image rows and over text columns, in place of their mean (softmax mode).
+    impl: "torch" runs everywhere, in blocks, with no N x M memory; "triton" is fused, for CUDA tensors.
     group: the ranks whose rows form one batch (N and M may differ between them); None: this process alone. With a
-      group, ids are global: None stands for the diagonal of each rank. Every rank returns the global loss. The
-      gradients are scaled so that *averaging* parameter gradients over the ranks, as data-parallel engines do, gives
-      exactly the gradient of the global loss; the scale's gradient included.
+      group, ids are global (None stands for the diagonal of each rank) and exclude's columns are the texts of all ranks
+      in rank order. Every rank returns the global loss. The gradients are scaled so that *averaging* parameter gradients
+      over the ranks, as data-parallel engines do, gives exactly the gradient of the global loss; the scale's included.
 
-    Raises ValueError for widths, ids or an `impl` that do not fit.
+    -> float32 (float64 for float64 features). No positive pair at all gives 0 and zero gradients; NaN or infinite
+    features give NaN. Raises ValueError for arguments that do not fit; a non-finite scale is one of them.
     """
-    if impl != "torch":
-        raise ValueError(f"impl={impl!r} is not available; use impl='torch'")
+    diagonal = image_ids is None and text_ids is None
+    _check(image, text, scale, bias, image_ids, text_ids, mode, impl)
+    if diagonal:
+        rank = dist.get_rank(group) if group is not None else 0
+        image_ids = text_ids = torch.arange(len(image), device=image.device) + (rank << 40)
+    assert image_ids is not None and text_ids is not None
+    _check_weights(row_weight, col_weight, image_ids, text_ids)
+    if exclude is not None:
+        columns = sum(gather_rows(text_ids, group)[1])
+        exclude = _broadcast(exclude, len(image), columns)
+    if directions and mode == "sigmoid":
+        raise ValueError("the sigmoid loss has no directions: leave directions=False")
+    if bias is None:
+        bias = torch.zeros_like(scale)
+    arguments = (image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, impl)
+    losses: Tensor = contrastive_op(*arguments)[0] if group is None else _OverRanks.apply(*arguments, group)
+    return losses if directions else losses.mean()
+
+
+# -- Checks -------------------------------------------------------------------------------------------------------------
+
+
+def implementation(impl: str, device: torch.device) -> ModuleType:
+    """The module with `sweep` and `gradient`; ValueError where it cannot run on `device`."""
+    if impl == "torch":
+        return importlib.import_module("mmclip_kernels.contrastive_torch")
+    if impl != "triton":
+        raise ValueError(f"impl={impl!r} is not available; use impl='torch' or impl='triton'")
+    try:
+        module = importlib.import_module("mmclip_kernels.contrastive_triton")
+    except ImportError as error:
+        raise ValueError(f"impl='triton' needs the triton package ({error}); use impl='torch'") from error
+    if device.type != "cuda" and not module.INTERPRETED:
+        raise ValueError(f"impl='triton' needs CUDA tensors, found {device.type}; use impl='torch' there")
+    return module
+
+
+def _check(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None,
+    mode: str, impl: str,
+) -> None:  # fmt: skip
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
         raise ValueError(f"image [N, E] and text [M, E] must share E, found {list(image.shape)}, {list(text.shape)}")
-    if scale.numel() != 1:
-        raise ValueError(f"scale must hold one number, found shape {list(scale.shape)}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, found {chunk}")
+    if image.dtype != text.dtype or not image.is_floating_point():
+        raise ValueError(f"image and text must share a floating dtype, found {image.dtype} and {text.dtype}; cast one")
+    if impl == "triton" and image.dtype == torch.float64:
+        raise ValueError("impl='triton' takes float32, bfloat16 and float16; use impl='torch' for float64")
+    if mode not in ("softmax", "sigmoid"):
+        raise ValueError(f"mode={mode!r} is unknown; use 'softmax' or 'sigmoid'")
+    if bias is not None and mode != "sigmoid":
+        raise ValueError("bias belongs to mode='sigmoid'; the softmax does not see it")
+    for name, value in (("scale", scale), ("bias", bias)):
+        if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
+            raise ValueError(f"{name} must be a tensor that holds one number, found {_shape(value)}")
+    tensors = [value for value in (image, text, scale, bias, image_ids, text_ids) if value is not None]
+    if len({value.device for value in tensors}) > 1:
+        raise ValueError(f"all tensors must be on one device, found {sorted({str(v.device) for v in tensors})}")
     if image_ids is None or text_ids is None:
         if image_ids is not text_ids or len(image) != len(text):
             raise ValueError("pass both image_ids and text_ids, or neither with as many images as texts")
-        rank = dist.get_rank(group) if group is not None else 0
-        image_ids = text_ids = torch.arange(len(image), device=image.device) + (rank << 40)
-    if image_ids.shape != image.shape[:1] or text_ids.shape != text.shape[:1]:
+    elif image_ids.shape != image.shape[:1] or text_ids.shape != text.shape[:1]:
         raise ValueError(
             f"one id a row: {len(image)} images and {len(text)} texts, "
             f"but ids of shape {list(image_ids.shape)} and {list(text_ids.shape)}"
         )
-    taking_part = image_ids >= 0, text_ids >= 0
-    image, image_ids = image[taking_part[0]], image_ids[taking_part[0]]
-    text, text_ids = text[taking_part[1]], text_ids[taking_part[1]]
-    loss: Tensor = _ContrastiveLoss.apply(image, text, scale, image_ids, text_ids, chunk, group)
-    return loss
+    elif image_ids.dtype != torch.int64 or text_ids.dtype != torch.int64:
+        raise ValueError(f"ids must be int64, found {image_ids.dtype} and {text_ids.dtype}")
 
 
-class _ContrastiveLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        image: Tensor,
-        text: Tensor,
-        scale: Tensor,
-        image_ids: Tensor,
-        text_ids: Tensor,
-        chunk: int,
-        group: Group,
-    ) -> Tensor:
-        texts, ctx.text_sizes = gather_rows(text, group)
-        all_image_ids, all_text_ids = gather_rows(image_ids, group)[0], gather_rows(text_ids, group)[0]
-        precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64, for gradcheck
-        factor = scale.detach().reshape(()).to(precise)
+def _shape(value: object) -> str:
+    return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
-        # Weight of one positive pair in the row term and in the column term; 0 where there is no positive.
-        rows_matched, row_weight = _positive_weights(all_image_ids, all_text_ids, image_ids)
-        columns_matched, column_weight = _positive_weights(all_text_ids, all_image_ids, all_text_ids)
-        row_weight, column_weight = row_weight.to(precise), column_weight.to(precise)
 
-        row_lse = torch.zeros(len(image), dtype=precise, device=image.device)
-        column_max = torch.full((len(texts),), -torch.inf, dtype=precise, device=image.device)
-        column_sum = torch.zeros_like(column_max)
-        attraction = torch.zeros((), dtype=precise, device=image.device)
-        for start in range(0, len(image), chunk):
-            here = slice(start, start + chunk)
-            logits = factor * (image[here].to(precise) @ texts.to(precise).T)
-            positive = image_ids[here, None] == all_text_ids[None, :]
-            row_lse[here] = logits.logsumexp(1)
-            peak = torch.maximum(column_max, logits.amax(0))
-            column_sum = column_sum * (column_max - peak).exp() + (logits - peak).exp().sum(0)
-            column_max = peak
-            attraction += (positive * (row_weight[here, None] + column_weight) * logits).sum()
-        column_lse = _merge_columns(column_max, column_sum, group)
+def _check_weights(row: Tensor | None, column: Tensor | None, image_ids: Tensor, text_ids: Tensor) -> None:
+    for name, weight, ids in (("row_weight", row, image_ids), ("col_weight", column, text_ids)):
+        if weight is not None and (weight.shape != ids.shape or not weight.is_floating_point()):
+            raise ValueError(f"{name} must be floats of shape {list(ids.shape)}, found {weight.dtype} {_shape(weight)}")
 
-        row_used = (row_weight > 0).to(precise) / rows_matched
-        column_used = (column_weight > 0).to(precise) / columns_matched
-        own = _dot(row_used, row_lse) - attraction
-        ctx.save_for_backward(
-            image, texts, factor, image_ids, all_text_ids,
-            row_lse, column_lse, row_weight, column_weight, row_used, column_used,
+
+def _broadcast(exclude: Tensor, rows: int, columns: int) -> Tensor:
+    fits = exclude.ndim == 2 and exclude.shape[0] in (1, rows) and exclude.shape[1] in (1, columns)
+    if exclude.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"exclude must be bool [{rows}, {columns}], or 1 in place of either, found {exclude.dtype} {_shape(exclude)}"
+        )
+    return exclude.expand(rows, columns)
+
+
+# -- Forward and backward, over any number of ranks ---------------------------------------------------------------------
+
+
+def _forward(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
+    row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
+    group: Group,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> losses [2] of rows and columns, log-sum-exps of this rank's rows [N] and of all ranks' columns."""
+    kernels = implementation(impl, image.device)
+    for name, value in (("scale", scale), ("bias", bias)):
+        if not _capturing(value) and not math.isfinite(float(value)):
+            raise ValueError(f"{name} must be finite, found {float(value)}")
+    if not diagonal:
+        image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
+    pairs, shards = _relate(
+        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group
+    )
+    precise = pairs.factor.dtype
+    everything = len(pairs.column_ids)
+    columns = LogSums.empty(everything + 1, precise, image.device)  # and one for the padding
+    rows = LogSums.empty(len(image), precise, image.device)
+    total = torch.zeros(2, dtype=precise, device=image.device)
+    total += _poison(image, text, precise)
+    for texts, place in zip(shards.gather(text), shards.columns, strict=True):
+        part = kernels.sweep(image, texts, _columns(pairs, place), mode)
+        total += part.total
+        if mode == "softmax":
+            rows.merge(slice(None), part.rows.peak, part.rows.total)
+            columns.merge(place, part.columns.peak, part.columns.total)
+    if mode == "sigmoid":
+        total = all_reduce(total, group)
+        return total, rows.peak, columns.peak[:everything].clone()
+    column_peak, column_total = columns.peak[:everything], columns.total[:everything]
+    peak = all_reduce(column_peak, group, dist.ReduceOp.MAX)
+    column_lse = peak + all_reduce(column_total * (column_peak - finite(peak)).exp(), group).log()
+    row_lse = rows.peak + rows.total.log()
+    total[0] += _dot(pairs.row_mean, row_lse)
+    total = all_reduce(total, group)
+    total[1] += _dot(pairs.column_mean, column_lse)
+    return total, row_lse, column_lse
+
+
+def _backward(
+    upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
+    row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
+    group: Group,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """upstream [2] -> gradients of image, text, scale and bias. The sweep is done again: only log-sum-exps were kept."""
+    kernels = implementation(impl, image.device)
+    kept = image, text
+    if not diagonal:
+        image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
+    pairs, shards = _relate(
+        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group
+    )
+    world = dist.get_world_size(group) if group is not None else 1
+    precise = pairs.factor.dtype
+    rows, columns = world * (upstream.to(precise) + 0 * losses)  # a loss that is NaN leaves no finite gradient
+    if mode == "sigmoid":
+        pairs = replace(pairs, row_mean=(rows + columns) * pairs.row_mean)
+    else:
+        pairs = replace(
+            pairs,
+            row_mean=rows * pairs.row_mean, row_share=rows * pairs.row_share,
+            column_mean=columns * pairs.column_mean, column_share=columns * pairs.column_share,
         )  # fmt: skip
-        ctx.chunk, ctx.group, ctx.scale_like = chunk, group, scale
-        return 0.5 * (_all_reduce(own, group) + _dot(column_used, column_lse))
+    # No pair of the row takes part: exp(-inf - inf) is 0, as it should be, where exp(-inf + inf) would be NaN.
+    row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
+    column_lse = torch.cat([column_lse.masked_fill(column_lse == -torch.inf, torch.inf), column_lse.new_zeros(1)])
+    image_grad = torch.zeros(image.shape, dtype=precise, device=image.device)
+    factor_grad, bias_grad = torch.zeros(2, dtype=precise, device=image.device)
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (image, texts, factor, image_ids, all_text_ids,
-         row_lse, column_lse, row_weight, column_weight, row_used, column_used) = ctx.saved_tensors  # fmt: skip
-        precise = factor.dtype
-        image_grad = torch.zeros(image.shape, dtype=precise, device=image.device)
-        text_grad = torch.zeros(texts.shape, dtype=precise, device=image.device)
-        factor_grad = torch.zeros((), dtype=precise, device=image.device)
-        for start in range(0, len(image), ctx.chunk):
-            here = slice(start, start + ctx.chunk)
-            cosine = image[here].to(precise) @ texts.to(precise).T
-            logits = factor * cosine
-            positive = image_ids[here, None] == all_text_ids[None, :]
-            gradient = (
-                (logits - row_lse[here, None]).exp() * row_used[here, None]
-                + (logits - column_lse).exp() * column_used
-                - positive * (row_weight[here, None] + column_weight)
-            )
-            image_grad[here] = factor * (gradient @ texts.to(precise))
-            text_grad += factor * (gradient.T @ image[here].to(precise))
-            factor_grad += (gradient * cosine).sum()
-        world = dist.get_world_size(ctx.group) if ctx.group is not None else 1
-        own_text_grad = _own_rows(_all_reduce(text_grad, ctx.group), ctx.text_sizes, ctx.group)
-        weight = 0.5 * world * upstream[0].to(precise)
-        return (
-            (weight * image_grad).to(image.dtype),
-            (weight * own_text_grad).to(texts.dtype),
-            (weight * factor_grad).reshape(ctx.scale_like.shape).to(ctx.scale_like.dtype),
-            None, None, None, None,
-        )  # fmt: skip
+    def text_gradients() -> Iterator[Tensor]:
+        nonlocal factor_grad, bias_grad
+        for texts, place in zip(shards.gather(text), shards.columns, strict=True):
+            piece = _columns(pairs, place)
+            lse = column_lse[place]
+            of_image, of_text, of_factor, of_bias = kernels.gradient(image, texts, piece, mode, row_lse, lse)
+            image_grad.add_(of_image)
+            factor_grad, bias_grad = factor_grad + of_factor, bias_grad + of_bias
+            yield of_text
+
+    text_grad = shards.reduce(text_gradients())
+    return (
+        image_grad.to(kept[0].dtype), text_grad.to(kept[1].dtype),
+        factor_grad.reshape(scale.shape).to(scale.dtype), bias_grad.reshape(bias.shape).to(bias.dtype),
+    )  # fmt: skip
 
 
-def _positive_weights(ids: Tensor, partner_ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of `ids` have a partner (at least 1, a divisor) [], and 1 / (partners x that) for each of `wanted`."""
-    groups, counts = partner_ids.unique(return_counts=True)
-    if len(groups) == 0:
-        return torch.ones((), device=ids.device), torch.zeros(len(wanted), dtype=torch.float64, device=ids.device)
+def _relate(
+    image: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
+    row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, group: Group,
+) -> tuple[Pairs, Shards]:  # fmt: skip
+    """This rank's rows against the columns of all ranks, and where those columns are."""
+    precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64, for gradcheck
+    column_ids, sizes = gather_rows(text_ids, group)
+    weight = torch.ones(len(image_ids), dtype=precise, device=image.device) if row_weight is None else row_weight
+    column_weight = torch.ones_like(text_ids, dtype=precise) if col_weight is None else col_weight.to(precise)
+    if group is not None:
+        column_weight = gather_rows(column_weight, group)[0]
+    if mode == "sigmoid":
+        row_use, column_mean = weight.to(precise) * (image_ids >= 0), column_weight
+        counts = row_use, column_mean
+    else:
+        counts = _positives(image_ids, column_ids, exclude, diagonal, precise, group)
+        row_use = weight.to(precise) * (counts[0] > 0)
+        column_mean = _share(column_weight * (counts[1] > 0), None)
+    row_mean = _share(row_use, group)
+    pairs = Pairs(
+        row_ids=image_ids, column_ids=column_ids, some_out=not diagonal or max(sizes) > min(sizes), exclude=exclude,
+        factor=scale.detach().reshape(()).to(precise), bias=bias.detach().reshape(()).to(precise),
+        row_mean=row_mean, column_mean=column_mean,
+        row_share=row_mean / counts[0].clamp(min=1), column_share=column_mean / counts[1].clamp(min=1),
+    )  # fmt: skip
+    return pairs, Shards(sizes, group, image.device)
 
-    def partners(of: Tensor) -> Tensor:
-        slot = torch.searchsorted(groups, of).clamp(max=len(groups) - 1)
-        return torch.where(groups[slot] == of, counts[slot], 0)
 
-    matched = (partners(ids) > 0).sum().clamp(min=1)
-    own = partners(wanted).double()
-    return matched, torch.where(own > 0, 1.0 / (own * matched).clamp(min=1), 0.0)
+def _share(weight: Tensor, group: Group) -> Tensor:
+    """Each row's part of the sum of weights over all ranks; 0 where that is 0."""
+    total = all_reduce(weight.sum(), group)
+    return torch.where(total > 0, weight / total, 0)
+
+
+def _positives(
+    row_ids: Tensor, column_ids: Tensor, exclude: Tensor | None, diagonal: bool, precise: torch.dtype, group: Group
+) -> tuple[Tensor, Tensor]:
+    """How many positives each row of this rank has among all columns, and each column among all rows."""
+    if exclude is not None:
+        of_rows = torch.zeros(len(row_ids), dtype=precise, device=row_ids.device)
+        of_columns = torch.zeros(len(column_ids), dtype=precise, device=row_ids.device)
+        for start in range(0, len(row_ids), 1024):
+            here = slice(start, start + 1024)
+            positive = (row_ids[here, None] == column_ids) & (column_ids >= 0) & ~exclude[here]
+            of_rows[here] = positive.sum(1).to(precise)
+            of_columns += positive.sum(0)
+        return of_rows, all_reduce(of_columns, group)
+    if diagonal:
+        return torch.ones_like(row_ids, dtype=precise), torch.ones_like(column_ids, dtype=precise)
+    all_row_ids = gather_rows(row_ids, group)[0]
+    return _occurrences(row_ids, column_ids).to(precise), _occurrences(column_ids, all_row_ids).to(precise)
+
+
+def _occurrences(wanted: Tensor, among: Tensor) -> Tensor:
+    """How often each id occurs among others; 0 for an id < 0. [n], [m] -> [n]. Sorting needs no word from the device."""
+    ordered = among.sort().values
+    count = torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
+    return torch.where(wanted >= 0, count, 0)
+
+
+def _columns(pairs: Pairs, place: Tensor) -> Pairs:
+    """The pairs of some columns; the place one past the last is padding, which takes no part."""
+
+    def pick(values: Tensor, padding: int) -> Tensor:
+        return torch.cat([values, values.new_full((1,), padding)])[place]
+
+    exclude = pairs.exclude
+    if exclude is not None:
+        exclude = exclude[:, place.clamp(max=max(exclude.shape[1] - 1, 0))] if exclude.shape[1] else None
+    return replace(
+        pairs, column_ids=pick(pairs.column_ids, -1), column_mean=pick(pairs.column_mean, 0),
+        column_share=pick(pairs.column_share, 0), exclude=exclude,
+    )  # fmt: skip
+
+
+def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
+    """Features with 0 in the rows that take no part: what they hold must not reach a matrix product."""
+    return features.masked_fill((ids < 0)[:, None], 0)
+
+
+def _poison(image: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
+    """NaN if a feature is not finite, else 0: a row of logits that are all -inf would vanish from the sums."""
+    whole = image.isfinite().all() & text.isfinite().all()
+    return torch.where(whole, 0.0, torch.nan).to(dtype)
 
 
 def _dot(weight: Tensor, value: Tensor) -> Tensor:
-    """Weighted sum in which weight 0 silences even an infinite value (a batch without texts)."""
-    return torch.where(weight > 0, weight * value, 0.0).sum()
+    """Weighted sum in which weight 0 silences even an infinite value (a row without any pair)."""
+    return torch.where(weight > 0, weight * value, 0).sum()
 
 
-def _merge_columns(peak: Tensor, total: Tensor, group: Group) -> Tensor:
-    """Log-sum-exp of each column from every rank's (maximum, sum of exp(s - maximum)). [M], [M] -> [M]."""
-    if group is None:
-        return peak + total.log()
-    highest = peak.clone()
-    dist.all_reduce(highest, dist.ReduceOp.MAX, group)
-    return highest + _all_reduce(total * (peak - highest).exp(), group).log()
+def _capturing(value: Tensor) -> bool:
+    """Inside a CUDA graph's capture no value can be read; a non-finite scale gives NaN there."""
+    return value.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _all_reduce(value: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks of the group, as a new tensor."""
-    value = value.clone()
-    if group is not None:
-        dist.all_reduce(value, group=group)
-    return value
+# -- Autograd: an opaque operator for one process, a function around the collectives for several ---------------------------
 
 
-def gather_rows(rows: Tensor, group: Group) -> tuple[Tensor, list[int]]:
-    """Rows [n, ...] of all ranks, in rank order, and each rank's n; ranks may hold different numbers. No gradient."""
-    rows = rows.detach()
-    if group is None:
-        return rows, [len(rows)]
-    world = dist.get_world_size(group)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device), group)
-    counts = [int(size) for size in sizes]
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded, group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), counts
+@torch.library.custom_op("mmclip::contrastive_loss", mutates_args=())
+def contrastive_op(
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
+    row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: str, impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _forward(
+        image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal,
+        cast(Mode, mode), cast(Impl, impl), None,
+    )  # fmt: skip
 
 
-def _own_rows(rows: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """This rank's part of rows gathered by `gather_rows`."""
-    rank = dist.get_rank(group) if group is not None else 0
-    return rows[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
+@contrastive_op.register_fake
+def _(image: Tensor, text: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    precise = torch.promote_types(torch.float32, image.dtype)
+    return tuple(image.new_empty(size, dtype=precise) for size in (2, len(image), len(text)))  # type: ignore[return-value]
 
 
-class _GatherWithGradient(torch.autograd.Function):
+@torch.library.custom_op("mmclip::contrastive_loss_backward", mutates_args=())
+def contrastive_backward_op(
+    upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
+    row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: str, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward(
+        upstream, losses, row_lse, column_lse, image, text, scale, bias, image_ids, text_ids,
+        row_weight, col_weight, exclude, diagonal, cast(Mode, mode), cast(Impl, impl), None,
+    )  # fmt: skip
+
+
+@contrastive_backward_op.register_fake
+def _(
+    upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return tuple(value.new_empty(value.shape) for value in (image, text, scale, bias))  # type: ignore[return-value]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output, *inputs[:9])
+    ctx.options = inputs[9:12]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return *contrastive_backward_op(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 8
+
+
+contrastive_op.register_autograd(_differentiate, setup_context=_save)
+
+
+class _OverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        gathered, ctx.sizes = gather_rows(rows, group)
-        ctx.group = group
-        return gathered
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        output = _forward(*arguments)
+        ctx.save_for_backward(*output, *arguments[:9])
+        ctx.options = arguments[9:]
+        return output[0]
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return _own_rows(_all_reduce(upstream[0], ctx.group), ctx.sizes, ctx.group), None
-
-
-def gather_with_gradient(rows: Tensor, group: Group) -> Tensor:
-    """Like `gather_rows`; the backward pass sums the gradients that all ranks hold for a row."""
-    gathered: Tensor = _GatherWithGradient.apply(rows, group)
-    return gathered
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _backward(upstream[0], *(*ctx.saved_tensors, *ctx.options))
+        return *gradients, *[None] * 9

@@ -124,7 +124,7 @@ class MMCLIP(nn.Module):
         report_embedding = self._embed_text(pool(reports, batch["token_mask"][paired]))
         over_reports = contrastive_loss(
             images.embedding[paired], report_embedding, scale, image_ids=batch["report_id"][paired],
-            text_ids=batch["report_id"][paired], chunk=self.config.loss.chunk, impl=self.config.loss.impl, group=group,
+            text_ids=batch["report_id"][paired], impl=self.config.loss.impl, group=group,
         )  # fmt: skip
         over_prompts, unpaired_rows = prompt_contrastive(
             images.embedding[~paired], self._embed_text(prompts), scale, batch["labels"][~paired], group
