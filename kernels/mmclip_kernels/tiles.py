@@ -1,0 +1,33 @@
+"""The sizes that the Triton kernels cut their work into: one static table, the same on every call, so results repeat.
+
+Not tuned on a card yet: chosen so that ptxas (Triton 3.9, sm_80 and sm_90) spills no register and shared memory fits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One program's rows x columns of logits, the width of a step along the features, and how Triton runs it."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Rows x columns of logits whose per-tile partials exist at once: 25 MB at 128 x 128 tiles.
+SWEEP_BLOCK = 8192, 16384
+# Rows x columns of dL/ds in memory at once: 96 MiB in two-byte types, which with the products of a block stays below 128 MiB.
+GRADIENT_BLOCK = 8192, 6144
+
+
+def logits_tile(dtype: torch.dtype) -> Tile:
+    """For the two sweeps of the contrastive loss."""
+    if dtype == torch.float32:  # exact products run on the ordinary cores, out of registers
+        return Tile(64, 64, 32, 4, 2)
+    return Tile(128, 128, 64, 8, 3)
