@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a card Triton kernels run in Python. Triton reads this when it is first imported, its own library included, so it
+# stands before every import that may lead there; processes that tests start inherit it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from mmclip_shards.datasets.synthetic_set import pack_synthetic
 from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader
