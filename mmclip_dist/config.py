@@ -167,7 +167,7 @@ class Loss(Section):
     contrastive: float = Field(1.0, ge=0)
     image: float = Field(1.0, ge=0)
     entity: float = Field(1.0, ge=0)
-    impl: Literal["torch"] = "torch"  # of the contrastive loss
+    impl: Literal["torch", "triton"] = "torch"  # of the kernels: contrastive loss and masking; triton needs CUDA GPUs
 
     @model_validator(mode="after")
     def _any(self) -> Self:

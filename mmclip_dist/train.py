@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmclip_kernels import check_impl
 from mmclip_shards.chunks import Tally
 from torch import Tensor
 
@@ -39,6 +40,7 @@ def train(config: Config) -> None:
     config.check_sources()
     rank, world, device = start_distributed(config.threads)
     config.check_world(world)
+    check_impl(config.loss.impl, device)
     run_dir, first = Path(config.run_dir), rank == 0
     ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
 
@@ -66,6 +68,7 @@ def train(config: Config) -> None:
         log = ProgressLog(config, MetricsLog(run_dir, step) if first else None, step)
         trained_on = tuple(shard.sha256 for joined in sets for shard in joined.manifest.shards)
         if first:
+            print(f"kernels: {config.loss.impl} on {device.type}", flush=True)
             for joined in order.sets:
                 print(f"{config.data.sources[joined.number].url}: {joined.samples} samples, "
                       f"{joined.remainder} of them left out of each epoch in turn", flush=True)  # fmt: skip

@@ -14,14 +14,13 @@ is gathered forward is gathered again backward through it, so that no gradient i
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from mmclip_kernels.contrastive import Impl
+from mmclip_kernels import topk_mask_torch
+from mmclip_kernels.implementation import Impl, implementation
 from mmclip_kernels.patches import Plan
 
 Mode = Literal["gather", "replace"]
@@ -151,6 +150,18 @@ def attention_split_views(
     return SplitViews(first, second, ids[:, :salient], ids[:, salient:], outside, found)
 
 
+@torch.no_grad()
+def attention_scores(
+    patches: Tensor, text: Tensor, token_mask: Tensor | None = None, *, temperature: float = 0.1
+) -> Tensor:
+    """The scores alone, as in `attention_topk_mask`: patches [B, P, E], text [B, E] or [B, T, E], token_mask [B, T] -> [B, P].
+
+    float32; all 0 for a row without a token that counts; no gradient. In PyTorch, on any device.
+    """
+    _check_text(patches, text, token_mask, (len(patches), patches.shape[1]), temperature)
+    return topk_mask_torch.patch_scores(patches, text, token_mask, temperature)
+
+
 def seeded_noise(rows: int, patches: int, seed: int, device: torch.device) -> Tensor:
     """[rows, patches] float32 in [0, 1), a function of seed, row and patch alone: the same on every device."""
     # The finaliser of SplitMix64 (Steele et al. 2014) in wrapping int64; `>>` is arithmetic, so the copied sign bits are cut off.
@@ -163,21 +174,6 @@ def seeded_noise(rows: int, patches: int, seed: int, device: torch.device) -> Te
 
 
 # -- Checks -------------------------------------------------------------------------------------------------------------
-
-
-def implementation(impl: str, device: torch.device) -> ModuleType:
-    """The module with `forward` and `backward`; ValueError where it cannot run on `device`."""
-    if impl == "torch":
-        return importlib.import_module("mmclip_kernels.topk_mask_torch")
-    if impl != "triton":
-        raise ValueError(f"impl={impl!r} is not available; use impl='torch' or impl='triton'")
-    try:
-        module = importlib.import_module("mmclip_kernels.topk_mask_triton")
-    except ImportError as error:
-        raise ValueError(f"impl='triton' needs the triton package ({error}); use impl='torch'") from error
-    if device.type != "cuda" and not module.INTERPRETED:
-        raise ValueError(f"impl='triton' needs CUDA tensors, found {device.type}; use impl='torch' there")
-    return module
 
 
 def _check(
@@ -267,7 +263,7 @@ def topk_mask_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """-> the first view (or all patches, if there is a token), the second, ids_restore, ids of both views, scores."""
     plan = Plan(chosen, swap, first, second, chosen_first, low, temperature)
-    forward = implementation(impl, patches.device).forward
+    forward = implementation("topk_mask", impl, patches.device).forward
     return cast(
         tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
         forward(patches, token, features, text, token_mask, scores, noise, plan),
@@ -293,7 +289,7 @@ def topk_mask_backward_op(
     of_first: Tensor, of_second: Tensor, restore: Tensor, first: int, second: int, replace: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of the patches [B, P, D] and of the mask token [D] (0 without one)."""
-    backward = implementation(impl, of_first.device).backward
+    backward = implementation("topk_mask", impl, of_first.device).backward
     return cast(tuple[Tensor, Tensor], backward(of_first, of_second, restore, first, second, replace))
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mmclip_kernels import contrastive_loss
+from mmclip_kernels import TopkMask, attention_scores, attention_split_views, attention_topk_mask, contrastive_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from mmclip_dist.data.batch import Batch
 from mmclip_dist.model.decoders import CrossDecoder
 from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder, pool
 from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
-from mmclip_dist.model.masking import attention_scores, patch_pixels, split_views, top_patches
+from mmclip_dist.model.masking import patch_pixels, ranked_or_drawn
 
 
 @dataclass(frozen=True)
@@ -160,39 +161,47 @@ class MMCLIP(nn.Module):
         if options.mode == "split":
             return self._encode_views(batch, patches)
         seen = self.vision.encode(patches)
-        scores = self._scores(batch, seen, memory)
-        count = round(options.ratio * patches.shape[1])
-        masked = top_patches(scores, count, batch["noise"], options.hint)
-        query = torch.where(masked[:, :, None], self.mask_token, seen)
-        return ImageFeatures(seen, self._embed_image(seen.mean(1)), query, masked)
+        hidden = self._hide_patches(batch, seen, memory)
+        return ImageFeatures(seen, self._embed_image(seen.mean(1)), hidden.masked, hidden.mask)
 
     def _encode_views(self, batch: Batch, patches: Tensor) -> ImageFeatures:
         """Split mode: each patch enters the encoder once at most, in one of two views."""
         options, total = self.config.attmim, patches.shape[1]
-        salient_at, context_at = split_views(
-            batch["attention"].flatten(1), round(options.salient_keep * total), round(options.context_keep * total),
-            batch["noise"], options.hint,
+        views = attention_split_views(
+            patches, salient=round(options.salient_keep * total), context=round(options.context_keep * total),
+            hint=options.hint, scores=ranked_or_drawn(batch["attention"].flatten(1), batch["noise"]), noise=batch["noise"],
+            impl=self.config.loss.impl,
         )  # fmt: skip
-        salient = self.vision.encode(_rows(patches, salient_at))
-        context = self.vision.encode(_rows(patches, context_at))
-        index = context_at[:, :, None].expand_as(context)
-        query = self.mask_token.expand_as(patches).scatter(1, index, context)
-        masked = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, context_at, False)
-        return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, masked)
+        salient, context = self.vision.encode(views.salient), self.vision.encode(views.context)
+        query = self.mask_token.expand_as(patches).scatter(1, views.ids_context[:, :, None].expand_as(context), context)
+        return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, views.mask)
 
-    def _scores(self, batch: Batch, seen: Tensor, memory: TextMemory) -> Tensor:
-        """Attention per patch [B, P]: the sidecar's where there is one, else computed from this very step."""
+    def _hide_patches(self, batch: Batch, seen: Tensor, memory: TextMemory) -> TopkMask:
+        """Feature mode: the mask token in place of the features that respond most to the text.
+
+        Scores are the sidecar's where there is one, else those of this very step.
+        """
+        options, noise = self.config.attmim, batch["noise"]
         known, stored = batch["has_attention"], batch["attention"].flatten(1)
+        hide = partial(
+            attention_topk_mask, seen, ratio=options.ratio, mode="replace", select="hint", hint=options.hint,
+            mask_token=self.mask_token, noise=noise, impl=self.config.loss.impl,
+        )  # fmt: skip
+        with torch.no_grad():  # on every rank, needed or not: ZeRO-3 gathers a layer's weights where it is called
+            words, patches = self.text_head(memory.features), self.image_head(seen)
+        temperature = options.score_temperature
         if bool(known.all()):
-            return stored
-        computed = self.score_patches(seen.detach(), memory.features.detach(), memory.evidence)
-        return torch.where(known[:, None], stored, computed)
+            return hide(scores=ranked_or_drawn(stored, noise))
+        if bool(known.any()):
+            computed = attention_scores(patches, words, memory.evidence, temperature=temperature)
+            return hide(scores=ranked_or_drawn(torch.where(known[:, None], stored, computed), noise))
+        return hide(words, memory.evidence, score_features=patches, temperature=temperature)
 
+    @torch.no_grad()
     def score_patches(self, seen: Tensor, words: Tensor, evidence: Tensor) -> Tensor:
         """seen [B, P, D], words [B, T, D], evidence [B, T] bool -> attention per patch [B, P] float32, no gradient."""
-        return attention_scores(
-            self._embed_text(words), self._embed_image(seen), evidence, self.config.attmim.score_temperature
-        )
+        temperature = self.config.attmim.score_temperature
+        return attention_scores(self.image_head(seen), self.text_head(words), evidence, temperature=temperature)
 
     def _prompt_features(self, step: int) -> Tensor:
         """Pooled prompts [2C, D]; every step takes another pair of templates."""
@@ -249,11 +258,6 @@ class MMCLIP(nn.Module):
         seen = self.vision.encode(self.vision.embed(batch["image"]))
         side = self.config.model.image.grid
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))
-
-
-def _rows(patches: Tensor, index: Tensor) -> Tensor:
-    """patches [B, P, D] at index [B, K] -> [B, K, D]."""
-    return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))
 
 
 def _world() -> dist.ProcessGroup | None:

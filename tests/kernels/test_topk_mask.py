@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmclip_kernels import attention_split_views, attention_topk_mask, reference, tiles
+from mmclip_kernels import attention_scores, attention_split_views, attention_topk_mask, reference, tiles
 from mmclip_kernels.topk_mask import TopkMask, seeded_noise, topk_mask_op
 from torch import Tensor
 
@@ -215,6 +215,17 @@ def test_scores_carry_no_gradient_and_repeat(impl: str) -> None:
         assert not found.scores.requires_grad and not found.mask.requires_grad
         runs.append((found.scores, *torch.autograd.grad(found.visible.square().sum(), [patches, text], allow_unused=True)))
     assert runs[0][2] is None and torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_scores_rank_patches_by_the_words_that_count() -> None:
+    patches = torch.eye(4)[None] * 3
+    words = torch.stack([torch.eye(4)[2], torch.eye(4)[0]])[None]
+    masks = ([True, True], [True, False], [False, False])
+    both, one, none = (attention_scores(patches, words, torch.tensor([mask])) for mask in masks)
+    assert one[0].argmax() == 2 and one[0].sum() == pytest.approx(1)
+    assert sorted(both[0].topk(2).indices.tolist()) == [0, 2] and both[0].sum() == pytest.approx(2)
+    assert none.abs().max() == 0
+    assert not attention_scores(patches.requires_grad_(), words).requires_grad
 
 
 @pytest.mark.parametrize("impl", IMPLS)
