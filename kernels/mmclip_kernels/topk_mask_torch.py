@@ -39,8 +39,9 @@ def backward(
     """See `topk_mask_backward_op`."""
     hidden = (restore >= first + second)[:, :, None]
     if replace:
-        of_token = torch.where(hidden, of_first, 0).sum((0, 1), dtype=torch.promote_types(torch.float32, of_first.dtype))
-        return of_first.masked_fill(hidden, 0), of_token.to(of_first.dtype)
+        # A sum as a product: with no copy of what is summed, 30 times as fast on a CPU (kernels/bench/NOTES.md).
+        of_token = hidden.flatten().to(of_first.dtype) @ of_first.flatten(0, 1)
+        return torch.where(hidden, 0.0, of_first), of_token
     of_token = of_first.new_zeros(of_first.shape[2])
     if first + second == 0:
         return of_first.new_zeros(*restore.shape, of_first.shape[2]), of_token
