@@ -301,7 +301,7 @@ class MMCLIP(nn.Module):
 
     def embed_images(self, image: Tensor) -> Tensor:
         """image [B, 1, S, S] -> embeddings of whole images [B, E], L2-normalised."""
-        return self._embed_image(self.vision.encode(self.vision.embed(image)).mean(1))
+        return self._embed_image(self.vision.encode(self.vision.embed(image.to(self.mask_token.dtype))).mean(1))
 
     def embed_texts(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> embeddings [N, E], L2-normalised."""
