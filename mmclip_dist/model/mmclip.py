@@ -183,7 +183,8 @@ class MMCLIP(nn.Module):
     def _scores(self, batch: Batch, seen: Tensor, memory: TextMemory) -> Tensor:
         """Attention per patch [B, P]: the sidecar's where there is one, else computed from this very step."""
         known, stored = batch["has_attention"], batch["attention"].flatten(1)
-        if bool(known.all()):
+        # All ranks decide alike: under ZeRO-3 each must run the same modules.
+        if _sum_over_ranks((~known).sum()) == 0:
             return stored
         computed = self.score_patches(seen.detach(), memory.features.detach(), memory.evidence)
         return torch.where(known[:, None], stored, computed)

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmclip_dist.config import load_config
+from mmclip_dist.config import Optim, load_config
 from mmclip_dist.engine.checkpoint_folder import checkpoint_path, newest_checkpoint, resolve_checkpoint
-from mmclip_dist.engine.deepspeed_engine import deepspeed_json, parameter_groups
+from mmclip_dist.engine.deepspeed_engine import deepspeed_json
+from mmclip_dist.engine.optimizer import parameter_groups
 from mmclip_dist.engine.quarantine import Quarantine
 from mmclip_dist.engine.run import MetricsLog, describe, locked, read_metrics
 
@@ -85,7 +86,8 @@ def test_norms_biases_tokens_and_the_temperature_do_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     model.token = torch.nn.Parameter(torch.zeros(1, 1, 4))
     model.scale = torch.nn.Parameter(torch.zeros(1))
-    decayed, plain = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, Optim(steps=1, weight_decay=0.1), {})
+    plain, decayed = sorted(groups, key=lambda group: group["weight_decay"])
     assert [p.shape for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
     assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
 
