@@ -23,46 +23,55 @@ from mmclip_dist.train import weighted_sum
 
 
 def run(folder: Path, config: Config, steps: list[list[Any]], diseases: list[str], probe: str | None) -> dict[str, Any]:
-    rank = dist.get_rank()
     if probe == "fp16":
         allow_fp16()
     ds_json = deepspeed_engine.deepspeed_json(config, dist.get_world_size(), gpu=False)
-    model = build_model(config, load_tokenizer(str(config.model.text.tokenizer)), diseases)
-    engine = deepspeed_engine.build_engine(model, config, ds_json)
-    found: dict[str, Any] = {"losses": [], "norms": [], "clipped": [], "weights": [full_weights(engine)]}
-    for step, parts in enumerate(steps):
+
+    def new_engine(seed: int) -> Any:
+        tokenizer = load_tokenizer(str(config.model.text.tokenizer))
+        model = build_model(config.model_copy(update={"seed": seed}), tokenizer, diseases)
+        return deepspeed_engine.build_engine(model, config, ds_json)
+
+    engine = new_engine(config.seed)
+    own = [parts[dist.get_rank()] for parts in steps]
+    found: dict[str, Any] = {"losses": [], "norms": [], "clipped": None, "weights": [full_weights(engine)]}
+    found["average at first"] = averaged_weights(engine)
+    for step, batch in enumerate(own):
         deepspeed_engine.set_learning_rate(engine, step, config)
-        losses = engine(parts[rank])
+        losses = engine(batch)
         engine.backward(weighted_sum(losses, config.loss))
         engine.step()
-        values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
-        dist.all_reduce(values)
-        found["losses"].append((values / dist.get_world_size()).tolist())
+        found["losses"].append(means(losses))
         norm = engine.get_global_grad_norm()
         found["norms"].append(None if norm is None else float(norm))  # not told at stage 0 in float32
-        found["clipped"].append(clipped_norm(engine, config) if step == 0 else None)
+        found["clipped"] = found["clipped"] or clipped_norm(engine, config)
         found["weights"].append(full_weights(engine))
     found["rates"] = sorted({group["lr"] for group in engine.optimizer.param_groups})
     found["temperature"] = temperature(engine)
-    if config.optim.ema is not None:
-        found["average"] = averaged_weights(engine)
-        found["again"] = full_weights(engine)
-        with averaged(engine):
-            found["averaged losses"] = [float(value) for value in engine.module(steps[0][rank]).values()]
-        found["losses after"] = [float(value) for value in engine.module(steps[0][rank]).values()]
+    found["average"], found["weights after"] = averaged_weights(engine), full_weights(engine)
+    found["losses before"] = means(engine.module(own[0]))
+    with averaged(engine):
+        found["losses averaged"] = means(engine.module(own[0]))
+    found["losses after"] = means(engine.module(own[0]))
     if probe == "checkpoint":
         engine.save_checkpoint(str(folder / "checkpoint"), tag="saved", save_latest=False)
-        other = build_model(config.model_copy(update={"seed": 7}), load_tokenizer(str(config.model.text.tokenizer)), diseases)
-        second = deepspeed_engine.build_engine(other, config, ds_json)
+        second = new_engine(seed=7)
         second.load_checkpoint(str(folder / "checkpoint"), tag="saved")
         found["loaded"], found["loaded average"] = full_weights(second), averaged_weights(second)
         given: list[Any] = [{name: value + 1 for name, value in found["average"].items()}]
         dist.broadcast_object_list(given)
         set_average(second, given[0])
-        found["set average"], found["loaded again"] = averaged_weights(second), full_weights(second)
+        found["set average"], found["weights after setting"] = averaged_weights(second), full_weights(second)
         second.destroy()
     engine.destroy()
     return found
+
+
+def means(losses: dict[str, Any]) -> list[float]:
+    """Over the ranks: the losses of the global batch."""
+    values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
+    dist.all_reduce(values)
+    return (values / dist.get_world_size()).tolist()
 
 
 def clipped_norm(engine: Any, config: Config) -> float:

@@ -21,6 +21,8 @@ from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.model.build import build_model
 from tests.data.test_loader import loader
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 # A decay of 0.5 at this rate, a clip far below the gradient's norm, unequal layers: what goes wrong shows in 3 steps.
 BASE = (
@@ -33,8 +35,8 @@ STAGES = range(4)
 CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     **{f"zero{stage}": ((f"zero_stage={stage}", SHARDED), "checkpoint") for stage in STAGES},
     **{f"zero{stage}-bf16": ((f"zero_stage={stage}", SHARDED, "precision=bf16"), None) for stage in STAGES},
-    **{f"zero{stage}-fp16": ((f"zero_stage={stage}", SHARDED, "precision=fp16"), "fp16") for stage in STAGES[1:]},
-    **{f"zero{stage}-lamb": ((f"zero_stage={stage}", SHARDED, "optim.name=lamb"), None) for stage in STAGES},
+    **{f"zero{stage}-fp16": ((f"zero_stage={stage}", SHARDED, "precision=fp16"), "fp16") for stage in (1, 3)},
+    **{f"zero{stage}-lamb": ((f"zero_stage={stage}", SHARDED, "optim.name=lamb"), None) for stage in (0, 1, 3)},
     "zero3-whole": (("zero_stage=3",), None),
     "zero2-offload": (("zero_stage=2", "offload.optimizer=cpu"), None),
     "zero3-offload": (("zero_stage=3", "offload={optimizer: cpu, parameters: cpu}", SHARDED), None),
@@ -111,7 +113,7 @@ def train_by_hand(config: Config, tokenizer: Any, diseases: Any, steps: list[lis
         model.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         found["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
-        found["losses"].append([float(value) for value in losses.values()])
+        found["losses"].append([float(value.detach()) for value in losses.values()])
         for key, weight in weights.items():
             if weight.grad is None:
                 continue
@@ -120,7 +122,9 @@ def train_by_hand(config: Config, tokenizer: Any, diseases: Any, steps: list[lis
             with torch.no_grad():
                 weight.copy_(stepped(weight, weight.grad, moments[key], step + 1, rate, decay, config.optim.betas, name))
                 average[key].mul_(0.9).add_(weight, alpha=0.1)
-    return found | {"weights": {key: weight.detach() for key, weight in weights.items()}, "average": average}
+    found["weights"], found["average"] = {key: weight.detach().clone() for key, weight in weights.items()}, average
+    model.load_state_dict(average)
+    return found | {"losses averaged": [float(value.detach()) for value in model(whole(steps[0])).values()]}
 
 
 def stepped(
@@ -152,23 +156,101 @@ def whole(parts: list[Batch]) -> Batch:
     return Batch(**joined)  # type: ignore[typeddict-item]
 
 
-def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    """Adam turns a gradient of rounding noise into a step of full length: a few such elements may differ by that."""
+def assert_near(ours: dict[str, Tensor], theirs: dict[str, Tensor], largest: float = 3e-5, mean: float = 1e-6) -> None:
+    """The rate is 8e-4. Biases of attention keys, whose gradient is rounding noise about 0, are the furthest apart."""
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         error = (ours[name] - value).abs()
-        assert error.quantile(0.99) <= tolerance if error.numel() > 1 else error.max() <= tolerance, (name, error.max())
+        assert error.max() <= largest, (name, error.max())
+    errors = torch.cat([(ours[name] - value).abs().flatten() for name, value in theirs.items()])
+    assert errors.mean() <= mean, errors.mean()
 
 
-@pytest.mark.parametrize("case", [name for name, (_, probe) in CASES.items() if "-" not in name])
-def test_x(results, by_hand, case):
-    v=results[case]; h=by_hand["adamw"]
-    print(case, v["losses"], h["losses"], v["norms"], h["norms"])
-    for name in h["weights"]:
-        e=(v["weights"][-1][name]-h["weights"][name]).abs(); e2=(v["average"][name]-h["average"][name]).abs()
-        if e.max()>1e-6: print(name, e.max(), e.flatten().quantile(0.99), e2.max())
-    v=results[case+"-lamb"]; h=by_hand["lamb"]
-    for name in h["weights"]:
-        e=(v["weights"][-1][name]-h["weights"][name]).abs(); e2=(v["average"][name]-h["average"][name]).abs()
-        if e.max()>1e-6: print("lamb", name, e.max(), e.flatten().quantile(0.99), e2.max())
-    assert 0
+def flat(weights: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten() for value in weights.values()])
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
+
+
+FP32 = [name for name in CASES if not name.endswith(("-bf16", "-fp16", "-split"))]
+
+
+@pytest.mark.parametrize("case", FP32)
+def test_every_stage_trains_as_plain_torch_does(results, by_hand, case: str) -> None:
+    """Losses, weights and their average, and the global norm, whatever is sharded, offloaded or computed twice."""
+    ours, theirs = results[case], by_hand["lamb" if case.endswith("-lamb") else "adamw"]
+    for step in range(STEPS):
+        assert ours["losses"][step] == pytest.approx(theirs["losses"][step], rel=1e-5)
+        assert ours["norms"][step] == (None if case[:5] == "zero0" else pytest.approx(theirs["norms"][step], rel=1e-4))
+    assert_near(ours["weights"][-1], theirs["weights"])
+    assert_near(ours["average"], theirs["average"])
+    assert ours["losses averaged"] == pytest.approx(theirs["losses averaged"], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_clipped_to_their_norm_over_all_ranks(results, case: str) -> None:
+    assert results[case]["clipped"] == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_layer_has_its_rate(sets, results, case: str) -> None:
+    rate = learning_rate(STEPS - 1, sets.config(*BASE).optim)
+    assert results[case]["rates"] == pytest.approx([rate / 4, rate / 2, rate])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_average_is_that_of_the_float32_weights_from_the_first_ones_on(results, case: str) -> None:
+    found = results[case]
+    expected = found["weights"][0]
+    assert_equal(found["average at first"], expected)
+    for weights in found["weights"][1:]:
+        expected = {name: 0.9 * value + 0.1 * weights[name] for name, value in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(found["average"][name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_looking_at_the_average_leaves_the_weights_as_they_were(results, case: str) -> None:
+    found = results[case]
+    assert_equal(found["weights after"], found["weights"][-1])
+    assert found["losses after"] == found["losses before"] != found["losses averaged"]
+    assert found["temperature"] == pytest.approx(1 / found["weights"][-1]["log_scale"].exp().item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_carry_the_average(results, stage: int) -> None:
+    found = results[f"zero{stage}"]
+    assert_equal(found["loaded"], found["weights"][-1])
+    assert_equal(found["loaded average"], found["average"])
+    assert_equal(found["set average"], {name: value + 1 for name, value in found["average"].items()})
+    assert_equal(found["weights after setting"], found["loaded"])
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.endswith(("-bf16", "-fp16"))])
+def test_half_precision_keeps_float32_weights(results, case: str) -> None:
+    ours = results[case]
+    for step in range(STEPS):
+        assert ours["losses"][step] == pytest.approx(results["zero0"]["losses"][step], rel=2e-2)
+    moved, should = (flat(found[-1]) - flat(found[0]) for found in (ours["weights"], results["zero0"]["weights"]))
+    assert torch.cosine_similarity(moved, should, dim=0) > 0.95 and moved.norm() == pytest.approx(should.norm(), rel=0.05)
+    half = torch.bfloat16 if case.endswith("bf16") else torch.float16
+    weight = ours["weights"][-1]["image_head.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.to(half).float())
+
+
+def test_stages_agree_in_half_precision(results) -> None:
+    """At stage 0 DeepSpeed steps on zero gradients while it starts: with it, Adam would begin at its second step."""
+    for stage in (1, 2):
+        assert_near(results["zero0-bf16"]["weights"][-1], results[f"zero{stage}-bf16"]["weights"][-1])
+
+
+def test_recomputed_activations_change_no_bit_under_zero3(results) -> None:
+    assert_equal(results["zero3-checkpointing"]["weights"][-1], results["zero3"]["weights"][-1])
+
+
+def test_split_mode_trains_alike_under_zero3(results) -> None:
+    assert results["zero3-split"]["losses"] == [pytest.approx(row, rel=1e-5) for row in results["zero1-split"]["losses"]]
+    assert_near(results["zero3-split"]["weights"][-1], results["zero1-split"]["weights"][-1])
