@@ -72,48 +72,42 @@ def test_recomputed_activations_change_no_bit_and_save_memory(sets, tokenizer, b
         assert less < 0.5 * memory, (less, memory)
 
 
-def assert_compiled_is_equal(sets: Any, tokenizer: Any, batches: list[Batch], backend: str) -> None:
-    plain, compiled = model_of(sets, tokenizer), model_of(sets, tokenizer)
-    torch._dynamo.reset()
-    compile_encoders(compiled, backend)
-    assert plain.state_dict().keys() == compiled.state_dict().keys()
+def assert_near(ours: MMCLIP, theirs: MMCLIP, batches: list[Batch]) -> None:
     for batch in batches:
-        losses, gradients, _ = step(plain, batch)
-        again, near, _ = step(compiled, batch)
+        (losses, gradients, _), (again, near, _) = step(theirs, batch), step(ours, batch)
         torch.testing.assert_close(again, losses, rtol=1e-5, atol=1e-6)
         for name, gradient in gradients.items():
             torch.testing.assert_close(near[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_compiled_encoders_compute_the_same(sets, tokenizer, batches: list[Batch]) -> None:
-    assert_compiled_is_equal(sets, tokenizer, batches, "aot_eager")
-
-
-def test_layers_share_graphs_and_new_lengths_need_no_new_one(sets, tokenizer, batches: list[Batch]) -> None:
-    """Three layers an encoder; lengths and numbers of reports change from batch to batch."""
-    graphs: list[int] = []
+def test_compiled_layers_share_graphs_and_new_lengths_need_no_new_one(sets, tokenizer, batches: list[Batch]) -> None:
+    """Three layers an encoder; lengths and numbers of reports change from batch to batch. The backend only counts."""
+    graphs: list[Any] = []
 
     def counted(graph: Any, inputs: Any) -> Any:
-        graphs.append(len(graph.graph.nodes))
+        graphs.append(graph)
         return graph
 
-    model = model_of(sets, tokenizer, *DEEP)
+    plain, compiled = model_of(sets, tokenizer, *DEEP), model_of(sets, tokenizer, *DEEP)
     torch._dynamo.reset()
-    compile_encoders(model, counted)  # type: ignore[arg-type]
-    for batch in batches:
-        step(model, batch)
+    compile_encoders(compiled, counted)  # type: ignore[arg-type]
+    assert plain.state_dict().keys() == compiled.state_dict().keys()
+    assert_near(compiled, plain, batches)
     first = len(graphs)
     for batch in batches:
         for length in (40, 43, 45):
             cut = {name: batch[name][:, :length] for name in TEXT}  # type: ignore[literal-required]
-            step(model, Batch(**(batch | cut)))  # type: ignore[typeddict-item]
+            step(compiled, Batch(**(batch | cut)))  # type: ignore[typeddict-item]
     assert len(graphs) == first <= 6, (first, len(graphs))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on the CPU")
 def test_compiled_encoders_of_inductor_compute_the_same(sets, tokenizer, batches: list[Batch]) -> None:
-    assert_compiled_is_equal(sets, tokenizer, batches[:2], "inductor")
+    plain, compiled = model_of(sets, tokenizer), model_of(sets, tokenizer)
+    torch._dynamo.reset()
+    compile_encoders(compiled)
+    assert_near(compiled, plain, batches[:2])
 
 
 def test_compiling_without_a_compiler_is_refused(sets, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
