@@ -31,6 +31,7 @@ BASE = (
 )  # fmt: skip
 # Without it, ZeRO-3 keeps weights as small as these whole on every rank.
 SHARDED = "deepspeed={zero_optimization: {stage3_param_persistence_threshold: 0}, fp16: {initial_scale_power: 4}}"
+THEIRS = "{type: AdamW, params: {torch_adam: true, lr: 1, betas: [0.9, 0.95], weight_decay: 0.5}}"
 STAGES = range(4)
 CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     **{f"zero{stage}": ((f"zero_stage={stage}", SHARDED), "checkpoint") for stage in STAGES},
@@ -43,7 +44,9 @@ CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
     "zero3-checkpointing": (("zero_stage=3", "model.checkpoint_activations=true", SHARDED), None),
     "zero3-split": (("zero_stage=3", "attmim.mode=split", SHARDED), None),
     "zero1-split": (("zero_stage=1", "attmim.mode=split"), None),
+    "zero1-theirs": (("zero_stage=1", "optim.name=deepspeed", "optim.ema=null", f"deepspeed={{optimizer: {THEIRS}}}"), None),
 }
+AVERAGED = [name for name in CASES if name != "zero1-theirs"]
 
 
 def part(batch: Batch, rows: list[int]) -> Batch:
@@ -186,8 +189,9 @@ def test_every_stage_trains_as_plain_torch_does(results, by_hand, case: str) -> 
         assert ours["losses"][step] == pytest.approx(theirs["losses"][step], rel=1e-5)
         assert ours["norms"][step] == (None if case[:5] == "zero0" else pytest.approx(theirs["norms"][step], rel=1e-4))
     assert_near(ours["weights"][-1], theirs["weights"])
-    assert_near(ours["average"], theirs["average"])
-    assert ours["losses averaged"] == pytest.approx(theirs["losses averaged"], rel=1e-5)
+    if case in AVERAGED:
+        assert_near(ours["average"], theirs["average"])
+        assert ours["losses averaged"] == pytest.approx(theirs["losses averaged"], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -201,7 +205,7 @@ def test_each_layer_has_its_rate(sets, results, case: str) -> None:
     assert results[case]["rates"] == pytest.approx([rate / 4, rate / 2, rate])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", AVERAGED)
 def test_the_average_is_that_of_the_float32_weights_from_the_first_ones_on(results, case: str) -> None:
     found = results[case]
     expected = found["weights"][0]
@@ -212,7 +216,7 @@ def test_the_average_is_that_of_the_float32_weights_from_the_first_ones_on(resul
         torch.testing.assert_close(found["average"][name], value, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", AVERAGED)
 def test_looking_at_the_average_leaves_the_weights_as_they_were(results, case: str) -> None:
     found = results[case]
     assert_equal(found["weights after"], found["weights"][-1])
