@@ -33,6 +33,7 @@ from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.engine.orphans import exit_with_launcher
 from mmclip_dist.engine.quarantine import Quarantine
 from mmclip_dist.engine.run import MetricsLog, describe, host_memory_gib, locked
+from mmclip_dist.engine.weights import temperature
 from mmclip_dist.model.build import build_model
 
 
@@ -125,6 +126,7 @@ class ProgressLog:
         dist.all_reduce(values)
         means = dict(zip(losses, (values[: len(losses)] / dist.get_world_size()).tolist(), strict=True))
         read = Tally(*values[len(losses) :].tolist())
+        learned = temperature(engine)
         if self.metrics is None:
             return
         elapsed = time.monotonic() - self.last_time
@@ -133,7 +135,7 @@ class ProgressLog:
         left = (self.config.optim.last_step - step) * elapsed / done
         row = {
             "step": step, "samples": step * self.config.optim.global_batch, "loss": means, "lr": rate,
-            "temperature": 1 / engine.module.scale().detach().item(), "samples_per_s": round(samples_per_s, 1),
+            "temperature": learned, "samples_per_s": round(samples_per_s, 1),
             "data_wait": round(self.waited / elapsed, 4), "memory_gib": round(host_memory_gib(), 3),
             "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
                      "retries": int(read.retries), "cache_hits": int(read.cache_hits), "waited_s": round(read.waited_s, 3)},
