@@ -28,9 +28,9 @@ def features(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float6
 
 
 def cone(rows: int, width: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Features as after training: all within one cone, those of a pair much closer to each other than to the rest."""
+    """Features as after training: all within one cone, those of a pair closer to each other than to the rest."""
     axis, pair = features(1, width, seed), features(rows, width, seed + 1)
-    image, text = (normalize(2 * axis + pair + 0.5 * features(rows, width, seed + n), dim=1) for n in (2, 3))
+    image, text = (normalize(2 * axis + pair + 1.5 * features(rows, width, seed + n), dim=1) for n in (2, 3))
     return image.to(dtype), text.to(dtype)
 
 
@@ -51,6 +51,8 @@ def evaluate(
 
 def meaning(image: Tensor, text: Tensor, scale: Tensor, **options: object) -> list[Tensor]:
     """`evaluate` of the reference, in float64."""
+    if isinstance(bias := options.get("bias"), Tensor):
+        options["bias"] = bias.double()
     return evaluate(reference.contrastive_loss, image.double(), text.double(), scale.double(), **options)
 
 
