@@ -218,33 +218,48 @@ SIZES = {
     3: ((3, 4), (0, 2), (5, 1)),
     4: ((2, 0), (0, 4), (5, 1), (1, 2)),
 }
-FACTORS = (1.0, 100.0)
+# Mode, scale, and whether with weights and with what kind of exclusions.
+OVER_RANKS = (("softmax", 1.0, None), ("softmax", 100.0, "pairs"), ("softmax", 10.0, "texts"), ("sigmoid", 10.0, "pairs"))
 
 
 def _rank(rank: int, world: int, store: str, results: torch.multiprocessing.Queue) -> None:
-    """Puts (impl, factor, rank, loss, gradients of image, text and scale) for each implementation and factor."""
+    """Puts (impl, case, rank, loss, gradients of image, text and scale) for each implementation and case."""
     torch.set_num_threads(1)
     ranks.PIECE_ROWS = 1  # several pieces, even of so few rows
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        images, texts, image_ids, text_ids = _whole_batch()
-        own = images.split([n for n, _ in SIZES[world]]), texts.split([m for _, m in SIZES[world]])
-        ids = image_ids.split([n for n, _ in SIZES[world]]), text_ids.split([m for _, m in SIZES[world]])
+        rows, columns = ([sizes[side] for sizes in SIZES[world]] for side in (0, 1))
         for impl in IMPLS:
-            for factor in FACTORS:
-                given_ones = [x.to(precise_dtype(impl)) for x in (own[0][rank], own[1][rank], torch.tensor([factor]))]
+            for case, (_, factor, _) in enumerate(OVER_RANKS):
+                image, text, options = _whole_batch(case)
+                for name in ("image_ids", "row_weight"):
+                    options[name] = options[name].split(rows)[rank]
+                for name in ("text_ids", "col_weight"):
+                    options[name] = options[name].split(columns)[rank]
+                if options.get("exclude") is not None and len(options["exclude"]) > 1:
+                    options["exclude"] = options["exclude"].split(rows)[rank]
+                given_ones = image.split(rows)[rank], text.split(columns)[rank], torch.tensor([factor])
                 loss_of = partial(contrastive_loss, impl=impl, group=torch.distributed.group.WORLD)
-                found = evaluate(loss_of, *given_ones, image_ids=ids[0][rank], text_ids=ids[1][rank])
-                results.put((impl, factor, rank, *(value.tolist() for value in found)))
+                found = evaluate(loss_of, *(x.to(precise_dtype(impl)) for x in given_ones), **options)
+                results.put((impl, case, rank, *(value.tolist() for value in found)))
         results.close()
         results.join_thread()
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _whole_batch(case: int) -> tuple[Tensor, Tensor, dict]:
     """With duplicate ids within and across ranks, rows that take no part, and rows without a positive."""
-    return features(8, 6, 2), features(7, 6, 3), torch.tensor([0, 1, 1, 2, 3, -1, 0, 5]), torch.tensor([1, 0, 2, 2, 3, -1, 1])
+    mode, _, excluded = OVER_RANKS[case]
+    options = {
+        "image_ids": torch.tensor([0, 1, 1, 2, 3, -1, 0, 5]), "text_ids": torch.tensor([1, 0, 2, 2, 3, -1, 1]), "mode": mode,
+        "row_weight": torch.ones(8) if excluded is None else torch.linspace(0, 2, 8),
+        "col_weight": torch.ones(7) if excluded is None else torch.linspace(1, 0, 7),
+    }  # fmt: skip
+    if excluded is not None:
+        chance = torch.rand(8 if excluded == "pairs" else 1, 7, generator=torch.Generator().manual_seed(4))
+        options["exclude"] = chance > 0.7
+    return features(8, 6, 2), features(7, 6, 3), options
 
 
 @pytest.mark.parametrize("world", SIZES)
@@ -258,16 +273,16 @@ def test_ragged_ranks_equal_one_process(world: int, tmp_path, monkeypatch) -> No
     ]
     for process in processes:
         process.start()
-    gathered = sorted(results.get(timeout=120) for _ in range(world * len(IMPLS) * len(FACTORS)))
+    gathered = sorted(results.get(timeout=120) for _ in range(world * len(IMPLS) * len(OVER_RANKS)))
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
 
-    images, texts, image_ids, text_ids = _whole_batch()
     for impl in IMPLS:
-        for factor in FACTORS:
-            meant = meaning(images, texts, torch.tensor([factor]), image_ids=image_ids, text_ids=text_ids)
-            found = [values for of_impl, of_factor, _, *values in gathered if (of_impl, of_factor) == (impl, factor)]
+        for case, (_, factor, _) in enumerate(OVER_RANKS):
+            image, text, options = _whole_batch(case)
+            meant = meaning(image, text, torch.tensor([factor]), **options)
+            found = [values for of_impl, of_case, _, *values in gathered if (of_impl, of_case) == (impl, case)]
             exact, absolute = (1e-8, 1e-10) if impl == "torch" else (2e-5, 1e-6 * factor)
             for loss, *_ in found:
                 assert loss == pytest.approx(meant[0].item(), rel=exact)
