@@ -24,7 +24,7 @@ DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 SIZES = [(rows, width) for rows in (32768, 65536, 131072) for width in (512, 768)] if CUDA else [(4096, 512), (8192, 512)]
 QUICK = [(8192, 512)] if CUDA else [(1024, 512)]
 ACCURACY = (4096, 512) if CUDA else (2048, 512)  # float64 needs the whole matrix several times
-ROUNDS, SECONDS = (40, 12.0) if CUDA else (9, 120.0)  # of one size at most
+ROUNDS, SECONDS = (40, 12.0) if CUDA else (9, 60.0)  # of one size at most
 PACKAGES = {"inf-cl": "inf_cl", "Liger": "liger-kernel", "cut-cross-entropy": "cut-cross-entropy", "QuACK": "quack-kernels"}
 OURS = 'ours, impl="triton"' if CUDA else 'ours, impl="torch"'
 
