@@ -60,8 +60,9 @@ def losses() -> dict[str, Loss]:
         "open_clip, eager": open_clip,
     }
     if hasattr(F, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()
         found["F.linear_cross_entropy x 2"] = both_ways(F.linear_cross_entropy)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
         found["F.linear_cross_entropy x 2, in chunks"] = both_ways(
             lambda features, classes, target: F.linear_cross_entropy(features, classes, target, options=options)
         )
@@ -90,7 +91,8 @@ def losses() -> dict[str, Loss]:
 
 def skipped() -> list[str]:
     """What is not compared, and why."""
-    lines = [] if hasattr(F, "linear_cross_entropy") else ["Not compared: F.linear_cross_entropy (needs torch 2.13)."]
+    recent = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    lines = [] if recent else ["Not compared: F.linear_cross_entropy in chunks (needs torch 2.13)."]
     if not CUDA:
         return [*lines, f"Not compared, as they need a CUDA card: torch.compile, {', '.join(PACKAGES)}."]
     absent = [f"{name} (pip install {package})" for name, package in PACKAGES.items() if missing(package)]

@@ -339,8 +339,9 @@ def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
 
 def _poison(image: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN if a feature is not finite, else 0: a row of logits that are all -inf would vanish from the sums."""
-    whole = image.isfinite().all() & text.isfinite().all()
-    return torch.where(whole, 0.0, torch.nan).to(dtype)
+    # `isfinite` would write a copy of the features; the largest absolute value needs none, and 0 times infinity is NaN.
+    largest = [torch.linalg.vector_norm(features, torch.inf) for features in (image, text) if features.numel()]
+    return sum((0 * size.to(dtype) for size in largest), image.new_zeros((), dtype=dtype))
 
 
 def _log_sum(peak: Tensor, total: Tensor) -> Tensor:
