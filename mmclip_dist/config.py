@@ -202,7 +202,20 @@ class Optim(Section):
 class Checkpoint(Section):
     every: int = Field(1000, gt=0)  # steps
     keep: int = Field(2, gt=0)  # newest ones kept
+    keep_every: int | None = Field(None, gt=0)  # steps: a checkpoint of a multiple of it is kept for good
+    keep_best: int = Field(1, ge=0)  # those with the highest score of an evaluation, if there is one
+    asynchronous: bool = False  # written while training goes on, from a copy of the state in host memory
+    url: str | None = None  # copied there, too, and fetched from there into an empty run folder: s3://BUCKET/RUN
     start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
+
+
+class Health(Section):
+    """When a run is in trouble."""
+
+    max_bad_steps: int = Field(25, gt=0)  # steps in a row without finite gradients; fp16 needs some 16 to find its scale
+    spike: float = Field(8.0, gt=0)  # robust standard deviations of the loss above its running median
+    window: int = Field(128, ge=16)  # steps that the median is over
+    timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer hangs: the run ends
 
 
 class Config(Section):
@@ -211,7 +224,7 @@ class Config(Section):
     run_dir: str
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     threads: int | None = Field(None, gt=0)  # torch threads of each rank on the CPU; None: cores / ranks
     log_every: int = Field(10, gt=0)  # steps
     data: Data = Data()
@@ -222,6 +235,7 @@ class Config(Section):
     loss: Loss = Loss()
     optim: Optim
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
 
     def check_world(self, world: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmclip_dist.config import Config
+from mmclip_dist.engine import watchdog
+from mmclip_dist.engine.health import skip_non_finite
 from mmclip_dist.engine.schedule import learning_rate
 
 
@@ -55,8 +58,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
-    """Join the launcher's process group -> rank, world size, device. Needs the `deepspeed` launcher's environment."""
+def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, torch.device]:
+    """Join the launcher's process group -> rank, world size, device. Needs the `deepspeed` launcher's environment.
+
+    timeout_s: of a collective call, and of anything else that shows no progress.
+    """
     if "RANK" not in os.environ:
         raise ValueError(
             "training runs under a launcher: deepspeed --module mmclip_dist.train RECIPE key=value "
@@ -78,7 +84,8 @@ def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+    watchdog.start(torch.distributed.get_rank(), timeout_s)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
@@ -89,6 +96,8 @@ def build_engine(model: nn.Module, config: Config, json: dict[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameter_groups(model, config.optim.weight_decay), config=json
     )
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: none of DeepSpeed's own
+        skip_non_finite(engine.optimizer)
     return engine
 
 
