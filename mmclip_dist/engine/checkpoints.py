@@ -271,13 +271,17 @@ def _check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """A copy of the model's weights in float32 on the CPU: on the first rank, empty on the others. A collective call."""
-    first = dist.get_rank() == 0
+    first, cut = dist.get_rank() == 0, engine.zero_optimization_stage() == 3
     parameters = dict(engine.module.named_parameters())
     found: dict[str, Tensor] = {}
     for name, value in engine.module.state_dict().items():
         # At stage 3 a rank holds a share of each: one after the other is gathered, so that never all of them are whole.
-        with GatheredParameters([parameters[name]] if name in parameters else [], enabled=engine.zero_optimization_stage() == 3):
+        with GatheredParameters([parameters[name]] if name in parameters else [], enabled=cut):
             if first:
                 whole = parameters.get(name, value)
                 found[name] = whole.detach().to("cpu", torch.float32, copy=True).contiguous()
+    if cut:
+        # Small weights stay whole between the steps. Left cut, they would be gathered in the middle of the next forward pass,
+        # and DeepSpeed 0.19 then fails in the backward pass: it is not the order of weights that it expects.
+        engine.optimizer.checkpoint_event_epilogue()
     return found

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_INFO,
@@ -64,5 +65,9 @@ def load_converted(engine: Any, converted: Path) -> bool:
         engine._config.load_universal_checkpoint = False
     for group, settings in zip(groups, own, strict=True):
         group.update(settings)
+    # At stage 3, DeepSpeed gives all groups one and the same step counter: each would count the others' steps, too.
+    for state in engine.optimizer.optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
     dist.barrier()  # all have read it: it may go
     return loaded is not None
