@@ -56,7 +56,7 @@ def convert(checkpoint: Path, scratch: Path) -> Path:
 def load_converted(engine: Any, converted: Path) -> bool:
     """Load a converted checkpoint into the engine; a collective call. False if DeepSpeed finds none."""
     groups = engine.optimizer.param_groups
-    # At stage 3, DeepSpeed gives every group the weight decay and rates of the first one.
+    # At stage 3, DeepSpeed gives every group the weight decay and rates of the first one: each gets its own back.
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     engine._config.load_universal_checkpoint = True  # part of its JSON; whether it is needed shows only here
     try:
@@ -65,9 +65,24 @@ def load_converted(engine: Any, converted: Path) -> bool:
         engine._config.load_universal_checkpoint = False
     for group, settings in zip(groups, own, strict=True):
         group.update(settings)
-    # At stage 3, DeepSpeed gives all groups one and the same step counter: each would count the others' steps, too.
-    for state in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+    if engine.zero_optimization_stage() == 3:
+        _mend_stage_3(engine.optimizer, converted / "zero")
     dist.barrier()  # all have read it: it may go
     return loaded is not None
+
+
+def _mend_stage_3(optimizer: Any, folder: Path) -> None:
+    """What DeepSpeed 0.19 leaves out or spoils when it loads a universal checkpoint at stage 3."""
+    first = optimizer.param_names[optimizer.fp16_groups[0][0]]
+    others = {path.stem for path in (folder / first).glob("*.pt")} - {"fp32", "exp_avg", "exp_avg_sq", "step"}
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        state = optimizer.optimizer.state[flat]
+        # All groups get one and the same step counter: each would count the others' steps, too.
+        state["step"] = state["step"].clone()
+        for key in others:
+            names = [optimizer.param_names[weight] for weight in group]
+            parts = [
+                optimizer.load_hp_checkpoint_state(str(folder / name), key, param=weight)
+                for name, weight in zip(names, group, strict=True)
+            ]
+            state[key] = torch.cat(parts).to(flat)
