@@ -27,7 +27,7 @@ from mmclip_dist.data.order import Order
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine import preemption, watchdog
 from mmclip_dist.engine.checkpoint_folder import Meta
-from mmclip_dist.engine.collective import agreed, sums
+from mmclip_dist.engine.collective import agreed, first_rank_does, sums
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.health import Health, poisoned
 from mmclip_dist.engine.orphans import exit_with_launcher
@@ -101,8 +101,8 @@ def train(config: Config, stop: StopRequest) -> bool:
             if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
                 checkpoints.save(Meta(step, world, config.zero_stage, tuple(diseases), trained_on))
         checkpoints.finish()
-        if first and step < config.optim.last_step:
-            stop.leave_mark(step)
+        if step < config.optim.last_step:
+            first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
         return step >= config.optim.last_step
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mmclip_shards.storage import download, exists, join, list_folder, read_bytes, remove, upload
+from mmclip_shards.storage import download, exists, join, list_folder, read_bytes, remove, remove_empty_folder, upload
 
 from mmclip_dist.engine.checkpoint_folder import (
     MANIFEST,
@@ -79,6 +79,9 @@ def _delete(url: str) -> None:
     files = list(parse_manifest(read_bytes(join(url, MANIFEST))))
     remove(join(url, MANIFEST))  # first: what is half deleted is torn
     _together(remove, [(join(url, file),) for file in files])
+    folders = {parent for file in files for parent in Path(file).parents}
+    for folder in sorted(folders, reverse=True):  # the inner ones first
+        remove_empty_folder(join(url, str(folder)) if folder.name else url)
 
 
 def _together(action: Callable[..., None], calls: list[tuple[object, ...]]) -> None:
