@@ -15,7 +15,7 @@ from torch import Tensor
 from mmclip_dist.engine import watchdog
 
 T = TypeVar("T")
-_POLL_S = 0.02, 5.0  # between two looks at whether the first rank is ready: at first, at last
+_POLL_S = 0.02, 1.0  # between two looks at whether the first rank is ready: at first, at last
 
 
 @contextmanager
