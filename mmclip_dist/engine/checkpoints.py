@@ -167,13 +167,9 @@ class Checkpoints:
             return 0
         with agreed():
             meta = read_meta(found)
-            own = found.parent.parent == self.run_dir
-            if own and meta.trained_on != trained_on:
-                raise ValueError(
-                    f"the data changed since {found} was written: {_difference(meta.trained_on, trained_on)}. Restore the "
-                    f"sets, or go on with other data in a new run: run_dir=ANOTHER checkpoint.start_from={found}"
-                )
-            _check_shapes(found, self.engine.module)
+            if found.parent.parent == self.run_dir:
+                check_data(found, meta, trained_on)
+            check_shapes(found, self.engine.module)
             convert = universal.needs_conversion(meta, dist.get_world_size(), self.config.zero_stage)
         if convert:
             self._load_converted(found, meta)
@@ -249,12 +245,19 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _difference(before: tuple[str, ...], now: tuple[str, ...]) -> str:
-    gone, new = len(set(before) - set(now)), len(set(now) - set(before))
-    return f"{gone} of its {len(before)} shards are gone, {new} are new" if gone or new else "its shards come in another order"
+def check_data(checkpoint: Path, meta: Meta, trained_on: tuple[str, ...]) -> None:
+    """ValueError if a run would go on with other data, in another order, than it began with."""
+    if meta.trained_on == trained_on:
+        return
+    gone, new = len(set(meta.trained_on) - set(trained_on)), len(set(trained_on) - set(meta.trained_on))
+    changed = f"{gone} of its {len(meta.trained_on)} shards are gone, {new} are new"
+    raise ValueError(
+        f"the data changed since {checkpoint} was written: {changed if gone or new else 'its shards come in another order'}. "
+        f"Restore the sets, or go on with other data in a new run: run_dir=ANOTHER checkpoint.start_from={checkpoint}"
+    )
 
 
-def _check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
+def check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
     """ValueError if a checkpoint is of another model than this one."""
     with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
