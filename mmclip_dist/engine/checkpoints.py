@@ -59,7 +59,7 @@ class Checkpoints:
         self.writer = engine.checkpoint_engine = CheckpointWriter(config.checkpoint.asynchronous)
         # Of no use beside model.safetensors; copied by the first rank alone, it would fail there alone on a full disk.
         engine._copy_recovery_script = lambda folder: None
-        self._under_way: tuple[Meta, Path] | None = None
+        self._under_way: tuple[Meta, Path, float] | None = None  # and since when
 
     # -- Saving -------------------------------------------------------------------------------------------------------
 
@@ -72,6 +72,7 @@ class Checkpoints:
         """Save all ranks' state; asynchronously, only begin to. Older checkpoints that need not be kept are removed after it."""
         self.publish()
         watchdog.beat("saving a checkpoint")
+        began = time.monotonic()
         folder = _temporary(checkpoint_path(self.run_dir, meta.step), "writing")
         with agreed():
             if dist.get_rank() == 0:
@@ -84,7 +85,7 @@ class Checkpoints:
         weights = full_weights(self.engine)
         if dist.get_rank() == 0:
             self.writer.write(lambda: self._write_model(folder, weights, meta))
-        self._under_way = meta, folder
+        self._under_way = meta, folder, began
         if not self.config.checkpoint.asynchronous:
             self.publish()
 
@@ -97,7 +98,7 @@ class Checkpoints:
         """Give the checkpoint under way, if there is one, its name, once every rank has written and read back its files."""
         if self._under_way is None:
             return
-        meta, folder = self._under_way
+        meta, folder, began = self._under_way
         while sums(self.device, busy=self.writer.busy)["busy"]:
             watchdog.beat("writing a checkpoint")
             time.sleep(0.1)
@@ -106,6 +107,8 @@ class Checkpoints:
         rows = {str(path.relative_to(folder)): entry for path, entry in files.items()}
         told = gathered((rows, failed))
         first_rank_does(lambda: self._publish(meta, folder, told), "publishing a checkpoint")
+        if dist.get_rank() == 0:
+            print(f"step {meta.step}  checkpoint written and read back in {time.monotonic() - began:.1f} s", flush=True)
         if self.config.checkpoint.url is not None:
             self._mirror(self.config.checkpoint.url)
 
@@ -114,7 +117,11 @@ class Checkpoints:
         try:
             if reasons:
                 raise OSError(reasons[0])
-            write_manifest(folder, {name: entry for rows, _ in told for name, entry in rows.items()})
+            files = {name: entry for rows, _ in told for name, entry in rows.items()}
+            elsewhere = [name for name in files if not (folder / name).exists()]
+            if elsewhere:
+                raise OSError(f"{elsewhere[0]} was written on another machine; set run_dir to a folder that all of them share")
+            write_manifest(folder, files)
             for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
                 _sync_folder(path)
         except OSError as error:

@@ -43,6 +43,7 @@ def sums(device: torch.device, **values: float | Tensor) -> dict[str, float]:
     """Each value summed over the ranks, in one small all-reduce. A value that is not finite spoils no other."""
     row = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
     dist.all_reduce(row)
+    watchdog.beat()
     return dict(zip(values, row.tolist(), strict=True))
 
 

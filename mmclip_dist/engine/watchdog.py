@@ -27,9 +27,11 @@ class _Progress:
 _progress = _Progress()
 
 
-def beat(doing: str, step: int | None = None) -> None:
-    """Progress: from now on, this process does `doing`."""
-    _progress.doing, _progress.since = doing, time.monotonic()
+def beat(doing: str | None = None, step: int | None = None) -> None:
+    """Progress: from now on, this process does `doing`; None: what it did before."""
+    _progress.since = time.monotonic()
+    if doing is not None:
+        _progress.doing = doing
     if step is not None:
         _progress.step = step
 
