@@ -90,9 +90,9 @@ class Checkpoints:
             self.publish()
 
     def _write_model(self, folder: Path, weights: dict[str, Tensor], meta: Meta) -> dict[Path, Entry]:
-        before = set(folder.rglob("*"))
         write_model(folder, self.engine.module, self.tokenizer, self.config, meta, weights)
-        return {path: read_back(path) for path in folder.rglob("*") if path.is_file() and path not in before}
+        # All others are .pt files, that this or another rank writes through `CheckpointWriter.save`, perhaps just now.
+        return {path: read_back(path) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"}
 
     def publish(self) -> None:
         """Give the checkpoint under way, if there is one, its name, once every rank has written and read back its files."""
@@ -146,7 +146,7 @@ class Checkpoints:
         def copy() -> dict[Path, Entry]:
             try:
                 mirror(self.run_dir, url, kept_by(self.config.checkpoint))
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 print(f"warning: {url} lacks the newest checkpoint: {error}; tried again with the next one", file=sys.stderr)
             return {}
 
