@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,8 +121,11 @@ def _refresh(engine: Any) -> None:
 
 
 def temperature(engine: Any) -> float:
-    """The model's temperature; ZeRO-3 may have put its one number on another rank."""
-    import deepspeed
+    """The model's temperature, from the optimizer's float32 weight.
 
-    with deepspeed.zero.GatheredParameters([engine.module.log_scale]):
-        return 1 / float(engine.module.scale().detach().float())
+    Not by gathering the model's own: at stage 3 that would cut a weight that DeepSpeed keeps whole between steps, and the next
+    backward pass would fail.
+    """
+    model = engine.module
+    learned = float(_whole(model.log_scale, _masters(engine)).detach())
+    return math.exp(-min(learned, math.log(model.config.model.max_scale)))

@@ -92,7 +92,7 @@ def allow_fp16() -> None:
 
 
 def main(folder: Path) -> None:
-    deepspeed_engine.start_distributed(threads=1)
+    deepspeed_engine.start_distributed(threads=1, timeout_s=600)
     cases = json.loads((folder / "cases.json").read_text())
     data = torch.load(folder / "batches.pt", weights_only=False)
     for name, (overrides, probe) in cases.items():
