@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from mmclip_launch.deepspeed_command import accelerator_environment, train_command
 from mmclip_launch.processes import environment
 from mmclip_shards.manifest import load_manifest
@@ -19,6 +20,7 @@ from mmclip_shards.reader import iterate
 from mmclip_shards.writer import ShardWriter
 from safetensors.torch import load_file
 
+from mmclip_dist.engine.checkpoint import load_model
 from mmclip_dist.engine.checkpoint_folder import checkpoint_path
 from mmclip_dist.engine.run import read_metrics
 from tests.conftest import TRAIN, wait_for
@@ -26,8 +28,10 @@ from tests.conftest import TRAIN, wait_for
 pytestmark = pytest.mark.slow
 
 
-def run_training(overrides: list[str], ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = environment(accelerator_environment())
+def run_training(
+    overrides: list[str], ranks: int = 2, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    env = environment(accelerator_environment() | variables)
     found = subprocess.run(
         train_command("quickstart", overrides, ranks), env=env, capture_output=True, text=True, timeout=240
     )
@@ -101,6 +105,23 @@ def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
 
 
+def test_loss_curves_of_both_kernels_are_the_same(sets, unbroken: Path, tmp_path: Path) -> None:
+    """loss.impl=triton, interpreted where there is no card: 12 steps at a high learning rate, which would amplify any error."""
+    run = tmp_path / "run"
+    found = run_training([*sets.overrides(run), *TRAIN, "loss.impl=triton"])
+    assert found.stdout.count("kernels: triton on") == 1
+    for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3), (ours, theirs)
+
+
+def test_triton_kernels_without_a_card_are_refused(sets, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    found = run_training([*sets.overrides(tmp_path), *TRAIN, "loss.impl=triton"], check=False, TRITON_INTERPRET="0")
+    (line,) = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
+    assert found.returncode == 2 and "impl='triton' needs CUDA tensors" in line
+
+
 def shared_memory() -> set[Path]:
     return set(Path("/dev/shm").glob("deepspeed*"))
 
@@ -118,12 +139,16 @@ def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
     assert shared_memory() == before
 
 
-@pytest.mark.parametrize("overrides", [("zero_stage=2",), ("zero_stage=0",)])
-def test_zero_stages_train_alike(sets, unbroken: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_zero3_trains_alike_and_writes_the_average(sets, unbroken: Path, tmp_path: Path) -> None:
+    """The unbroken run is of stage 1; tests/engine/test_optimizer.py has every stage against plain torch."""
     run = tmp_path / "run"
-    run_training([*sets.overrides(run), *TRAIN, *overrides, "optim.stop_at=4"])
+    run_training([*sets.overrides(run), *TRAIN, "zero_stage=3", "optim.ema=0.9", "optim.stop_at=4"])
     for ours, theirs in zip(losses(run), losses(unbroken), strict=False):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    (last, *_), (average, *_) = (load_model(checkpoint_path(run, 4), average=which) for which in (False, True))
+    assert not torch.equal(last.image_head.weight, average.image_head.weight)
+    with pytest.raises(ValueError, match=r"train with optim\.ema"):
+        load_model(checkpoint_path(unbroken, 4), average=True)
 
 
 def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
