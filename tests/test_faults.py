@@ -195,10 +195,24 @@ def test_2_ranks_then_1_then_4(sets, whole: tuple[int, Path], tmp_path: Path) ->
 def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = Job(run, [*sets.overrides(run), *TRAIN], "full disk")
-    assert job.runner.wait(timeout=120) == 2, job.log.read_text()[-3000:]
+    assert job.runner.wait(timeout=300) == 2, job.log.read_text()[-3000:]
     log = job.log.read_text()
     (line,) = [line for line in log.splitlines() if line.startswith("error:")]
     assert "the checkpoint of step 8 could not be written: [Errno 27] File too large" in line
     assert f"{checkpoint_path(run, 4)} and those before it are untouched" in line and "Traceback" not in log
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
     assert fault(checkpoint_path(run, 4)) is None
+
+
+def test_an_infinite_loss_of_one_rank_skips_steps_on_both_and_ends_the_run(sets, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(run, [*sets.overrides(run), *TRAIN, "health.max_bad_steps=5"], "bad loss")
+    assert job.runner.wait(timeout=300) == 2, job.log.read_text()[-3000:]
+    log = job.log.read_text()
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert "not finite in 5 steps in a row, up to step 9" in line and "Traceback" not in log
+    listed = [[json.loads(row) for row in (run / f"trouble-{rank}.jsonl").read_text().splitlines()] for rank in range(2)]
+    for rows in listed:
+        assert [row["step"] for row in rows] == [5, 6, 7, 8, 9] and all(len(row["keys"]) == 4 for row in rows)
+    assert not {*listed[0][0]["keys"]} & {*listed[1][0]["keys"]}
+    assert final_weights(run, 4) == final_weights(run, 8)
