@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def main(arguments: list[str]) -> int:
     train.ProgressLog.write = slowly  # type: ignore[method-assign]
     if fault == "evaluation":
         train.StopRequest, train.ProgressLog.write = Noted, evaluating  # type: ignore[misc,method-assign]
+    if fault == "bad loss" and os.environ["RANK"] == "1":  # from step 5 on
+        weighted_sum, calls = train.weighted_sum, count(1)
+        train.weighted_sum = lambda *sums: weighted_sum(*sums) + (torch.inf if next(calls) >= 5 else 0.0)
     if fault == "slow save" and os.environ["RANK"] == "1":
         read_back = checkpoint_writer.read_back
 

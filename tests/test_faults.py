@@ -30,7 +30,8 @@ pytestmark = pytest.mark.slow
 STEPS = 36
 TRAIN = (f"optim.steps={STEPS}", "checkpoint.every=4", "log_every=1", "optim.lr=0.1", "checkpoint.keep=20", "data.workers=1")
 FAULTY = str(Path(__file__).with_name("faulty_train.py"))
-SAVE_S = 25
+SAVE_S = 25  # from a request to a whole checkpoint
+END_S = 90  # until all processes are gone; on a busy machine an interpreter takes its time to end
 QUICK = {1: ("stop SIGTERM", "kill in save"), 2: ("kill rank", "stop in evaluation"), 3: ("kill launcher",)}
 EVERY = ("stop SIGTERM", "kill in save", "kill rank", "stop in evaluation", "kill launcher", "stop file", "stop SIGUSR1")
 ALL = os.environ.get("MMCLIP_FAULTS") == "all"
@@ -88,13 +89,13 @@ def strike(fault: str, job: Job, family: list[psutil.Process]) -> None:
         job.launcher.kill()
     elif fault == "stop SIGTERM":
         job.launcher.terminate()
-        assert job.runner.wait(timeout=SAVE_S + 10) == 1  # the launcher's own; hence the mark in the run folder
+        assert job.runner.wait(timeout=END_S) == 1  # the launcher's own; hence the mark in the run folder
     else:
         if fault == "stop file":
             (job.run / STOP_FILE).touch()
         else:
             job.rank(1).send_signal(signal.SIGUSR1 if fault == "stop SIGUSR1" else signal.SIGTERM)
-        assert job.runner.wait(timeout=SAVE_S + 10) == EXIT_CODE
+        assert job.runner.wait(timeout=END_S) == EXIT_CODE
 
 
 def break_run(fault: str, run: Path, overrides: list[str]) -> None:
@@ -110,9 +111,9 @@ def break_run(fault: str, run: Path, overrides: list[str]) -> None:
             job.until(MARKS[fault])
         else:
             job.after(begun + 6)
-        family, at = job.family, time.monotonic()
+        family, at = job.family, time.time()
         strike(fault, job, family)
-        _, alive = psutil.wait_procs(family, timeout=SAVE_S + 10)
+        _, alive = psutil.wait_procs(family, timeout=END_S)
         assert not alive, job.log.read_text()[-3000:]
     finally:
         for process in family or job.family:
@@ -120,8 +121,9 @@ def break_run(fault: str, run: Path, overrides: list[str]) -> None:
                 process.kill()
         job.runner.wait()
     if fault.startswith("stop") or fault == "kill launcher":
-        assert time.monotonic() - at < SAVE_S
-        print(f"{fault}: {time.monotonic() - at:.1f} s from the request to the end")
+        saved_after = (run / STOPPED).stat().st_mtime - at
+        assert saved_after < SAVE_S
+        print(f"{fault}: saved {saved_after:.1f} s after the request, all processes gone after {time.time() - at:.1f} s")
         mark = json.loads((run / STOPPED).read_text())
         assert mark["step"] == last_step(run) and mark["exit_code"] == EXIT_CODE
         assert checkpoint_path(run, mark["step"]).is_dir()  # nothing is lost
@@ -193,10 +195,24 @@ def test_2_ranks_then_1_then_4(sets, whole: tuple[int, Path], tmp_path: Path) ->
 def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = Job(run, [*sets.overrides(run), *TRAIN], "full disk")
-    assert job.runner.wait(timeout=120) == 2, job.log.read_text()[-3000:]
+    assert job.runner.wait(timeout=300) == 2, job.log.read_text()[-3000:]
     log = job.log.read_text()
     (line,) = [line for line in log.splitlines() if line.startswith("error:")]
     assert "the checkpoint of step 8 could not be written: [Errno 27] File too large" in line
     assert f"{checkpoint_path(run, 4)} and those before it are untouched" in line and "Traceback" not in log
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
     assert fault(checkpoint_path(run, 4)) is None
+
+
+def test_an_infinite_loss_of_one_rank_skips_steps_on_both_and_ends_the_run(sets, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(run, [*sets.overrides(run), *TRAIN, "health.max_bad_steps=5"], "bad loss")
+    assert job.runner.wait(timeout=300) == 2, job.log.read_text()[-3000:]
+    log = job.log.read_text()
+    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert "not finite in 5 steps in a row, up to step 9" in line and "Traceback" not in log
+    listed = [[json.loads(row) for row in (run / f"trouble-{rank}.jsonl").read_text().splitlines()] for rank in range(2)]
+    for rows in listed:
+        assert [row["step"] for row in rows] == [5, 6, 7, 8, 9] and all(len(row["keys"]) == 4 for row in rows)
+    assert not {*listed[0][0]["keys"]} & {*listed[1][0]["keys"]}
+    assert final_weights(run, 4) == final_weights(run, 8)

@@ -41,7 +41,11 @@ def gathered(value: T) -> list[T]:
 
 def sums(device: torch.device, **values: float | Tensor) -> dict[str, float]:
     """Each value summed over the ranks, in one small all-reduce. A value that is not finite spoils no other."""
-    row = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values.values()])
+    known = [0.0 if isinstance(value, Tensor) else float(value) for value in values.values()]
+    row = torch.tensor(known, dtype=torch.float64).to(device)  # one copy to the device for all of them
+    for place, value in enumerate(values.values()):
+        if isinstance(value, Tensor):
+            row[place] = value
     dist.all_reduce(row)
     watchdog.beat()
     return dict(zip(values, row.tolist(), strict=True))
