@@ -97,6 +97,7 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
         checkpoint_activations(model)
     optim = config.optim
     groups = parameter_groups(model, optim, layer_scales(model, optim.layer_decay))
+    settings = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in groups]
     ours = None
     if optim.name == "deepspeed":
         refuse_stale_locks()
@@ -113,6 +114,7 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
         ours.state.clear()
     elif optim.layer_decay < 1 and any("lr_scale" not in group for group in engine.optimizer.param_groups):
         raise ValueError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
+    engine.group_settings = settings  # for `mend_universal_load`
     return engine
 
 

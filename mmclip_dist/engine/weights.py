@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -78,6 +79,21 @@ def set_average(engine: Any, weights: dict[str, Tensor]) -> None:
     for weight, state in states.items():
         state[AVERAGE] = weight.detach().clone()
         weight.data.copy_(kept[weight])
+
+
+def mend_universal_load(engine: Any, average: dict[str, Tensor] | None) -> None:
+    """Put right what a load of DeepSpeed's universal checkpoints breaks (0.19.8), right after it.
+
+    Its converter drops every state but Adam's, so the average goes (give it whole, on every rank, where optim.ema is on). At
+    stage 3 every group gets the settings of the first one (weight decay!), and all groups share one step counter, which then
+    counts one for each group (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3).
+    """
+    for group, settings in zip(engine.optimizer.param_groups, engine.group_settings, strict=True):
+        group.update(settings)
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = torch.as_tensor(state["step"]).clone()
+    if average is not None:
+        set_average(engine, average)
 
 
 def _set_whole(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor], value: Tensor) -> None:

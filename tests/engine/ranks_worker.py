@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,53 +18,80 @@ import torch.distributed as dist
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine import deepspeed_engine
-from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, set_average, temperature
+from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, mend_universal_load, temperature
 from mmclip_dist.model.build import build_model
 from mmclip_dist.train import weighted_sum
 
 
-def run(folder: Path, config: Config, steps: list[list[Any]], diseases: list[str], probe: str | None) -> dict[str, Any]:
-    if probe == "fp16":
-        allow_fp16()
-    ds_json = deepspeed_engine.deepspeed_json(config, dist.get_world_size(), gpu=False)
+class Case:
+    """A configuration, and this rank's batch of each step."""
 
-    def new_engine(seed: int) -> Any:
-        tokenizer = load_tokenizer(str(config.model.text.tokenizer))
-        model = build_model(config.model_copy(update={"seed": seed}), tokenizer, diseases)
-        return deepspeed_engine.build_engine(model, config, ds_json)
+    def __init__(self, config: Config, batches: list[Any], diseases: list[str]) -> None:
+        self.config, self.batches, self.diseases = config, batches, diseases
 
-    engine = new_engine(config.seed)
-    own = [parts[dist.get_rank()] for parts in steps]
+    def engine(self, seed: int, **more: Any) -> Any:
+        """Other seeds start from other weights; more: sections of DeepSpeed's JSON."""
+        tokenizer = load_tokenizer(str(self.config.model.text.tokenizer))
+        model = build_model(self.config.model_copy(update={"seed": seed}), tokenizer, self.diseases)
+        ds_json = deepspeed_engine.deepspeed_json(self.config, dist.get_world_size(), gpu=False)
+        return deepspeed_engine.build_engine(model, self.config, ds_json | more)
+
+    def train(self, engine: Any, step: int) -> list[float]:
+        deepspeed_engine.set_learning_rate(engine, step, self.config)
+        losses = engine(self.batches[step % len(self.batches)])
+        engine.backward(weighted_sum(losses, self.config.loss))
+        engine.step()
+        return means(losses)
+
+    def looked_at(self, engine: Any) -> list[float]:
+        return means(engine.module(self.batches[0]))
+
+
+def trained(case: Case, engine: Any) -> dict[str, Any]:
+    """Every step's losses, gradient norm and weights, then the average in all the ways there are to see it."""
     found: dict[str, Any] = {"losses": [], "norms": [], "clipped": None, "weights": [full_weights(engine)]}
     found["average at first"] = averaged_weights(engine)
-    for step, batch in enumerate(own):
-        deepspeed_engine.set_learning_rate(engine, step, config)
-        losses = engine(batch)
-        engine.backward(weighted_sum(losses, config.loss))
-        engine.step()
-        found["losses"].append(means(losses))
+    for step in range(len(case.batches)):
+        found["losses"].append(case.train(engine, step))
         norm = engine.get_global_grad_norm()
         found["norms"].append(None if norm is None else float(norm))  # not told at stage 0 in float32
-        found["clipped"] = found["clipped"] or clipped_norm(engine, config)
+        found["clipped"] = found["clipped"] or clipped_norm(engine, case.config)
         found["weights"].append(full_weights(engine))
     found["rates"] = sorted({group["lr"] for group in engine.optimizer.param_groups})
     found["temperature"] = temperature(engine)
     found["average"], found["weights after"] = averaged_weights(engine), full_weights(engine)
-    found["losses before"] = means(engine.module(own[0]))
+    found["losses before"] = case.looked_at(engine)
     with averaged(engine):
-        found["losses averaged"] = means(engine.module(own[0]))
-    found["losses after"] = means(engine.module(own[0]))
-    if probe == "checkpoint":
-        engine.save_checkpoint(str(folder / "checkpoint"), tag="saved", save_latest=False)
-        second = new_engine(seed=7)
-        second.load_checkpoint(str(folder / "checkpoint"), tag="saved")
-        found["loaded"], found["loaded average"] = full_weights(second), averaged_weights(second)
-        given: list[Any] = [{name: value + 1 for name, value in found["average"].items()}]
-        dist.broadcast_object_list(given)
-        set_average(second, given[0])
-        found["set average"], found["weights after setting"] = averaged_weights(second), full_weights(second)
-        second.destroy()
-    engine.destroy()
+        found["losses averaged"] = case.looked_at(engine)
+    found["losses after"] = case.looked_at(engine)
+    return found
+
+
+def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
+    state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+    engine.save_checkpoint(str(folder), tag="saved", save_latest=False, client_state=state)
+    second = case.engine(seed=7)
+    second.load_checkpoint(str(folder), tag="saved")
+    found = {"loaded": full_weights(second), "loaded average": averaged_weights(second)}
+    second.destroy()
+    return found
+
+
+def converted(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
+    """One step further from DeepSpeed's universal form of what `reloaded` saved, and without the detour."""
+    average = [averaged_weights(engine)]
+    dist.broadcast_object_list(average)
+    if dist.get_rank() == 0:
+        convert(folder)
+    dist.barrier()
+    third = case.engine(seed=7, checkpoint={"load_universal": True})
+    third.load_checkpoint(str(folder), tag="converted")
+    mend_universal_load(third, average[0])
+    found = {"converted": full_weights(third), "converted average": averaged_weights(third)}
+    for one, name in ((engine, "next"), (third, "next of converted")):
+        case.train(one, len(case.batches))
+        found |= {name: full_weights(one), f"{name}, average": averaged_weights(one)}
+    third.destroy()
     return found
 
 
@@ -72,6 +100,19 @@ def means(losses: dict[str, Any]) -> list[float]:
     values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
+
+
+def convert(checkpoint: Path) -> None:
+    """checkpoint/saved -> checkpoint/converted, DeepSpeed's universal form."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(checkpoint / "saved"), output_folder=str(checkpoint / "converted"), num_extract_workers=1,
+            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False,
+        )
+    )  # fmt: skip
+    (checkpoint / "latest_universal").write_text("converted")
 
 
 def clipped_norm(engine: Any, config: Config) -> float:
@@ -97,8 +138,17 @@ def main(folder: Path) -> None:
     cases = json.loads((folder / "cases.json").read_text())
     data = torch.load(folder / "batches.pt", weights_only=False)
     for name, (overrides, probe) in cases.items():
+        if probe == "fp16":
+            allow_fp16()
         config = load_config("quickstart", overrides)
-        found = run(folder, config, data["steps"], data["diseases"], probe)
+        case = Case(config, [parts[dist.get_rank()] for parts in data["steps"]], data["diseases"])
+        engine = case.engine(config.seed)
+        found = trained(case, engine)
+        if probe in ("checkpoint", "universal"):
+            found |= reloaded(case, engine, folder / name)
+        if probe == "universal":
+            found |= converted(case, engine, folder / name)
+        engine.destroy()
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
             print(f"{name} done", flush=True)
