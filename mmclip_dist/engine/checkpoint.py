@@ -52,7 +52,7 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
     weights = full_weights(engine)
     averages = averaged_weights(engine) if config.optim.ema is not None else None
     if first:
-        write_model(temporary, engine.module, weights, averages, tokenizer, config, meta)
+        write_model(temporary, engine.module, tokenizer, config, meta, weights, averages)
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -63,10 +63,13 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
 
 
 def write_model(
-    folder: Path, model: MMCLIP, weights: dict[str, Tensor], averages: dict[str, Tensor] | None,
-    tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta,
+    folder: Path, model: MMCLIP, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta,
+    weights: dict[str, Tensor], averages: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Write what `load_model` reads: all that evaluation and the offline stages need. averages: of optim.ema, if on."""
+    """Write what `load_model` reads: all that evaluation and the offline stages need.
+
+    weights: those of the model, float32 on the CPU, by their names in `state_dict`; averages: alike, where optim.ema is on.
+    """
     save_file(weights, folder / WEIGHTS)
     if averages is not None:
         save_file(averages, folder / AVERAGED_WEIGHTS)
@@ -105,7 +108,7 @@ def resume(run_dir: Path, engine: Any, config: Config) -> int:
 
 def load_model(
     checkpoint: Path, *, average: bool = False
-) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:  # fmt: skip
+) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
     """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta.
 
     average: the exponential average of the weights. ValueError if the run kept none.

@@ -43,11 +43,13 @@ class ZeroShot:
 
 
 def zero_shot(
-    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, report: Callable[[int, int], None] | None = None
-) -> ZeroShot:
+    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, average: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> ZeroShot:  # fmt: skip
     """Evaluate a checkpoint (or a run's newest) on packed, labelled sets. report(done, total) in samples.
 
-    ValueError if a set was trained on, unless allow_leak, or if no class has positives and negatives.
+    average: the exponential average of the weights, not the last ones. ValueError if the run kept none, if a set was trained
+    on, unless allow_leak, or if no class has positives and negatives.
     """
     folder = resolve_checkpoint(checkpoint)
     manifests = [load_manifest(url) for url in urls]
@@ -60,7 +62,7 @@ def zero_shot(
                 f"{url} was trained on, so its scores would say nothing; evaluate on another split or set, "
                 "or pass --allow-leak"
             )
-    model, tokenizer, config, _ = load_model(folder)
+    model, tokenizer, config, _ = load_model(folder, average=average)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     classes = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.labels))
@@ -88,7 +90,8 @@ def zero_shot(
         )
     return _summarise(
         np.concatenate(scores), np.concatenate(labels), np.array(patients), undecodable, classes,
-        tuple(dict.fromkeys(f"{manifest.dataset}/{manifest.split}" for manifest in manifests)), weights_hash(folder),
+        tuple(dict.fromkeys(f"{manifest.dataset}/{manifest.split}" for manifest in manifests)),
+        weights_hash(folder, average=average),
     )  # fmt: skip
 
 
