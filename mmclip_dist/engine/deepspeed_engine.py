@@ -21,6 +21,8 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     ValueError where precision=fp16 asks for what the CPU cannot do.
     """
     optim, offload = config.optim, config.offload
+    share = optim.global_batch // world
+    micro = min(optim.micro_batch or share, share)
     if config.precision == "fp16" and not (gpu or _multiplies_fp16()):
         raise ValueError(
             "precision=fp16 on a CPU needs AVX512-FP16 (oneDNN multiplies float16 with nothing less, and DeepSpeed refuses "
@@ -33,8 +35,8 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
         zero["offload_param"] = {"device": offload.parameters, "pin_memory": gpu}
     derived: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
-        "train_micro_batch_size_per_gpu": optim.global_batch // world,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
         "gradient_clipping": optim.clip,
         "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},

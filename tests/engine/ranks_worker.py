@@ -18,9 +18,9 @@ import torch.distributed as dist
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine import deepspeed_engine
+from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, mend_universal_load, temperature
 from mmclip_dist.model.build import build_model
-from mmclip_dist.train import weighted_sum
 
 
 class Case:
@@ -38,8 +38,7 @@ class Case:
 
     def train(self, engine: Any, step: int) -> list[float]:
         deepspeed_engine.set_learning_rate(engine, step, self.config)
-        losses = engine(self.batches[step % len(self.batches)])
-        engine.backward(weighted_sum(losses, self.config.loss))
+        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config)
         engine.step()
         return means(losses)
 
