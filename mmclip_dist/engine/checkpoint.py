@@ -41,7 +41,7 @@ def write_model(
 
 def load_model(
     checkpoint: Path, *, average: bool = False
-) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:  # fmt: skip
+) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
     """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta.
 
     average: the exponential average of the weights. ValueError if the run kept none.

@@ -90,9 +90,9 @@ def parse_meta(data: bytes) -> Meta:
     return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
 
 
-def weights_hash(checkpoint: Path) -> str:
-    """sha256 of the weights: the identity of a checkpoint for what is made with it."""
-    with (checkpoint / WEIGHTS).open("rb") as handle:
+def weights_hash(checkpoint: Path, *, average: bool = False) -> str:
+    """sha256 of the weights (or of their average): the identity of a checkpoint for what is made with it."""
+    with (checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

@@ -64,37 +64,6 @@ def averaged(engine: Any) -> Iterator[None]:
         _refresh(engine)
 
 
-def set_average(engine: Any, weights: dict[str, Tensor]) -> None:
-    """Set the average to whole weights, which every rank gives: for checkpoints that lose it, as DeepSpeed's universal ones do.
-
-    ValueError if the optimizer holds no state yet: load the checkpoint first.
-    """
-    states = engine.basic_optimizer.state
-    if not states:
-        raise ValueError("the average of the weights is set after the optimizer's state is loaded, and none is loaded yet")
-    kept = {weight: weight.detach().clone() for weight in states}
-    masters = _masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        _set_whole(parameter, masters, weights[name])
-    for weight, state in states.items():
-        state[AVERAGE] = weight.detach().clone()
-        weight.data.copy_(kept[weight])
-
-
-def _set_whole(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor], value: Tensor) -> None:
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if hasattr(parameter, "ds_id"):
-        # ZeRO-3: DeepSpeed's setter of a whole weight fails where the ranks do not divide it (stage3.py, set_full_hp_param).
-        length = safe_get_local_fp32_param(parameter).numel()
-        padded = nn.functional.pad(value.float().flatten(), (0, length * dist.get_world_size() - value.numel()))
-        safe_set_local_fp32_param(parameter, padded.narrow(0, length * dist.get_rank(), length))
-    elif hasattr(parameter, "_hp_mapping"):
-        safe_set_full_fp32_param(parameter, value.float())
-    else:
-        masters.get(parameter, parameter).data.copy_(value)
-
-
 def _exchange(engine: Any) -> None:
     """Swap weights and averages where the optimizer keeps them; no communication."""
     for weight, state in engine.basic_optimizer.state.items():
