@@ -18,13 +18,14 @@ class LiveMemory(TorchDispatchMode):
     tensors; a library's own workspace inside one operation is not seen.
     """
 
-    def __init__(self, held: object = None) -> None:
-        """held: tensors (in any nesting) or modules and optimizers that exist already; None: all that gc knows."""
+    def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
         self._known: dict[int, int] = {}
-        for tensor in _tensors() if held is None else tree_leaves(held):
-            self._follow(tensor)
+        gc.collect()
+        for item in gc.get_objects():
+            if type(item) in (torch.Tensor, torch.nn.Parameter):
+                self._follow(item)
 
     def _follow(self, value: object) -> None:
         if not isinstance(value, torch.Tensor) or value.device.type == "meta":
@@ -45,8 +46,3 @@ class LiveMemory(TorchDispatchMode):
         for value in tree_leaves(found):
             self._follow(value)
         return found
-
-
-def _tensors() -> list[torch.Tensor]:
-    gc.collect()
-    return [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.live_memory import LiveMemory
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.model import cost
 from tests.model.synthetic_batch import VOCABULARY, batch_of, config_of, load_of, model_of
@@ -88,6 +89,25 @@ def test_what_autograd_keeps(one_rank: None, overrides: list[str], load: dict, b
     expected = load_of(config, **load)
     found = cost.pieces(config, expected, 2 if precision == "bf16" else 4)
     assert sum(p.saved * p.layers for p in found) == pytest.approx(kept_bytes(config, expected), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_fullest_moment_of_the_backward_pass(one_rank: None, checkpointed: bool, precision: str) -> None:
+    """Bytes alive in forward and backward, with every layer's activations kept and with the encoders' inputs alone."""
+    config = config_of("model.image={size: 64, patch: 8, width: 96, depth: 8, heads: 4}", batch=8, precision=precision)
+    load, number = load_of(config), 2 if precision == "bf16" else 4
+    model = model_of(config, load.prompts // 2).to(torch.bfloat16 if number == 2 else torch.float32)
+    if checkpointed:
+        model.vision.vit.gradient_checkpointing_enable({"use_reentrant": False})
+        model.text.bert.gradient_checkpointing_enable({"use_reentrant": False})
+    data = batch_of(config, load)
+    with LiveMemory() as live:
+        before = live.alive
+        torch.stack(list(model(data).values())).sum().backward()
+    found = cost.pieces(config, load, number)
+    moment = cost.fullest(cost.checkpointed(found) if checkpointed else found, number, most_gradients=1e12)
+    assert moment.total == pytest.approx(live.peak - before, rel=0.15)
 
 
 def test_published_flops_of_clip_g_14() -> None:

@@ -1,0 +1,366 @@
+"""A run on paper: memory of each GPU by part, time of a step by part, and which ZeRO stage and micro batch fit.
+
+Pure functions of a `Setup` (the run and its machines) and a `Choice` (how the run is laid out on them). What is allocated follows
+DeepSpeed 0.19 and is checked against measured memory by tests/engine/test_plan.py; times are computed from the card's table
+(`cards.py`) and the assumptions below, which no one has measured for this model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from mmclip_dist.config import Config
+from mmclip_dist.engine.cards import Card
+from mmclip_dist.model import cost
+
+# Share of the nominal bandwidth that is reached: element-wise kernels over HBM, collectives over NVLink and the network.
+HBM_SHARE, LINK_SHARE = 0.8, 0.8
+# Share of the float32 peak that matrix products reach.
+FP32_SHARE = 0.7
+# Seconds that a collective over N ranks takes besides its bytes: this times log2 N.
+HOP_S = 10e-6
+# PCIe 4.0 x16, one way: what offloaded states travel over. Bytes/s of the host's memory for one rank's share of Adam.
+HOST_LINK, HOST_MEMORY = 25e9, 20e9
+# CUDA context, cuBLAS workspace and NCCL's buffers; and what the caching allocator loses to fragmentation.
+RESERVE, FRAGMENTATION = 1.5 * 2**30, 0.05
+# Radiographs of 512 pixels that one loader process decodes a second (shards/bench/results/loader.md).
+DECODED_PER_S = 580.0
+# DeepSpeed's defaults, for what the passthrough section leaves open: parameters in a bucket, parameters kept gathered.
+BUCKET, LIVE = 5e8, 1e9
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the plan must know of the data. Lengths are means of what is computed: padding counts where it is not skipped."""
+
+    tokens: float = 45.0  # of a report; about the mean of MIMIC-CXR's findings and impression with a medical tokenizer
+    masked: float = 10.0  # of them hidden by EntMLM
+    paired: float = 1.0  # share of the samples that have a report
+    diseases: int = 14
+    prompt_tokens: float = 10.0
+    vocabulary: int = 28_996  # Bio_ClinicalBERT
+    sample_bytes: float = 64e3  # a 512-pixel JPEG and its report
+    samples: int | None = None  # of one epoch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run is laid out. micro_batch: samples of one rank in one pass; fewer than its share: gradient caching."""
+
+    zero_stage: int
+    micro_batch: int
+    checkpoint_activations: bool = False
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def overrides(self) -> list[str]:
+        """As `key=value` for the command line; what is off by default and stays off is left out."""
+        on = {
+            "model.checkpoint_activations": self.checkpoint_activations, "offload.optimizer": self.offload_optimizer,
+            "offload.parameters": self.offload_parameters,
+        }  # fmt: skip
+        found = [f"zero_stage={self.zero_stage}", f"optim.micro_batch={self.micro_batch}"]
+        return found + [f"{key}=true" for key, value in on.items() if value]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run and its machines. bucket: parameters that DeepSpeed reduces together. overlap: communication beside backward work,
+    None: DeepSpeed's default (stage 3 alone). fused: AdamW in one kernel, as on every GPU."""
+
+    config: Config
+    corpus: Corpus
+    card: Card
+    gpus: int
+    per_node: int
+    mfu: float
+    bucket: float = BUCKET
+    overlap: bool | None = None
+    fused: bool = True
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.gpus / self.per_node)
+
+    @property
+    def share(self) -> int:
+        """Samples of one step on one rank."""
+        return self.config.optim.global_batch // self.gpus
+
+    @property
+    def number(self) -> int:
+        """Bytes of a weight, and of an activation."""
+        return 4 if self.config.precision == "fp32" else 2
+
+    @property
+    def parameters(self) -> float:
+        return cost.parameters(self.config, self.corpus.vocabulary)
+
+
+def setup_of(
+    config: Config, card: Card, gpus: int, *, corpus: Corpus = Corpus(), per_node: int | None = None, mfu: float | None = None
+) -> Setup:
+    """Everything that a plan is computed from; ValueError where the run cannot be spread over so many GPUs."""
+    per_node = per_node or card.per_node
+    if gpus > per_node and gpus % per_node:
+        low = gpus // per_node * per_node
+        raise ValueError(
+            f"{gpus} GPUs do not fill nodes of {per_node}; use {low} or {low + per_node}, or set --per-node to what a node has"
+        )
+    if mfu is not None and not 0 < mfu <= 1:
+        raise ValueError(f"--mfu is a share of the card's peak, between 0 and 1; found {mfu}")
+    if config.optim.global_batch % gpus:
+        low = config.optim.global_batch // gpus * gpus
+        near = " or ".join(str(batch) for batch in (low, low + gpus) if batch)
+        raise ValueError(f"optim.global_batch={config.optim.global_batch} does not divide over {gpus} GPUs; set it to {near}")
+    config.check_world(gpus)
+    zero: dict[str, Any] = config.deepspeed.get("zero_optimization", {})
+    return Setup(
+        config, corpus, card, gpus, per_node, mfu or card.mfu,
+        bucket=float(zero.get("reduce_bucket_size", BUCKET)), overlap=zero.get("overlap_comm"),
+    )  # fmt: skip
+
+
+def configured(config: Config, gpus: int) -> Choice:
+    """The layout that the configuration asks for."""
+    return Choice(zero_stage=config.zero_stage, micro_batch=config.optim.global_batch // gpus)
+
+
+def load_of(setup: Setup, choice: Choice) -> cost.Load:
+    """One pass of one rank."""
+    corpus, sources = setup.corpus, setup.config.data.sources
+    known = bool(sources) and all(source.attention for source in sources)
+    return cost.Load(
+        choice.micro_batch, choice.micro_batch * corpus.paired, corpus.tokens, corpus.masked, 2 * corpus.diseases,
+        corpus.prompt_tokens, corpus.vocabulary, setup.config.optim.global_batch * corpus.paired, scored=0.0 if known else 1.0,
+    )  # fmt: skip
+
+
+# -- Memory -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the fullest moment of a step; `host` beside it, on its node."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    batch: float
+    workspace: float
+    reserve: float
+    host: float
+
+    @property
+    def allocated(self) -> float:
+        """What the framework allocates: all but the reserve."""
+        parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss, self.batch, self.workspace)
+        return sum(parts)
+
+    @property
+    def total(self) -> float:
+        return self.allocated + self.reserve
+
+
+def memory(setup: Setup, choice: Choice) -> Memory:
+    """The fullest of three moments: inside the backward pass, at its end (gradients reduced), and in the optimizer's step."""
+    count, number, ranks = setup.parameters, setup.number, setup.gpus
+    sharded = count / ranks if choice.zero_stage >= 1 else count
+    gathered = min(count, LIVE) * number if choice.zero_stage == 3 and ranks > 1 else 0.0
+    own = number * (sharded if choice.zero_stage == 3 else count)
+    weights = (0.0 if choice.offload_parameters else own) + gathered
+    # Adam's two moments, and a float32 master copy: of float32 weights too, except at stage 0.
+    states = (8 if choice.zero_stage == 0 and number == 4 else 12) * sharded
+
+    held, growing, reduced = _gradients(setup, choice, number * count, number * sharded)
+    found = cost.pieces(setup.config, load_of(setup, choice), number)
+    if choice.checkpoint_activations:
+        found = cost.checkpointed(found)
+    inside = cost.fullest(found, number, most_gradients=growing)
+    inside = replace(inside, gradients=inside.gradients + held)
+    end = cost.Moment(0.0, 0.0, reduced, held + growing)
+    # Gradients of the step in float32, and what an unfused Adam computes beside them.
+    cast = 4.0 * (0 if choice.zero_stage == 0 and number == 4 else 1) * sharded
+    unfused = 0.0 if setup.fused or choice.zero_stage == 0 else 8.0 * sharded
+    step = cost.Moment(0.0, 0.0, 0.0 if choice.offload_optimizer else cast + unfused, number * sharded)
+    most = max(inside, end, step, key=lambda moment: moment.total)
+
+    images, text, side = setup.share, setup.config.model.text.max_tokens, setup.config.model.image.grid
+    batch = images * (4.0 * setup.config.model.image.size**2 + 8.0 * side**2 + 26.0 * min(setup.corpus.tokens, text))
+    host = (states + 4 * sharded if choice.offload_optimizer else 0) + (own if choice.offload_parameters else 0)
+    device = Memory(
+        weights, most.gradients, 0.0 if choice.offload_optimizer else states, most.activations, most.loss, batch,
+        most.workspace, 0.0, host,
+    )  # fmt: skip
+    return replace(device, reserve=RESERVE + FRAGMENTATION * device.allocated)
+
+
+def _gradients(setup: Setup, choice: Choice, whole: float, sharded: float) -> tuple[float, float, float]:
+    """Bytes of gradients -> held all through the backward pass, growing in it at most, and copied at its end.
+
+    Stages 0 and 1 reduce at the end. Stages 2 and 3 keep a partition, and reduce a bucket when it is full; one that takes the
+    whole model makes stage 2 no better than stage 1.
+    """
+    bucket = setup.bucket * setup.number
+    beside = 2 if (setup.overlap if setup.overlap is not None else choice.zero_stage == 3) else 1
+    if choice.zero_stage == 3 or (choice.zero_stage == 2 and bucket < whole):
+        return sharded, min(whole, beside * bucket), 0.0
+    copied = min(whole, BUCKET * setup.number) if choice.zero_stage == 0 else sharded  # stage 0 knows no reduce_bucket_size
+    if choice.micro_batch < setup.share:  # they are summed over the passes
+        return whole, 0.0, copied
+    return 0.0, whole, copied
+
+
+# -- Time ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step of one rank. compute: the larger of `products` and `element_wise`, since the published MFU holds both.
+    exposed: communication that nothing hides. The loader works beside all of it."""
+
+    products: float
+    element_wise: float
+    loss: float
+    optimizer: float
+    communication: float
+    exposed: float
+    data: float
+    flops: float
+
+    @property
+    def compute(self) -> float:
+        return max(self.products, self.element_wise)
+
+    @property
+    def total(self) -> float:
+        return max(self.compute + self.loss + self.optimizer + self.exposed, self.data)
+
+
+def step_time(setup: Setup, choice: Choice) -> StepTime:
+    """Time from multiplications, memory traffic, and bytes over the links."""
+    passes = setup.share / choice.micro_batch
+    found = cost.pieces(setup.config, load_of(setup, choice), setup.number)
+    encoders = tuple(piece for piece in found if piece.name != "contrastive loss")
+    model, contrastive = cost.training_flops(encoders) * passes, cost.training_flops(found) * passes
+    contrastive -= model
+    again = passes * cost.recomputed_flops(encoders, checkpointed=choice.checkpoint_activations, cached=passes > 1)
+    slow, fast = setup.card.flops_fp32 * FP32_SHARE, setup.card.flops * setup.mfu
+    sharded = setup.parameters / (setup.gpus if choice.zero_stage else 1)
+    moved = passes * (sum(p.moved * p.layers for p in found) + 3 * setup.number * setup.parameters)
+    states = sharded * (24 + 2 * setup.number)  # gradient, master copy and moments read; the last three and the weight written
+    optimizer = states / (setup.card.hbm * HBM_SHARE)
+    if choice.offload_optimizer:
+        optimizer = 2 * setup.number * sharded / HOST_LINK + states / HOST_MEMORY
+    products = (model + again) / (slow if setup.config.precision == "fp32" else fast)
+    travelling = communication(setup, choice)
+    if choice.offload_parameters:
+        travelling += 2 * passes * setup.number * sharded / HOST_LINK
+    hides = setup.overlap if setup.overlap is not None else choice.zero_stage == 3
+    return StepTime(
+        products, moved * (1 + again / model) / (setup.card.hbm * HBM_SHARE),
+        contrastive / (slow if setup.config.loss.impl == "torch" else fast), optimizer, travelling,
+        max(0.0, travelling - products * 2 / 3) if hides else travelling,
+        setup.share / (max(1, setup.config.data.workers) * DECODED_PER_S), model + contrastive,
+    )  # fmt: skip
+
+
+def communication(setup: Setup, choice: Choice) -> float:
+    """Seconds of collectives in one step. In units of all the weights: stages 0 to 2 gather and scatter once (stage 2 scatters in
+    every pass), stage 3 gathers for each forward and backward pass; the contrastive loss gathers its texts twice and scatters
+    their gradients."""
+    if setup.gpus == 1:
+        return 0.0
+    passes, count = math.ceil(setup.share / choice.micro_batch), setup.parameters
+    gathers, scatters = 1, passes if choice.zero_stage >= 2 else 1
+    if choice.zero_stage == 3:
+        gathers = passes * (3 if passes > 1 else 2)
+    texts = setup.config.optim.global_batch * setup.corpus.paired * setup.config.model.embed
+    bytes_of_all = (gathers + scatters) * setup.number * count + 3 * 4 * texts
+    layers = sum(p.layers for p in cost.pieces(setup.config, load_of(setup, choice), setup.number))
+    calls = (gathers + scatters) * (layers if choice.zero_stage == 3 else math.ceil(count / setup.bucket)) + 3
+    return links(setup, bytes_of_all) + calls * HOP_S * math.log2(setup.gpus)
+
+
+def links(setup: Setup, size: float) -> float:
+    """Seconds to gather (or scatter) `size` bytes over all ranks: every card of a node must get what its neighbours and the other
+    nodes hold, and a node's cards share its network."""
+    local = min(setup.gpus, setup.per_node)
+    inside = size * (local - 1) / local / setup.card.nvlink
+    across = size * (setup.nodes - 1) / setup.nodes / setup.card.network
+    return max(inside, across) / LINK_SHARE
+
+
+# -- Choices ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    setup: Setup
+    choice: Choice
+    memory: Memory
+    time: StepTime
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.setup.card.memory
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.setup.config.optim.global_batch / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        """Of the whole step, communication and all."""
+        return self.time.flops / self.time.total / self.setup.card.flops
+
+    @property
+    def days(self) -> float:
+        return self.setup.config.optim.last_step * self.time.total / 86_400
+
+
+def plan(setup: Setup, choice: Choice) -> Plan:
+    if setup.share % choice.micro_batch:
+        raise ValueError(f"optim.micro_batch={choice.micro_batch} does not divide the {setup.share} samples of a rank")
+    return Plan(setup, choice, memory(setup, choice), step_time(setup, choice))
+
+
+def layouts() -> Iterator[Choice]:
+    """Every layout apart from its micro batch, the simplest first."""
+    for stage in range(4):
+        for checkpoint in (False, True):
+            for optimizer, weights in ((False, False), (True, False), (True, True)):
+                if stage >= (3 if weights else 1 if optimizer else 0):  # DeepSpeed offloads from stages 1 and 3 on
+                    yield Choice(stage, 1, checkpoint, optimizer, weights)
+
+
+def largest(setup: Setup, layout: Choice) -> Plan:
+    """The plan with the largest micro batch that fits; if none does, that of the smallest."""
+    micro_batches = [size for size in range(setup.share, 0, -1) if setup.share % size == 0]
+    found = (plan(setup, replace(layout, micro_batch=size)) for size in micro_batches)
+    return next((candidate for candidate in found if candidate.fits or candidate.choice.micro_batch == 1))
+
+
+def recommend(plans: list[Plan]) -> Plan:
+    """The fastest that fits; of those within 1% of it the simplest, that is the first. ValueError if none fits."""
+    fitting = [candidate for candidate in plans if candidate.fits]
+    if not fitting:
+        least = min(plans, key=lambda candidate: candidate.memory.total)
+        part, size = max(_parts(least.memory), key=lambda item: item[1])
+        raise ValueError(
+            f"nothing fits: the least of all layouts ({' '.join(least.choice.overrides())}) needs "
+            f"{least.memory.total / 2**30:.1f} GiB of {least.setup.card.memory / 2**30:.1f}, most of it {part} "
+            f"({size / 2**30:.1f} GiB); use more GPUs, a card with more memory (--gpu), a smaller model, or a smaller "
+            "deepspeed.zero_optimization.reduce_bucket_size"
+        )
+    best = min(candidate.time.total for candidate in fitting)
+    return next(candidate for candidate in fitting if candidate.time.total <= 1.01 * best)
+
+
+def _parts(found: Memory) -> list[tuple[str, float]]:
+    return [(field.name, getattr(found, field.name)) for field in fields(found) if field.name != "host"]

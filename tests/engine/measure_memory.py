@@ -1,0 +1,54 @@
+"""Measures what steps of real DeepSpeed engines allocate, in a process of its own (DeepSpeed keeps its first process group):
+
+    python -m engine.measure_memory FOLDER '[{"overrides": [], "batch": 8, "tokens": 40, "masked": 10, "stage": 1, "precision": "fp32"}]'
+
+prints the bytes of each case as JSON. On a GPU the allocator's own peak counts, else that of `LiveMemory`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.live_memory import LiveMemory
+from mmclip_dist.data.batch import to_device
+from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
+from model.synthetic_batch import batch_of, config_of, load_of, model_of
+
+BUCKET = 100_000
+
+
+def measured(case: dict[str, Any], device: torch.device) -> int:
+    """Most bytes allocated in the second step of an engine: the first one makes Adam's moments."""
+    config = config_of(*case["overrides"], batch=case["batch"], precision=case["precision"])
+    load = load_of(config, tokens=case["tokens"], masked=case["masked"], scored=config.attmim.mode == "feature")
+    document = deepspeed_json(config, 1, gpu=device.type == "cuda")
+    document["zero_optimization"] = {"stage": case["stage"], "reduce_bucket_size": BUCKET, "overlap_comm": False}
+    before = torch.cuda.memory_allocated() if device.type == "cuda" else LiveMemory().alive
+    engine = build_engine(model_of(config, load.prompts // 2).to(device), config, document)
+    step(engine, to_device(batch_of(config, load), device))
+    data = to_device(batch_of(config, load), device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step(engine, data)
+        return torch.cuda.max_memory_allocated() - before
+    with LiveMemory() as live:
+        step(engine, data)
+    return live.peak - before
+
+
+def step(engine: Any, data: Any) -> None:
+    engine.backward(torch.stack(list(engine(data).values())).sum())
+    engine.step()
+
+
+if __name__ == "__main__":
+    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+    *_, where = start_distributed(threads=1)
+    print("MEASURED " + json.dumps([measured(case, where) for case in json.loads(sys.argv[2])]))
+    dist.destroy_process_group()
