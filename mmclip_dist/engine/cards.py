@@ -45,7 +45,7 @@ CARDS = (
          8, 0.21, f"no published figure; that of the H100: {_NEMO_H100}"),
     Card("gh200", "NVIDIA GH200", 989 * TERA, 67 * TERA, 97_871 * MIB, 4_000 * GIGA, 450 * GIGA, 100 * GIGA,
          4, 0.21, _LAION_GH200),
-    # HBM of the B200: 7,680 bits x 3,996 MHz x 2 as the driver reports (pytorch/ao pull request 4002); the sheet says up to 8 TB/s.
+    # HBM of the B200: 7,680 bits x 3,996 MHz x 2 as the driver reports (pytorch/ao pull request 4002); the sheet: up to 8 TB/s.
     Card("b200", "NVIDIA B200", 2_250 * TERA, 75 * TERA, 183_359 * MIB, 7_672 * GIGA, 900 * GIGA, 400 * GIGA,
          8, 0.21, f"no published figure; that of the H100: {_NEMO_H100}"),
 )  # fmt: skip

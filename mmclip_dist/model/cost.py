@@ -192,11 +192,10 @@ def _contrastive(config: Config, load: Load) -> Piece:
 def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
     image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images
     patches, words = image.grid**2, load.tokens + load.prompts
+    inputs = rows * (patches * image.width + words * text.width)
     yield Piece(
-        "image decoder: inputs", flops=2.0 * rows * decoder.width * (patches * image.width + words * text.width), again=False,
+        "image decoder: inputs", flops=2.0 * decoder.width * inputs, again=False, saved=inputs * number, work=inputs * number,
         parameters=(image.width + text.width + patches + 3) * decoder.width,
-        saved=rows * (patches * image.width + words * text.width) * number,
-        work=rows * (patches * image.width + words * text.width) * number,
     )  # fmt: skip
     yield _decoder_layer("image decoder", decoder, rows, patches, words, number)
     pixels = image.patch**2
@@ -214,11 +213,10 @@ def _entmlm(config: Config, load: Load, number: int) -> Iterator[Piece]:
     patches = float(image.grid**2)
     if config.attmim.mode == "split" and _rebuilds(config):
         patches = round(config.attmim.salient_keep * patches) + round(config.attmim.context_keep * patches)
+    inputs = rows * (load.tokens * text.width + patches * image.width)
     yield Piece(
-        "text decoder: inputs", flops=2.0 * rows * decoder.width * (load.tokens * text.width + patches * image.width), again=False,
+        "text decoder: inputs", flops=2.0 * decoder.width * inputs, again=False, saved=inputs * number, work=inputs * number,
         parameters=(text.width + image.width + text.max_tokens + 3) * decoder.width,
-        saved=rows * (load.tokens * text.width + patches * image.width) * number,
-        work=rows * (load.tokens * text.width + patches * image.width) * number,
     )  # fmt: skip
     yield _decoder_layer("text decoder", decoder, rows, load.tokens, patches, number)
     hidden = rows * load.masked

@@ -1,6 +1,7 @@
 """Measures what steps of real DeepSpeed engines allocate, in a process of its own (DeepSpeed keeps its first process group):
 
-    python -m engine.measure_memory FOLDER '[{"overrides": [], "batch": 8, "tokens": 40, "masked": 10, "stage": 1, "precision": "fp32"}]'
+    python -m tests.engine.measure_memory PORT '[{"overrides": [], "batch": 8, "tokens": 40, "masked": 10,
+                                                  "stage": 1, "precision": "fp32"}]'
 
 prints the bytes of each case as JSON. On a GPU the allocator's own peak counts, else that of `LiveMemory`.
 """
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine.live_memory import LiveMemory
 from mmclip_dist.data.batch import to_device
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
-from model.synthetic_batch import batch_of, config_of, load_of, model_of
+from tests.engine.live_memory import LiveMemory
+from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 
 BUCKET = 100_000
 

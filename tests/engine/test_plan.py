@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
-from engine.measure_memory import BUCKET
-from mmclip_dist.engine.cards import card_named
-from mmclip_dist.engine.plan import Choice, Corpus, Setup, memory
+from mmclip_dist.cli import app
+from mmclip_dist.config import load_config
+from mmclip_dist.engine.cards import card_named, card_of_device
+from mmclip_dist.engine.plan import (
+    Choice,
+    Corpus,
+    Setup,
+    communication,
+    largest,
+    layouts,
+    links,
+    memory,
+    plan,
+    recommend,
+    setup_of,
+)  # fmt: skip
+from tests.engine.measure_memory import BUCKET
 from tests.model.synthetic_batch import PROMPT_TOKENS, VOCABULARY, config_of, load_of
 
 SHAPES: list[dict[str, Any]] = [
@@ -28,7 +46,7 @@ SHAPES: list[dict[str, Any]] = [
 ]  # fmt: skip
 STAGES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 CASES = [shape | {"stage": stage, "precision": precision} for shape in (SHAPES[0], SHAPES[-1]) for stage, precision in STAGES]
-CASES += [shape | {"stage": 1, "precision": precision} for shape, precision in zip(SHAPES, ("fp32", "bf16", "fp32", "bf16"))]
+CASES += [shape | {"stage": 1, "precision": ("fp32", "bf16")[index % 2]} for index, shape in enumerate(SHAPES[:-1])]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +55,8 @@ def allocated() -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "engine.measure_memory", port, json.dumps(CASES)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=Path(__file__).parents[1])
+    command = [sys.executable, "-m", "tests.engine.measure_memory", port, json.dumps(CASES)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=Path(__file__).parents[2])
     lines = [line for line in found.stdout.splitlines() if line.startswith("MEASURED ")]
     assert found.returncode == 0 and lines, found.stdout[-2000:] + found.stderr[-3000:]
     values: list[int] = json.loads(lines[0].removeprefix("MEASURED "))
@@ -56,3 +74,117 @@ def test_memory_is_what_deepspeed_allocates(allocated: list[int], index: int) ->
     planned = memory(setup, Choice(case["stage"], case["batch"]))
     print(f"RATIO {planned.allocated / allocated[index]:.3f} {case} {planned}")
     assert planned.allocated == pytest.approx(allocated[index], rel=0.15), (case, planned)
+
+
+BIG = ("optim.global_batch=4096", "data.streams=4096")
+
+
+def vit_b16(*overrides: str, gpus: int = 64, card: str = "h100", **options: Any) -> Setup:
+    return setup_of(load_config("mmclip_vit_b16", [*BIG, *overrides]), card_named(card), gpus, **options)
+
+
+def test_what_each_stage_shards() -> None:
+    setup, number = vit_b16(), vit_b16().parameters
+    found = [memory(setup, Choice(stage, 64)) for stage in range(4)]
+    assert [m.optimizer for m in found] == [12 * number, *[12 * number / 64] * 3]
+    assert [m.weights for m in found] == [2 * number] * 3 + [pytest.approx(2 * number * (1 + 1 / 64))]  # gathered to compute
+    small = vit_b16("deepspeed={zero_optimization: {reduce_bucket_size: 1000000}}")
+    assert memory(small, Choice(2, 16)).gradients < 0.1 * memory(small, Choice(1, 16)).gradients
+    offloaded = memory(setup, Choice(3, 64, offload_optimizer=True, offload_parameters=True))
+    assert offloaded.optimizer == 0 and offloaded.weights == 2 * number and offloaded.host > 12 * number / 64
+
+
+def test_checkpointing_and_small_passes_trade_time_for_memory() -> None:
+    setup = vit_b16()
+    plain, checkpointed, cached = (plan(setup, c) for c in (Choice(1, 64), Choice(1, 64, True), Choice(1, 16)))
+    for saving in (checkpointed, cached):
+        assert saving.memory.total < 0.8 * plain.memory.total and saving.time.total > 1.1 * plain.time.total
+    assert checkpointed.time.flops == plain.time.flops  # recomputed work is no model FLOP
+    with pytest.raises(ValueError, match=r"micro_batch=48 does not divide the 64"):
+        plan(setup, Choice(1, 48))
+
+
+def test_links_by_hand() -> None:
+    """H100 nodes: 450 GB/s between neighbours, 400 GB/s out of a node, 80% of either reached."""
+    assert links(vit_b16(gpus=8), 8e9) == pytest.approx(8e9 * 7 / 8 / 450e9 / 0.8)
+    assert links(vit_b16(gpus=64), 8e9) == pytest.approx(8e9 * 7 / 8 / 400e9 / 0.8)
+    assert communication(vit_b16(gpus=1), Choice(1, 4096)) == 0
+    one, three = communication(vit_b16(), Choice(1, 64)), communication(vit_b16(), Choice(3, 64))
+    assert three > 1.4 * one  # three times the weights over the links in place of two
+    assert communication(vit_b16(), Choice(2, 16)) > 2 * communication(vit_b16(), Choice(1, 16))  # it scatters in every pass
+
+
+def test_the_time_is_that_of_the_assumed_share_of_the_peak() -> None:
+    setup = vit_b16("loss.image=0", gpus=1, mfu=0.5)
+    found = plan(setup, Choice(1, 4096))
+    per_sample = found.time.flops / 4096
+    assert 3 * 2 * 86e6 * 196 < per_sample < 3 * 2 * 150e6 * 196  # the ViT-B's parameters on its patches, and some text
+    assert found.time.products == pytest.approx(found.time.flops / (0.5 * 989e12), rel=0.01)
+    assert found.mfu == pytest.approx(0.5, abs=0.02)
+    slow_loader = plan(vit_b16("data.workers=0", gpus=64), Choice(1, 64))
+    assert slow_loader.time.total == slow_loader.time.data == pytest.approx(64 / 580)
+
+
+def test_the_recommended_layout_fits_and_the_least_is_named_where_none_does() -> None:
+    setup = vit_b16("model.image={width: 1408, depth: 40, heads: 16, size: 224, patch: 14}", gpus=8, card="a100-40")
+    found = [largest(setup, layout) for layout in layouts()]
+    best = recommend(found)
+    assert best.fits and best.choice.micro_batch < setup.share
+    larger = plan(setup, replace(best.choice, micro_batch=2 * best.choice.micro_batch))
+    assert not larger.fits
+    assert all(c.time.total > best.time.total / 1.05 for c in found if c.fits)
+    huge = vit_b16("model.image={width: 8192, depth: 64, heads: 64, size: 224, patch: 14}", gpus=1, card="a100-40")
+    with pytest.raises(ValueError, match=r"nothing fits: .*GiB of 40\.0.*use more GPUs"):
+        recommend([largest(huge, layout) for layout in layouts()])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gpus": 12}, "12 GPUs do not fill nodes of 8; use 8 or 16"),
+        ({"gpus": 24}, r"global_batch=4096 does not divide over 24 GPUs; set it to 4080 or 4104"),
+        ({"gpus": 1024}, r"data\.streams=4096 does not divide over 1024 ranks x 8 loader"),
+        ({"mfu": 21.0}, "between 0 and 1"),
+        ({"card": "v100"}, "the known ones are a100-40, a100-80, h100"),
+    ],
+)
+def test_bad_input_says_what_to_change(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vit_b16(**arguments)
+
+
+def test_cards_are_known_by_the_name_of_their_driver() -> None:
+    for device, name in {
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80",
+        "NVIDIA GH200 480GB": "gh200", "NVIDIA B200": "b200", "NVIDIA H100 PCIe": None, "NVIDIA H200 NVL": None,
+        "NVIDIA GB200": None, "Tesla V100-SXM2-32GB": None,
+    }.items():  # fmt: skip
+        card = card_of_device(device)
+        assert (card and card.name) == name
+
+
+def test_the_command_prints_every_part_and_overrides_to_paste(capsys: pytest.CaptureFixture[str]) -> None:
+    command(["mmclip_vit_b16", "--gpus", "8", "--gpu", "h200", "--price", "2.5", "--samples", "1000000"])
+    out = capsys.readouterr().out
+    for part in (
+        "weights", "gradients", "optimizer", "activations", "loss", "workspace", "reserve", "communication", "data", "samples/s",
+        "MFU assumed of the compute: 21.0% (", "51.2 epochs", "at 2.5 a GPU hour", "<- as configured",
+    ):  # fmt: skip
+        assert part in out, part
+    assert "computed on paper, not measured" in out
+    pasted = next(line for line in out.splitlines() if line.startswith("recommended: ")).split()[1:]
+    assert pasted == ["zero_stage=1", "optim.micro_batch=128"]
+
+
+def test_the_tables_of_the_scaling_document_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "launch" / "scaling.md").read_text()
+    blocks = re.findall(r"```\n(mmclip plan .*?)\n```\n\n(\|.*?\n)(?:\n|\Z)", text, re.DOTALL)
+    assert len(blocks) >= 5
+    for line, table in blocks:
+        command(shlex.split(line.replace("\\\n", " "))[2:])
+        assert capsys.readouterr().out == table, line
+
+
+def command(arguments: list[str]) -> None:
+    found = typer.main.get_command(app).main(["plan", *arguments], standalone_mode=False)
+    assert not found

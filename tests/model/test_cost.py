@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.live_memory import LiveMemory
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.model import cost
+from tests.engine.live_memory import LiveMemory
 from tests.model.synthetic_batch import VOCABULARY, batch_of, config_of, load_of, model_of
 
 
