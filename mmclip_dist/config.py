@@ -199,6 +199,14 @@ class Optim(Section):
         return self.steps if self.stop_at is None else self.stop_at
 
 
+class Track(Section):
+    """Where the metrics go besides metrics.jsonl; `pip install mmclip-dist[tracking]` brings what they need."""
+
+    tensorboard: bool = False  # event files in RUN/tensorboard
+    wandb: str | None = None  # Weights & Biases: the project
+    mlflow: str | None = None  # the tracking URI, http://... or sqlite:///...
+
+
 class Checkpoint(Section):
     every: int = Field(1000, gt=0)  # steps
     keep: int = Field(2, gt=0)  # newest ones kept
@@ -222,6 +230,7 @@ class Config(Section):
     loss: Loss = Loss()
     optim: Optim
     checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
 
     def check_world(self, world: int) -> None:

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmclip_shards.chunks import Tally
 from torch import Tensor
 
 from mmclip_dist.config import Config, Loss, load_config
-from mmclip_dist.data.batch import Batch, to_device
+from mmclip_dist.data.batch import to_device
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
 from mmclip_dist.data.tokenizer import load_tokenizer
@@ -29,14 +25,17 @@ from mmclip_dist.engine import checkpoint
 from mmclip_dist.engine.checkpoint_folder import Meta
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.orphans import exit_with_launcher
+from mmclip_dist.engine.progress_log import ProgressLog
 from mmclip_dist.engine.quarantine import Quarantine
-from mmclip_dist.engine.run import MetricsLog, describe, host_memory_gib, locked
+from mmclip_dist.engine.run import MetricsLog, describe, locked
+from mmclip_dist.engine.trackers import check_trackers, open_trackers
 from mmclip_dist.model.build import build_model
 
 
 def train(config: Config) -> None:
     """Train until `config.optim.last_step`, from the newest checkpoint of the run folder if there is one."""
     config.check_sources()
+    check_trackers(config.track)
     rank, world, device = start_distributed(config.threads)
     config.check_world(world)
     run_dir, first = Path(config.run_dir), rank == 0
@@ -63,7 +62,9 @@ def train(config: Config) -> None:
             sets, order, maker, data=config.data, global_batch=config.optim.global_batch, rank=rank, world=world, start=step
         )  # fmt: skip
         quarantine = Quarantine(run_dir, config.data.max_bad_fraction, device)
-        log = ProgressLog(config, MetricsLog(run_dir, step) if first else None, step)
+        with agreed():
+            tracker = held.enter_context(open_trackers(config, step)) if first else None
+        log = ProgressLog(config, MetricsLog(run_dir, step) if first else None, tracker, step, device)
         trained_on = tuple(shard.sha256 for joined in sets for shard in joined.manifest.shards)
         if first:
             for joined in order.sets:
@@ -102,54 +103,6 @@ def agreed() -> Iterator[None]:
 
 def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:
     return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
-
-
-class ProgressLog:
-    """Metrics of the global batch on the first rank: a row in metrics.jsonl and a line on the terminal."""
-
-    def __init__(self, config: Config, metrics: MetricsLog | None, start: int) -> None:
-        self.config, self.metrics = config, metrics
-        self.last_step, self.last_time, self.waited, self.read = start, time.monotonic(), 0.0, Tally()
-
-    def wait_for(self, batches: Any) -> Batch:
-        """The next batch; the time it takes is the data's share of the step."""
-        started = time.monotonic()
-        batch: Batch = next(batches)
-        self.waited += time.monotonic() - started
-        self.read.add(batch["reading"])
-        return batch
-
-    def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
-        """A collective call: losses are means over all ranks, what was read from remote stores is summed."""
-        values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
-        values = torch.cat([values, values.new_tensor(list(asdict(self.read).values()))])
-        dist.all_reduce(values)
-        means = dict(zip(losses, (values[: len(losses)] / dist.get_world_size()).tolist(), strict=True))
-        read = Tally(*values[len(losses) :].tolist())
-        if self.metrics is None:
-            return
-        elapsed = time.monotonic() - self.last_time
-        done = step - self.last_step
-        samples_per_s = done * self.config.optim.global_batch / elapsed
-        left = (self.config.optim.last_step - step) * elapsed / done
-        row = {
-            "step": step, "samples": step * self.config.optim.global_batch, "loss": means, "lr": rate,
-            "temperature": 1 / engine.module.scale().detach().item(), "samples_per_s": round(samples_per_s, 1),
-            "data_wait": round(self.waited / elapsed, 4), "memory_gib": round(host_memory_gib(), 3),
-            "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
-                     "retries": int(read.retries), "cache_hits": int(read.cache_hits), "waited_s": round(read.waited_s, 3)},
-        }  # fmt: skip
-        self.metrics.write(row)
-        store = (
-            f" ({read.fetched / elapsed / 1e6:.0f} MB/s, {read.retries:.0f} retries, {read.cache_hits:.0f} cache hits)"
-        )
-        terms = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        print(
-            f"step {step}/{self.config.optim.last_step}  {terms}  lr {rate:.2e}  {samples_per_s:.0f} samples/s  "
-            f"data wait {row['data_wait']:.0%}{store if read.requests + read.cache_hits else ''}  {left:.0f} s left",
-            flush=True,
-        )
-        self.last_step, self.last_time, self.waited, self.read = step, time.monotonic(), 0.0, Tally()
 
 
 def main(arguments: list[str]) -> int:
