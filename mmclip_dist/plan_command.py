@@ -29,9 +29,10 @@ def plan(
     """Memory, speed, days and cost of a run on paper, and which ZeRO stage and micro batch fit."""
     from mmclip_dist.config import load_config
     from mmclip_dist.engine.cards import card_named
-    from mmclip_dist.engine.plan import Corpus, configured, largest, layouts, recommend, setup_of
+    from mmclip_dist.engine.plan import largest, layouts, recommend
     from mmclip_dist.engine.plan import plan as plan_of
     from mmclip_dist.engine.plan_report import describe_plan, describe_scaling
+    from mmclip_dist.engine.plan_setup import Corpus, configured, setup_of
 
     card, found = card_named(gpu), []
     for count in gpus:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mmclip_dist.engine.plan import Choice, Plan, load_of
+from mmclip_dist.engine.plan import Plan
+from mmclip_dist.engine.plan_setup import Choice, load_of
 from mmclip_dist.model import cost
 
 PAPER = "computed on paper, not measured"

@@ -95,11 +95,11 @@ class ProgressLog:
     def _memory(self) -> tuple[float, float, float]:
         """GiB: of this process now, at most so far, and at most on its device since the last row."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts in KiB
-        if self.device.type != "cuda":
-            return host_memory_gib(), peak, 0.0
-        device = torch.cuda.max_memory_allocated(self.device) / 2**30
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return host_memory_gib(), peak, device
+        now, device = host_memory_gib(), 0.0
+        if self.device.type == "cuda":
+            device = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return now, max(now, peak), device  # the kernel's own maximum may lag behind
 
 
 def load_of_steps(counts: dict[str, float], model: MMCLIP, *, batch: int, world: int, steps: int) -> cost.Load:

@@ -1,15 +1,14 @@
-"""Measures what steps of real DeepSpeed engines allocate, in a process of its own (DeepSpeed keeps its first process group):
+"""Measures what steps of real DeepSpeed engines allocate, in processes of their own (DeepSpeed keeps its first process group):
 
-    python -m tests.engine.measure_memory PORT '[{"overrides": [], "batch": 8, "tokens": 40, "masked": 10,
-                                                  "stage": 1, "precision": "fp32"}]'
+    RANK=0 WORLD_SIZE=1 ... python -m tests.engine.measure_memory \\
+        '[{"overrides": [], "batch": 8, "tokens": 40, "masked": 10, "stage": 1, "precision": "fp32"}]'
 
-prints the bytes of each case as JSON. On a GPU the allocator's own peak counts, else that of `LiveMemory`.
+prints the bytes of each case as JSON; `batch` is a rank's. On a GPU the allocator's own peak counts, else that of `LiveMemory`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
@@ -26,9 +25,10 @@ BUCKET = 100_000
 
 def measured(case: dict[str, Any], device: torch.device) -> int:
     """Most bytes allocated in the second step of an engine: the first one makes Adam's moments."""
-    config = config_of(*case["overrides"], batch=case["batch"], precision=case["precision"])
-    load = load_of(config, tokens=case["tokens"], masked=case["masked"], scored=config.attmim.mode == "feature")
-    document = deepspeed_json(config, 1, gpu=device.type == "cuda")
+    ranks = dist.get_world_size()
+    config = config_of(*case["overrides"], batch=case["batch"] * ranks, precision=case["precision"])
+    load = load_of(config, tokens=case["tokens"], masked=case["masked"], scored=config.attmim.mode == "feature", ranks=ranks)
+    document = deepspeed_json(config, ranks, gpu=device.type == "cuda")
     document["zero_optimization"] = {"stage": case["stage"], "reduce_bucket_size": BUCKET, "overlap_comm": False}
     before = torch.cuda.memory_allocated() if device.type == "cuda" else LiveMemory().alive
     engine = build_engine(model_of(config, load.prompts // 2).to(device), config, document)
@@ -49,7 +49,6 @@ def step(engine: Any, data: Any) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
     *_, where = start_distributed(threads=1)
-    print("MEASURED " + json.dumps([measured(case, where) for case in json.loads(sys.argv[2])]))
+    print("MEASURED " + json.dumps([measured(case, where) for case in json.loads(sys.argv[1])]))
     dist.destroy_process_group()

@@ -112,7 +112,8 @@ def test_pretrained_encoders_count_with_their_own_shapes() -> None:
 def test_what_a_gpu_adds_to_the_line() -> None:
     row = {
         "step": 10, "loss": {"image": 0.5}, "lr": 1e-4, "temperature": 0.07, "samples_per_s": 8192.0,
-        "samples_per_s_per_rank": 1024.0, "data_wait": 0.01, "memory_peak_gib": 3.25, "device_peak_gib": 61.5, "mfu": 0.412, "eta_s": 90_061.4,
+        "samples_per_s_per_rank": 1024.0, "data_wait": 0.01,
+        "memory_peak_gib": 3.25, "device_peak_gib": 61.5, "mfu": 0.412, "eta_s": 90_061.4,
         "read": {"mb_per_s": 12.0, "requests": 3, "retries": 1, "cache_hits": 0},
     }  # fmt: skip
     assert progress_line(row, 500) == (

@@ -50,6 +50,9 @@ def batch_of(config: Config, load: Load) -> Batch:
     return cast(Batch, batch)
 
 
-def load_of(config: Config, *, tokens: int = 40, masked: int = 10, diseases: int = 6, scored: bool = False) -> Load:
-    rows = config.optim.global_batch
-    return Load(rows, rows, tokens, masked, 2 * diseases, PROMPT_TOKENS, VOCABULARY, rows, float(scored))
+def load_of(
+    config: Config, *, tokens: int = 40, masked: int = 10, diseases: int = 6, scored: bool = False, ranks: int = 1
+) -> Load:
+    texts = config.optim.global_batch
+    rows = texts // ranks
+    return Load(rows, rows, tokens, masked, 2 * diseases, PROMPT_TOKENS, VOCABULARY, texts, float(scored))
