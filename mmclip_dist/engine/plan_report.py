@@ -29,11 +29,13 @@ def describe_plan(best: Plan, asked: Plan, layouts: Sequence[Plan], *, name: str
     setup, optim = best.setup, best.setup.config.optim
     found = cost.training_flops(cost.pieces(setup.config, load_of(setup, best.choice), setup.number)) / best.choice.micro_batch
     nodes = f"{setup.nodes} node{'s' * (setup.nodes > 1)} of {min(setup.gpus, setup.per_node)}"
+    loaded = [part for part in ("image", "text") if getattr(setup.config.model, part).pretrained]
+    note = [f"note: pretrained weights are not opened; model.{part} must give their shape\n" for part in loaded]
     parts = [
         f"{name} on {setup.gpus} x {setup.card.name} ({nodes}): {PAPER}\n",
         f"{setup.parameters / 1e6:.1f} M parameters, {found / 1e9:.1f} GFLOP a sample (forward and backward), "
         f"{setup.config.precision}, {setup.share:,} of {optim.global_batch:,} samples on each GPU\n",
-        f"recommended: {' '.join(best.choice.overrides())}\n",
+        *note, f"recommended: {' '.join(best.choice.overrides())}\n",
         _memory(best), _time(best), _outcome(best, price), "Largest micro batch of each layout:\n",
         _layouts(best, asked, layouts),
     ]  # fmt: skip
@@ -82,7 +84,8 @@ def _outcome(found: Plan, price: float | None) -> str:
 
 def _layouts(best: Plan, asked: Plan, layouts: Sequence[Plan]) -> str:
     head = ["zero_stage", "checkpointing", "offload", "micro_batch", "GiB", "step ms", "samples/s", "fits"]
-    rows = [_layout(found, " <- recommended" if found is best else "") for found in layouts]
+    in_order = sorted(layouts, key=lambda found: found.choice.zero_stage)
+    rows = [_layout(found, " <- recommended" if found is best else "") for found in in_order]
     return table(head, [*rows, _layout(asked, " <- as configured")])
 
 

@@ -18,7 +18,7 @@ BUCKET = 5e8
 class Corpus:
     """What the plan must know of the data. Lengths are means of what is computed: padding counts where it is not skipped."""
 
-    tokens: float = 45.0  # of a report; about the mean of MIMIC-CXR's findings and impression with a medical tokenizer
+    tokens: float = 45.0  # of a report; assumed: radiology reports are short
     masked: float = 10.0  # of them hidden by EntMLM
     paired: float = 1.0  # share of the samples that have a report
     diseases: int = 14
@@ -107,7 +107,7 @@ def setup_of(
 
 
 def configured(config: Config, gpus: int) -> Choice:
-    """The layout that the configuration asks for."""
+    """The layout that the configuration asks for; the one place that reads it."""
     return Choice(zero_stage=config.zero_stage, micro_batch=config.optim.global_batch // gpus)
 
 

@@ -30,7 +30,10 @@ class Tracker(Protocol):
 def check_trackers(track: Track) -> None:
     """ValueError if a tracker that is asked for is not installed."""
     for name, (module, package) in _PACKAGES.items():
-        if getattr(track, name) and find_spec(module) is None:
+        if not getattr(track, name):
+            continue
+        found = find_spec(module)
+        if found is None or found.origin is None:  # a mere folder of that name, such as W&B's own beside a run, is no package
             raise ValueError(f"track.{name} needs a package that is missing: pip install {package}, or leave track.{name} out")
 
 

@@ -39,6 +39,15 @@ def test_a_missing_package_is_named_before_anything_is_built(
     check_trackers(config_at(tmp_path).track)
 
 
+def test_a_folder_of_that_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B leaves `wandb/` where it ran; Python would import it."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(path for path in sys.path if "site-packages" not in path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        check_trackers(config_at(tmp_path, "track.wandb=p").track)
+
+
 def test_without_a_tracker_nothing_is_written(tmp_path: Path) -> None:
     with open_trackers(config_at(tmp_path), 0) as tracker:
         tracker.write(1, flat(ROW))
