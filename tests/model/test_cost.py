@@ -44,9 +44,9 @@ def test_flops_are_those_that_torch_counts(one_rank: None, overrides: list[str],
         losses = model(data)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
         torch.stack(list(losses.values())).sum().backward()
-    assert cost.forward_flops(found) == pytest.approx(forward.get_total_flops(), rel=0.02)
+    assert cost.forward_flops(found) == pytest.approx(forward.get_total_flops(), rel=0.005)
     total = forward.get_total_flops() + backward.get_total_flops()
-    assert cost.training_flops(found) == pytest.approx(total, rel=0.02)
+    assert cost.training_flops(found) == pytest.approx(total, rel=0.005)
 
 
 @pytest.mark.parametrize("overrides", [[], ["loss.entity=0"], ["attmim.mode=split"]])
@@ -88,7 +88,7 @@ def test_what_autograd_keeps(one_rank: None, overrides: list[str], load: dict, b
     config = config_of(*overrides, batch=batch, precision=precision)
     expected = load_of(config, **load)
     found = cost.pieces(config, expected, 2 if precision == "bf16" else 4)
-    assert sum(p.saved * p.layers for p in found) == pytest.approx(kept_bytes(config, expected), rel=0.05)
+    assert sum(p.saved * p.layers for p in found) == pytest.approx(kept_bytes(config, expected), rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
