@@ -41,11 +41,11 @@ class Choice:
     def overrides(self) -> list[str]:
         """As `key=value` for the command line; what is off by default and stays off is left out."""
         on = {
-            "model.checkpoint_activations": self.checkpoint_activations, "offload.optimizer": self.offload_optimizer,
-            "offload.parameters": self.offload_parameters,
+            "model.checkpoint_activations": ("true", self.checkpoint_activations),
+            "offload.optimizer": ("cpu", self.offload_optimizer), "offload.parameters": ("cpu", self.offload_parameters),
         }  # fmt: skip
         found = [f"zero_stage={self.zero_stage}", f"optim.micro_batch={self.micro_batch}"]
-        return found + [f"{key}=true" for key, value in on.items() if value]
+        return found + [f"{key}={value}" for key, (value, chosen) in on.items() if chosen]
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,10 @@ def test_the_command_prints_every_part_and_overrides_to_paste(capsys: pytest.Cap
     assert "computed on paper, not measured" in out
     pasted = next(line for line in out.splitlines() if line.startswith("recommended: ")).split()[1:]
     assert pasted == ["zero_stage=1", "optim.micro_batch=128"]
+    assert Choice(3, 8, True, True, True).overrides() == [
+        "zero_stage=3", "optim.micro_batch=8", "model.checkpoint_activations=true", "offload.optimizer=cpu",
+        "offload.parameters=cpu",
+    ]  # fmt: skip
 
 
 def test_the_tables_of_the_scaling_document_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
