@@ -167,7 +167,7 @@ class Loss(Section):
     contrastive: float = Field(1.0, ge=0)
     image: float = Field(1.0, ge=0)
     entity: float = Field(1.0, ge=0)
-    impl: Literal["torch"] = "torch"  # of the contrastive loss
+    impl: Literal["torch", "triton"] = "torch"  # of the kernels: contrastive loss and masking; triton needs CUDA GPUs
 
     @model_validator(mode="after")
     def _any(self) -> Self:
@@ -180,6 +180,7 @@ class Optim(Section):
     steps: int = Field(gt=0)  # length of the learning-rate schedule, counted from step 0
     stop_at: int | None = Field(None, gt=0)  # stop before the schedule's end: a run in two phases
     global_batch: int = Field(1024, gt=0)  # samples of one step over all ranks
+    micro_batch: int | None = Field(None, gt=0)  # samples of a rank that are in memory at once; None: all of its share
     lr: float = Field(1e-4, gt=0)  # at a global batch of 1024; scaled linearly with the batch (N)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps (N)
     betas: tuple[float, float] = (0.9, 0.95)  # N
@@ -247,6 +248,12 @@ class Config(Section):
             raise ValueError(
                 f"optim.global_batch={batch} is no multiple of data.streams={streams}; "
                 f"the nearest ones are {low} and {low + streams}, or lower data.streams"
+            )
+
+        micro = self.optim.micro_batch
+        if micro is not None and (batch // world) % micro:
+            raise ValueError(
+                f"optim.micro_batch={micro} does not divide a rank's share of the batch, {batch} / {world} = {batch // world}"
             )
 
     def check_sources(self) -> None:

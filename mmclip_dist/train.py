@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
+from mmclip_kernels import check_impl
 
-from mmclip_dist.config import Config, Loss, load_config
+from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import to_device
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
@@ -24,6 +23,7 @@ from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine import checkpoint
 from mmclip_dist.engine.checkpoint_folder import Meta
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
+from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.engine.orphans import exit_with_launcher
 from mmclip_dist.engine.progress_log import ProgressLog
 from mmclip_dist.engine.quarantine import Quarantine
@@ -38,6 +38,7 @@ def train(config: Config) -> None:
     check_trackers(config.track)
     rank, world, device = start_distributed(config.threads)
     config.check_world(world)
+    check_impl(config.loss.impl, device)
     run_dir, first = Path(config.run_dir), rank == 0
     ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
 
@@ -67,6 +68,7 @@ def train(config: Config) -> None:
         log = ProgressLog(config, MetricsLog(run_dir, step) if first else None, tracker, step, device)
         trained_on = tuple(shard.sha256 for joined in sets for shard in joined.manifest.shards)
         if first:
+            print(f"kernels: {config.loss.impl} on {device.type}", flush=True)
             for joined in order.sets:
                 print(f"{config.data.sources[joined.number].url}: {joined.samples} samples, "
                       f"{joined.remainder} of them left out of each epoch in turn", flush=True)  # fmt: skip
@@ -74,8 +76,7 @@ def train(config: Config) -> None:
         while step < config.optim.last_step:
             batch = log.wait_for(batches)
             rate = set_learning_rate(engine, step, config)
-            losses = engine(to_device(batch, device))
-            engine.backward(weighted_sum(losses, config.loss))
+            losses = forward_backward(engine, to_device(batch, device), config)
             engine.step()
             step += 1
             quarantine.count(batch, step)
@@ -99,10 +100,6 @@ def agreed() -> Iterator[None]:
     for refusal in refusals:
         if refusal is not None:
             raise ValueError(refusal)
-
-
-def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:
-    return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
 
 
 def main(arguments: list[str]) -> int:

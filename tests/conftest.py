@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a card Triton kernels run in Python. Triton reads this when it is first imported, its own library included, so it
+# stands before every import that may lead there; processes that tests start inherit it.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from mmclip_shards.datasets.synthetic_set import pack_synthetic
 from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader
@@ -46,6 +51,13 @@ def wait_for(condition: Callable[[], bool], timeout: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True, scope="session")

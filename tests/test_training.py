@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from mmclip_launch.deepspeed_command import accelerator_environment, train_command
 from mmclip_launch.processes import environment
 from mmclip_shards.manifest import load_manifest
@@ -26,8 +27,10 @@ from tests.conftest import TRAIN, wait_for
 pytestmark = pytest.mark.slow
 
 
-def run_training(overrides: list[str], ranks: int = 2, check: bool = True) -> subprocess.CompletedProcess[str]:
-    env = environment(accelerator_environment())
+def run_training(
+    overrides: list[str], ranks: int = 2, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    env = environment(accelerator_environment() | variables)
     found = subprocess.run(
         train_command("quickstart", overrides, ranks), env=env, capture_output=True, text=True, timeout=240
     )
@@ -99,6 +102,23 @@ def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
     run_training([*sets.overrides(run), *TRAIN], ranks=1)
     for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
+
+
+def test_loss_curves_of_both_kernels_are_the_same(sets, unbroken: Path, tmp_path: Path) -> None:
+    """loss.impl=triton, interpreted where there is no card: 12 steps at a high learning rate, which would amplify any error."""
+    run = tmp_path / "run"
+    found = run_training([*sets.overrides(run), *TRAIN, "loss.impl=triton"])
+    assert found.stdout.count("kernels: triton on") == 1
+    for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3), (ours, theirs)
+
+
+def test_triton_kernels_without_a_card_are_refused(sets, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    found = run_training([*sets.overrides(tmp_path), *TRAIN, "loss.impl=triton"], check=False, TRITON_INTERPRET="0")
+    (line,) = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
+    assert found.returncode == 2 and "impl='triton' needs CUDA tensors" in line
 
 
 def shared_memory() -> set[Path]:

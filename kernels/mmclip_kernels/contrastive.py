@@ -17,21 +17,18 @@ which the ranks share. The backward sweep forms dL/ds block by block again; the 
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmclip_kernels.implementation import Impl, implementation
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, finite
 from mmclip_kernels.ranks import Group, Shards, all_reduce, gather_rows
-
-Impl = Literal["torch", "triton"]
 
 
 def contrastive_loss(
@@ -87,21 +84,6 @@ def contrastive_loss(
 
 
 # -- Checks -------------------------------------------------------------------------------------------------------------
-
-
-def implementation(impl: str, device: torch.device) -> ModuleType:
-    """The module with `sweep` and `gradient`; ValueError where it cannot run on `device`."""
-    if impl == "torch":
-        return importlib.import_module("mmclip_kernels.contrastive_torch")
-    if impl != "triton":
-        raise ValueError(f"impl={impl!r} is not available; use impl='torch' or impl='triton'")
-    try:
-        module = importlib.import_module("mmclip_kernels.contrastive_triton")
-    except ImportError as error:
-        raise ValueError(f"impl='triton' needs the triton package ({error}); use impl='torch'") from error
-    if device.type != "cuda" and not module.INTERPRETED:
-        raise ValueError(f"impl='triton' needs CUDA tensors, found {device.type}; use impl='torch' there")
-    return module
 
 
 def _check(
@@ -164,7 +146,7 @@ def _forward(
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> losses [2] of rows and columns, log-sum-exps of this rank's rows [N] and of all ranks' columns."""
-    kernels = implementation(impl, image.device)
+    kernels = implementation("contrastive", impl, image.device)
     for name, value in (("scale", scale), ("bias", bias)):
         if not _capturing(value) and not math.isfinite(float(value)):
             raise ValueError(f"{name} must be finite, found {float(value)}")
@@ -205,7 +187,7 @@ def _backward(
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """upstream [2] -> gradients of image, text, scale and bias. The sweep is done again: only log-sum-exps were kept."""
-    kernels = implementation(impl, image.device)
+    kernels = implementation("contrastive", impl, image.device)
     kept = image, text
     if not diagonal:
         image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)

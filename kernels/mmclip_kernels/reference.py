@@ -48,3 +48,47 @@ def _one_direction(logits: Tensor, positive: Tensor, out: Tensor, weight: Tensor
     target = positive.to(logits.dtype) / positive.sum(1, keepdim=True)
     loss = logits.masked_fill(out, -torch.inf).logsumexp(1) - (target * logits).sum(1)
     return (weight * loss).sum() / weight.sum()
+
+
+def patch_scores(features: Tensor, text: Tensor, token_mask: Tensor | None = None, temperature: float = 0.1) -> Tensor:
+    """How strongly each patch responds to the text: features [B, P, E], text [B, E] or [B, T, E] -> [B, P].
+
+    s_j = sum over the words i that count of softmax over j of (<w_i, p_j> / temperature), of L2-normalised w and p; with one text
+    vector the cosine itself, which ranks alike.
+    """
+    patches, words = F.normalize(features, dim=-1), F.normalize(text, dim=-1)
+    if text.ndim == 2:
+        return (patches @ words[:, :, None])[:, :, 0]
+    response = torch.softmax(torch.einsum("bte,bpe->btp", words, patches) / temperature, dim=2)
+    return response.sum(1) if token_mask is None else torch.where(token_mask[:, :, None], response, 0).sum(1)
+
+
+def hidden_patches(scores: Tensor, count: int, select: str = "high", swap: int = 0, noise: Tensor | None = None) -> Tensor:
+    """Which `count` patches are hidden: scores [B, P] -> [B, P] bool. The meaning of `select` and `hint`, one row at a time.
+
+    swap: so many hidden patches of lowest noise become visible, and as many visible ones of lowest noise hidden.
+    """
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    for row in range(len(scores)):
+        order = torch.sort(scores[row], descending=select != "low", stable=True).indices.tolist()
+        hidden, visible = order[:count], order[count:]
+        if swap and noise is not None:
+            leave, enter = (sorted(some, key=lambda j: (noise[row, j].item(), j))[:swap] for some in (hidden, visible))
+            hidden = [j for j in hidden if j not in leave] + enter
+        mask[row, hidden] = True
+    return mask
+
+
+def keep_visible(patches: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `keep` patches [B, K, D] that mask [B, P] leaves of each row of [B, P, D], ids_keep [B, K], ids_restore [B, P].
+
+    MAE's way: a stable sort brings the visible patches to the front, a second one finds the way back.
+    """
+    shuffle = mask.long().argsort(dim=1, stable=True)
+    kept = shuffle[:, :keep]
+    return patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2])), kept, shuffle.argsort(dim=1)
+
+
+def replace_hidden(patches: Tensor, mask: Tensor, token: Tensor) -> Tensor:
+    """patches [B, P, D] with token [D] in the place of those that mask [B, P] hides."""
+    return torch.where(mask[:, :, None], token, patches)

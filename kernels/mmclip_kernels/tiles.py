@@ -31,3 +31,27 @@ def logits_tile(dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:  # exact products run on the ordinary cores, out of registers
         return Tile(64, 64, 32, 4, 2)
     return Tile(128, 128, 64, 8, 3)
+
+
+# Images of up to so many patches are scored, selected and copied by one program; more are scored in blocks of so many.
+FUSED_PATCHES = 256
+# Of the kernels that only copy: 32 x 128 values in 256 threads are one or two 16-byte loads each.
+COPY_WARPS = 8
+
+
+class MaskTile(NamedTuple):
+    """One program's patches (all of an image, a power of two), tokens and width of a step where a text of several tokens is
+    scored, rows and width of a step where rows are copied or scored against one vector."""
+
+    patches: int
+    tokens: int
+    token_depth: int
+    rows: int
+    depth: int
+    warps: int
+
+
+def mask_tile(count: int, dtype: torch.dtype) -> MaskTile:
+    """For images of `count` patches."""
+    patches = max(16, 1 << (count - 1).bit_length())
+    return MaskTile(patches, 32, 16 if dtype == torch.float32 else 32, 32, 128, min(max(patches // 32, 4), 8))

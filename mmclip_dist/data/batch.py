@@ -62,6 +62,19 @@ def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
     )
 
 
+def split_batch(batch: Batch, size: int) -> list[Batch]:
+    """The batch in parts of `size` samples, in order."""
+    count = len(batch["keys"])
+    if size >= count:
+        return [batch]
+    parts = []
+    for start in range(0, count, size):
+        here = slice(start, start + size)
+        part = {name: value[here] if isinstance(value, list | Tensor) else value for name, value in batch.items()}
+        parts.append(Batch(**part))  # type: ignore[typeddict-item]
+    return parts
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
     moved = {

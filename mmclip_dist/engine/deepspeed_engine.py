@@ -15,10 +15,12 @@ from mmclip_dist.engine.schedule import learning_rate
 def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration, derived; `config.deepspeed` adds to it and wins."""
     optim = config.optim
+    share = optim.global_batch // world
+    micro = min(optim.micro_batch or share, share)
     derived: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
-        "train_micro_batch_size_per_gpu": optim.global_batch // world,
-        "gradient_accumulation_steps": 1,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
         "gradient_clipping": optim.clip,
         "zero_optimization": {"stage": config.zero_stage},
         "bf16": {"enabled": config.precision == "bf16"},

@@ -144,7 +144,8 @@ def step_time(setup: Setup, choice: Choice) -> StepTime:
     encoders = tuple(piece for piece in found if piece.name != "contrastive loss")
     model, contrastive = cost.training_flops(encoders) * passes, cost.training_flops(found) * passes
     contrastive -= model
-    again = passes * cost.recomputed_flops(encoders, checkpointed=choice.checkpoint_activations, cached=passes > 1)
+    cached = passes > 1 and setup.config.loss.contrastive > 0
+    again = passes * cost.recomputed_flops(encoders, checkpointed=choice.checkpoint_activations, cached=cached)
     slow, fast = setup.card.flops_fp32 * FP32_SHARE, setup.card.flops * setup.mfu
     sharded = setup.parameters / (setup.gpus if choice.zero_stage else 1)
     moved = passes * (sum(p.moved * p.layers for p in found) + 3 * setup.number * setup.parameters)
@@ -174,7 +175,7 @@ def communication(setup: Setup, choice: Choice) -> float:
     passes, count = math.ceil(setup.share / choice.micro_batch), setup.parameters
     gathers, scatters = 1, passes if choice.zero_stage >= 2 else 1
     if choice.zero_stage == 3:
-        gathers = passes * (3 if passes > 1 else 2)
+        gathers = passes * (3 if passes > 1 and setup.config.loss.contrastive else 2)
     texts = setup.config.optim.global_batch * setup.corpus.paired * setup.config.model.embed
     bytes_of_all = (gathers + scatters) * setup.number * count + 3 * 4 * texts
     layers = sum(p.layers for p in cost.pieces(setup.config, load_of(setup, choice), setup.number))

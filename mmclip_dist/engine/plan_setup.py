@@ -108,7 +108,7 @@ def setup_of(
 
 def configured(config: Config, gpus: int) -> Choice:
     """The layout that the configuration asks for; the one place that reads it."""
-    return Choice(zero_stage=config.zero_stage, micro_batch=config.optim.global_batch // gpus)
+    return Choice(config.zero_stage, config.optim.micro_batch or config.optim.global_batch // gpus)
 
 
 def load_of(setup: Setup, choice: Choice) -> cost.Load:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.storage import write_atomic
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.data.batch import Batch, Example, collate, to_device
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Example, collate
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.engine.checkpoint import load_model
 from mmclip_dist.engine.checkpoint_folder import read_meta, resolve_checkpoint, weights_hash
@@ -50,46 +53,130 @@ def zero_shot(
     ValueError if a set was trained on, unless allow_leak, or if no class has positives and negatives.
     """
     folder = resolve_checkpoint(checkpoint)
-    manifests = [load_manifest(url) for url in urls]
-    trained_on = set(read_meta(folder).trained_on)
-    for url, manifest in zip(urls, manifests, strict=True):
-        if not manifest.labels:
-            raise ValueError(f"{url} has no labels to evaluate on; pack it with --labels-column")
-        if not allow_leak and trained_on & {shard.sha256 for shard in manifest.shards}:
+    sets = labelled_sets(urls, () if allow_leak else read_meta(folder).trained_on)
+    model, tokenizer, config, _ = load_model(folder)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    evaluation = Evaluation(sets, config, tokenizer)
+    done = 0
+    scored: list[Scored] = []
+    for some in evaluation.rounds(model, 0, 1):
+        scored += some
+        done += sum(len(batch.patients) + len(batch.undecodable) for batch in some)
+        if report:
+            report(done, evaluation.samples)
+    return evaluation.summary(scored, weights_hash(folder))
+
+
+def labelled_sets(urls: Sequence[str], trained_on: Sequence[str]) -> list[ShardReader]:
+    """Open sets to evaluate on. ValueError if one has no labels, or shares a shard (by sha256) with `trained_on`."""
+    readers = [ShardReader(url, load_manifest(url)) for url in urls]
+    for reader in readers:
+        if not reader.manifest.labels:
+            raise ValueError(f"{reader.url} has no labels to evaluate on; pack it with --labels-column")
+        if set(trained_on) & {shard.sha256 for shard in reader.manifest.shards}:
             raise ValueError(
-                f"{url} was trained on, so its scores would say nothing; evaluate on another split or set, "
+                f"{reader.url} was trained on, so its scores would say nothing; evaluate on another split or set, "
                 "or pass --allow-leak"
             )
-    model, tokenizer, config, _ = load_model(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
-    classes = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.labels))
-    prompts = tokenize_prompts(load_prompts(classes, config.prompts.file), tokenizer, config.model.text.max_tokens)
-    maker = ExampleMaker(
-        tokenizer, classes, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
-        config.entmlm, augment=None,
-    )  # fmt: skip
-    total = sum(manifest.samples for manifest in manifests)
-    scores, labels = [], []
-    patients: list[str] = []
-    undecodable: list[str] = []
-    with torch.inference_mode():
-        directions = class_directions(model, *(tensor.to(device) for tensor in prompts))
-        for batch, owners in _batches(urls, maker, tokenizer.pad_token_id, undecodable):
-            moved = to_device(batch, device)
-            scores.append((model.embed_images(moved["image"]) @ directions.T).cpu().numpy())
-            labels.append(batch["labels"].numpy())
-            patients += owners
-            if report:
-                report(len(patients) + len(undecodable), total)
-    if not scores:
-        raise ValueError(
-            f"none of the {total} images can be decoded ({', '.join(undecodable[:3])} ...): pack the set again"
+    return readers
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One batch: scores and labels [N, C], the patient of each row, and the keys of images that could not be decoded."""
+
+    scores: np.ndarray
+    labels: np.ndarray
+    patients: list[str]
+    undecodable: list[str]
+
+
+class Evaluation:
+    """Zero-shot classification on some sets, by one process or by all ranks of a training run, each with its share."""
+
+    def __init__(self, sets: Sequence[ShardReader], config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.sets, self.tokenizer = sets, tokenizer
+        self.samples = sum(reader.manifest.samples for reader in sets)
+        self.classes = tuple(dict.fromkeys(name for reader in sets for name in reader.manifest.labels))
+        prompts = load_prompts(self.classes, config.prompts.file)
+        self.prompts = tokenize_prompts(prompts, tokenizer, config.model.text.max_tokens)
+        self.size = config.model.image.size
+        self.maker = ExampleMaker(
+            tokenizer, self.classes, self.size, config.model.image.grid, config.model.text.max_tokens, config.entmlm,
+            augment=None,
+        )  # fmt: skip
+
+    def rounds(self, model: MMCLIP, rank: int, world: int) -> Iterator[list[Scored]]:
+        """Score the rank's batches, one a round: [] in a round in which it has none left.
+
+        Every rank runs the same modules in every round, as ZeRO-3 needs; between two rounds all of them may stop. The caller
+        must go on with them in step.
+        """
+        device, training = model.log_scale.device, model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                directions = class_directions(model, *(tensor.to(device) for tensor in self.prompts))
+            shares = self._shares(rank, world)
+            for _ in range(-(-self.samples // (_BATCH * world))):
+                rows = next(shares, None)
+                examples, patients, undecodable = self._examples(rows or [])
+                batch = collate(examples, 0, self.tokenizer.pad_token_id) if examples else None
+                images = torch.zeros(1, 1, self.size, self.size) if batch is None else batch["image"]
+                with torch.no_grad():
+                    scores = (model.embed_images(images.to(device)) @ directions.T).float().cpu().numpy()
+                if rows is None:
+                    yield []
+                else:
+                    labels = np.zeros((0, len(self.classes)), int) if batch is None else batch["labels"].numpy()
+                    yield [Scored(scores[: len(patients)], labels, patients, undecodable)]
+        finally:
+            model.train(training)
+
+    def summary(self, scored: Sequence[Scored], checkpoint: str) -> ZeroShot:
+        """The result of all batches. ValueError if no image can be decoded or no class has positives and negatives."""
+        undecodable = [key for batch in scored for key in batch.undecodable]
+        patients = [patient for batch in scored for patient in batch.patients]
+        if not patients:
+            raise ValueError(
+                f"none of the {self.samples} images can be decoded ({', '.join(undecodable[:3])} ...): pack the set again"
+            )
+        return _summarise(
+            np.concatenate([batch.scores for batch in scored]), np.concatenate([batch.labels for batch in scored]),
+            np.array(patients), undecodable, self.classes,
+            tuple(dict.fromkeys(f"{r.manifest.dataset}/{r.manifest.split}" for r in self.sets)), checkpoint,
+        )  # fmt: skip
+
+    def _shares(self, rank: int, world: int) -> Iterator[list[tuple[ShardReader, int, int]]]:
+        """Batches of (set, shard, row): every world-th of all of them, in their order."""
+        rows = (
+            (reader, number, row)
+            for reader in self.sets
+            for number, shard in enumerate(reader.manifest.shards)
+            for row in range(shard.samples)
         )
-    return _summarise(
-        np.concatenate(scores), np.concatenate(labels), np.array(patients), undecodable, classes,
-        tuple(dict.fromkeys(f"{manifest.dataset}/{manifest.split}" for manifest in manifests)), weights_hash(folder),
-    )  # fmt: skip
+        for index in count():
+            batch = list(islice(rows, _BATCH))
+            if not batch:
+                return
+            if index % world == rank:
+                yield batch
+
+    def _examples(self, rows: list[tuple[ShardReader, int, int]]) -> tuple[list[Example], list[str], list[str]]:
+        for (reader, number), some in groupby(rows, key=lambda place: place[:2]):
+            reader.prefetch(number, [row for *_, row in some])
+        examples: list[Example] = []
+        patients, undecodable = [], []
+        for reader, number, row in rows:
+            key = reader.keys(number)[row]
+            members = reader.read(number, key)
+            try:
+                examples.append(self.maker(key, members, epoch=0))
+            except ValueError:
+                undecodable.append(key)
+                continue
+            patients.append(read_document(members).patient or key)  # unknown: a patient of its own
+        return examples, patients, undecodable
 
 
 def class_directions(model: MMCLIP, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -100,29 +187,6 @@ def class_directions(model: MMCLIP, tokens: Tensor, mask: Tensor) -> Tensor:
     embedded = torch.stack([model.embed_texts(t, m) for t, m in zip(tokens, mask, strict=True)]).mean(0)
     present, absent = embedded.chunk(2)
     return present - absent
-
-
-def _batches(
-    urls: Sequence[str], maker: ExampleMaker, padding: int, undecodable: list[str]
-) -> Iterator[tuple[Batch, list[str]]]:
-    """(batch, patients) over all samples of the sets, in their order; keys that cannot be decoded go to `undecodable`."""
-    for url in urls:
-        reader = ShardReader(url, load_manifest(url))
-        examples: list[Example] = []
-        owners: list[str] = []
-        for number in range(len(reader.manifest.shards)):
-            for key, members in reader.samples(number):
-                try:
-                    examples.append(maker(key, members, epoch=0))
-                except ValueError:
-                    undecodable.append(key)
-                    continue
-                owners.append(read_document(members).patient or key)  # unknown: a patient of its own
-                if len(examples) == _BATCH:
-                    yield collate(examples, 0, padding), owners
-                    examples, owners = [], []
-        if examples:
-            yield collate(examples, 0, padding), owners
 
 
 def _summarise(

@@ -85,7 +85,7 @@ def pieces(config: Config, load: Load, number: int) -> tuple[Piece, ...]:
             work=load.images * image.grid**2 * image.width * number,
         ),
         *_image_encoder(config, load, number),
-        *([_scores(config, load)] if load.scored and _rebuilds(config) and config.attmim.mode == "feature" else []),
+        *([_scores(config, load)] if _rebuilds(config) and config.attmim.mode == "feature" else []),
         _shared_space(config, load, number),
         *([_contrastive(config, load)] if weights.contrastive else []),
         *(_attmim(config, load, number) if _rebuilds(config) else ()),
@@ -158,12 +158,12 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
 
 
 def _scores(config: Config, load: Load) -> Piece:
-    """Attention of every patch to every word, in float32 and without gradient."""
+    """Attention of every patch to every word, in float32 and without gradient; both are embedded even where it is known."""
     patches, words, embed = config.model.image.grid**2, load.tokens + load.prompts, config.model.embed
-    per_image = 2.0 * embed * (words * config.model.text.width + patches * config.model.image.width + patches * words)
+    embedding = words * config.model.text.width + patches * config.model.image.width
     return Piece(
-        "attention scores", flops=load.scored * load.images * per_image, backward=0.0, again=False,
-        work=3.0 * load.images * patches * words * 4,
+        "attention scores", flops=2.0 * embed * load.images * (embedding + load.scored * patches * words), backward=0.0,
+        again=False, work=3.0 * load.images * patches * words * 4 * load.scored,
     )  # fmt: skip
 
 

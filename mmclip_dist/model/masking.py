@@ -1,4 +1,4 @@
-"""What is masked: image patches by their attention to the report (AttMIM), report tokens by entity (EntMLM). Pure."""
+"""What AttMIM rebuilds, and which tokens of a report EntMLM masks. Pure. Patches are chosen by a kernel."""
 
 from __future__ import annotations
 
@@ -8,53 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def attention_scores(words: Tensor, patches: Tensor, word_mask: Tensor, temperature: float) -> Tensor:
-    """How strongly each patch responds to the words: s_j = sum_i softmax_j(<w_i, p_j> / temperature).
+def ranked_or_drawn(scores: Tensor, noise: Tensor) -> Tensor:
+    """What patches are ranked by: their scores, or the noise in rows whose scores are all equal (no attention known).
 
-    words [B, T, E] and patches [B, P, E], both L2-normalised; word_mask [B, T] bool, the words that count.
-    -> [B, P], float32, without gradient; all 0 for a row without words. The softmax runs over *patches*: over words it
-    would rank nothing. Source: MedIM, equation of the word-driven masking.
-    """
-    with torch.no_grad():
-        response = (words.float() @ patches.float().transpose(1, 2) / temperature).softmax(dim=2)
-        return (response * word_mask[:, :, None]).sum(1)
-
-
-def top_patches(scores: Tensor, count: int, noise: Tensor, hint: float) -> Tensor:
-    """Choose `count` patches of each image, mostly those of the highest score. scores, noise [B, P] -> [B, P] bool.
-
-    A `hint` share of the top patches, drawn by `noise`, is passed over and the same number of others is taken instead:
-    a little of what matters stays visible (AttMask; MedIM masks 90% of the top half and 10% of the rest). Among equal
-    scores the lower index is taken first. Rows whose scores are all equal (no attention known) are drawn at random.
+    scores, noise [B, P] -> [B, P] float32. A ranking of equal scores would mask the same corner of every image.
     """
     flat = (scores == scores[:, :1]).all(1, keepdim=True)
-    ranked = torch.where(flat, noise, scores.float()).argsort(dim=1, descending=True, stable=True)
-    rank = ranked.argsort(dim=1)
-    top = rank < count
-    swapped = round(hint * min(count, scores.shape[1] - count))
-    drop = _lowest(noise.masked_fill(~top, torch.inf), swapped)
-    take = _lowest(noise.masked_fill(top, torch.inf), swapped)
-    return (top & ~drop) | take
-
-
-def _lowest(values: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest values of each row. [B, P] -> [B, P] bool."""
-    return values.argsort(dim=1, stable=True).argsort(dim=1) < count
-
-
-def split_views(scores: Tensor, salient: int, context: int, noise: Tensor, hint: float) -> tuple[Tensor, Tensor]:
-    """Indices of the salient view [B, salient] and of the context view [B, context], ascending, disjoint.
-
-    The salient view holds the patches of the highest attention (A-CLIP); the context view is drawn from the rest.
-    """
-    chosen = top_patches(scores, salient, noise, hint)
-    rest = _lowest(noise.masked_fill(chosen, torch.inf), context)
-    return _indices(chosen, salient), _indices(rest, context)
-
-
-def _indices(chosen: Tensor, count: int) -> Tensor:
-    """Positions of the True values, `count` in every row. [B, P] -> [B, count], ascending."""
-    return chosen.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.where(flat, noise, scores.float())
 
 
 def patch_pixels(image: Tensor, patch: int) -> Tensor:

@@ -12,11 +12,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from mmclip_kernels import contrastive_loss
+from mmclip_kernels import (
+    SplitViews,
+    TopkMask,
+    attention_scores,
+    attention_split_views,
+    attention_topk_mask,
+    contrastive_loss,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +33,7 @@ from mmclip_dist.data.batch import Batch
 from mmclip_dist.model.decoders import CrossDecoder
 from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder, pool
 from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
-from mmclip_dist.model.masking import attention_scores, patch_pixels, split_views, top_patches
+from mmclip_dist.model.masking import patch_pixels, ranked_or_drawn
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,30 @@ class ImageFeatures:
     embedding: Tensor
     query: Tensor | None
     masked: Tensor | None
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the contrastive loss sees of some samples: image [B, E], report [n, E] of those that have one, prompt [2C, E],
+    scale [1]."""
+
+    image: Tensor
+    report: Tensor
+    prompt: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pass over a part of a rank's batch: its losses are shares that add up to those of the whole.
+
+    count: how many parts of equal size there are. hidden_tokens []: masked tokens of the whole global batch. gradient: that of
+    the contrastive loss in what this part embeds (prompts and scale: in all parts together); None where it has no weight.
+    """
+
+    count: int
+    hidden_tokens: Tensor
+    gradient: Embedded | None
 
 
 @dataclass(frozen=True)
@@ -94,42 +126,52 @@ class MMCLIP(nn.Module):
 
     # -- The objective --------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, part: Part | None = None, *, embed_only: bool = False) -> dict[str, Tensor] | Embedded:
         """Losses of one batch: "contrastive", "image" and "entity", those with a weight. Each is a scalar whose mean over
-        the ranks is the loss of the global batch."""
+        the ranks is the loss of the global batch.
+
+        part: `batch` is a part of this rank's, and the losses are its shares; "contrastive" is a number of no meaning whose
+        gradient is the part's. embed_only: no loss, only what `contrast` takes. Both are for `engine/gradient_cache.py`.
+        """
         weights = self.config.loss
-        tokens, token_mask = batch["tokens"], batch["token_mask"]
         paired = batch["report_id"] >= 0
-        reports = self.text(tokens[paired], token_mask[paired])  # [n, T, D]
+        reports = self.text(batch["tokens"][paired], batch["token_mask"][paired])  # [n, T, D]
         prompts = self._prompt_features(batch["step"])  # [2C, D]
+        if embed_only:
+            return self._embed(batch, reports, prompts, self._contrastive_view(batch))
         memory = self._text_memory(batch, paired, reports, prompts)
         images = self._encode_images(batch, memory)
+        parts = part.count if part else 1
 
         losses = {}
         if weights.contrastive:
-            losses["contrastive"] = self._contrastive(batch, paired, reports, prompts, images)
+            embedded = self._embed(batch, reports, prompts, images.embedding)
+            losses["contrastive"] = _along(embedded, part) if part else self.contrast(embedded, batch)
         if images.query is not None and images.masked is not None:
-            losses["image"] = self._rebuild_image(batch, memory, images.query, images.masked)
+            losses["image"] = self._rebuild_image(batch, memory, images.query, images.masked) / parts
         elif weights.image:
             losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
         if weights.entity:
-            losses["entity"] = self._rebuild_entities(batch, paired, images)
+            hidden = sum_over_ranks((batch["target_tokens"] >= 0).sum()) if part is None else part.hidden_tokens
+            losses["entity"] = self._rebuild_entities(batch, paired, images, hidden)
         return losses
 
-    def _contrastive(
-        self, batch: Batch, paired: Tensor, reports: Tensor, prompts: Tensor, images: ImageFeatures
-    ) -> Tensor:
+    def _embed(self, batch: Batch, reports: Tensor, prompts: Tensor, image: Tensor) -> Embedded:
+        mask = batch["token_mask"][batch["report_id"] >= 0]
+        return Embedded(image, self._embed_text(pool(reports, mask)), self._embed_text(prompts), self.scale())
+
+    def contrast(self, embedded: Embedded, batch: Batch) -> Tensor:
         """Reports against their images, prompts against unpaired images; the mean over all images of the global batch."""
-        group, scale = _world(), self.scale()
-        report_embedding = self._embed_text(pool(reports, batch["token_mask"][paired]))
+        ids = batch["report_id"]
+        paired = ids >= 0
         over_reports = contrastive_loss(
-            images.embedding[paired], report_embedding, scale, image_ids=batch["report_id"][paired],
-            text_ids=batch["report_id"][paired], impl=self.config.loss.impl, group=group,
+            embedded.image[paired], embedded.report, embedded.scale, image_ids=ids[paired], text_ids=ids[paired],
+            impl=self.config.loss.impl, group=_world(),
         )  # fmt: skip
         over_prompts, unpaired_rows = prompt_contrastive(
-            images.embedding[~paired], self._embed_text(prompts), scale, batch["labels"][~paired], group
+            embedded.image[~paired], embedded.prompt, embedded.scale, batch["labels"][~paired], _world()
         )
-        paired_rows = _sum_over_ranks(paired.sum())
+        paired_rows = sum_over_ranks(paired.sum())
         rows = (paired_rows + unpaired_rows).clamp(min=1)
         return (paired_rows * over_reports + unpaired_rows * over_prompts) / rows
 
@@ -139,60 +181,84 @@ class MMCLIP(nn.Module):
         target = patch_pixels(batch["image"], self.vision.patch)
         return masked_mean_square(self.image_decoder.head(features), target, masked)
 
-    def _rebuild_entities(self, batch: Batch, paired: Tensor, images: ImageFeatures) -> Tensor:
-        """EntMLM: the masked entities, from the rest of the report and the image."""
+    def _rebuild_entities(self, batch: Batch, paired: Tensor, images: ImageFeatures, hidden_tokens: Tensor) -> Tensor:
+        """EntMLM: the masked entities, from the rest of the report and the image. hidden_tokens []: of the global batch."""
         mask, target = batch["token_mask"][paired], batch["target_tokens"][paired]
         query = self.text(batch["masked_tokens"][paired], mask)
         features = self.text_decoder(query, mask, images.seen[paired], None)
         hidden = target >= 0
-        count = _sum_over_ranks(hidden.sum())
-        return masked_cross_entropy(self.text_decoder.head(features[hidden]), target[hidden], count / _world_size())
+        return masked_cross_entropy(self.text_decoder.head(features[hidden]), target[hidden], hidden_tokens / _world_size())
 
     # -- Encoders -------------------------------------------------------------------------------------------------
 
     def _encode_images(self, batch: Batch, memory: TextMemory) -> ImageFeatures:
-        options, step = self.config.attmim, batch["step"]
-        patches = self.vision.embed(batch["image"].to(self.mask_token.dtype))
-        unmasked_from = self.config.optim.steps - options.unmasked_last_steps
-        if not self.config.loss.image or (options.mode == "split" and step >= unmasked_from):
-            seen = self.vision.encode(patches)
-            return ImageFeatures(seen, self._embed_image(seen.mean(1)), None, None)
-        if options.mode == "split":
+        patches = self._patches(batch)
+        if self._splits(batch["step"]):
             return self._encode_views(batch, patches)
         seen = self.vision.encode(patches)
-        scores = self._scores(batch, seen, memory)
-        count = round(options.ratio * patches.shape[1])
-        masked = top_patches(scores, count, batch["noise"], options.hint)
-        query = torch.where(masked[:, :, None], self.mask_token, seen)
-        return ImageFeatures(seen, self._embed_image(seen.mean(1)), query, masked)
+        unmasked = self.config.attmim.mode == "split"
+        if not self.config.loss.image or unmasked:
+            return ImageFeatures(seen, self._embed_image(seen.mean(1)), None, None)
+        hidden = self._hide_patches(batch, seen, memory)
+        return ImageFeatures(seen, self._embed_image(seen.mean(1)), hidden.masked, hidden.mask)
 
     def _encode_views(self, batch: Batch, patches: Tensor) -> ImageFeatures:
         """Split mode: each patch enters the encoder once at most, in one of two views."""
-        options, total = self.config.attmim, patches.shape[1]
-        salient_at, context_at = split_views(
-            batch["attention"].flatten(1), round(options.salient_keep * total), round(options.context_keep * total),
-            batch["noise"], options.hint,
+        views = self._views(batch, patches)
+        salient, context = self.vision.encode(views.salient), self.vision.encode(views.context)
+        query = self.mask_token.expand_as(patches).scatter(1, views.ids_context[:, :, None].expand_as(context), context)
+        return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, views.mask)
+
+    def _contrastive_view(self, batch: Batch) -> Tensor:
+        """The image's side of the contrastive loss alone [B, E]: what `_encode_images` embeds, and no more."""
+        patches = self._patches(batch)
+        if self._splits(batch["step"]):
+            patches = self._views(batch, patches).salient
+        return self._embed_image(self.vision.encode(patches).mean(1))
+
+    def _patches(self, batch: Batch) -> Tensor:
+        return self.vision.embed(batch["image"].to(self.mask_token.dtype))
+
+    def _splits(self, step: int) -> bool:
+        """Whether this step encodes two views: in split mode, but for the unmasked steps at the end."""
+        options = self.config.attmim
+        masked = step < self.config.optim.steps - options.unmasked_last_steps
+        return options.mode == "split" and self.config.loss.image > 0 and masked
+
+    def _views(self, batch: Batch, patches: Tensor) -> SplitViews:
+        options, total, noise = self.config.attmim, patches.shape[1], batch["noise"]
+        return attention_split_views(
+            patches, salient=round(options.salient_keep * total), context=round(options.context_keep * total),
+            hint=options.hint, scores=ranked_or_drawn(batch["attention"].flatten(1), noise), noise=noise,
+            impl=self.config.loss.impl,
         )  # fmt: skip
-        salient = self.vision.encode(_rows(patches, salient_at))
-        context = self.vision.encode(_rows(patches, context_at))
-        index = context_at[:, :, None].expand_as(context)
-        query = self.mask_token.expand_as(patches).scatter(1, index, context)
-        masked = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device).scatter(1, context_at, False)
-        return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, masked)
 
-    def _scores(self, batch: Batch, seen: Tensor, memory: TextMemory) -> Tensor:
-        """Attention per patch [B, P]: the sidecar's where there is one, else computed from this very step."""
+    def _hide_patches(self, batch: Batch, seen: Tensor, memory: TextMemory) -> TopkMask:
+        """Feature mode: the mask token in place of the features that respond most to the text.
+
+        Scores are the sidecar's where there is one, else those of this very step.
+        """
+        options, noise = self.config.attmim, batch["noise"]
         known, stored = batch["has_attention"], batch["attention"].flatten(1)
+        hide = partial(
+            attention_topk_mask, seen, ratio=options.ratio, mode="replace", select="hint", hint=options.hint,
+            mask_token=self.mask_token, noise=noise, impl=self.config.loss.impl,
+        )  # fmt: skip
+        with torch.no_grad():  # on every rank, needed or not: ZeRO-3 gathers a layer's weights where it is called
+            words, patches = self.text_head(memory.features), self.image_head(seen)
+        temperature = options.score_temperature
         if bool(known.all()):
-            return stored
-        computed = self.score_patches(seen.detach(), memory.features.detach(), memory.evidence)
-        return torch.where(known[:, None], stored, computed)
+            return hide(scores=ranked_or_drawn(stored, noise))
+        if bool(known.any()):
+            computed = attention_scores(patches, words, memory.evidence, temperature=temperature)
+            return hide(scores=ranked_or_drawn(torch.where(known[:, None], stored, computed), noise))
+        return hide(words, memory.evidence, score_features=patches, temperature=temperature)
 
+    @torch.no_grad()
     def score_patches(self, seen: Tensor, words: Tensor, evidence: Tensor) -> Tensor:
         """seen [B, P, D], words [B, T, D], evidence [B, T] bool -> attention per patch [B, P] float32, no gradient."""
-        return attention_scores(
-            self._embed_text(words), self._embed_image(seen), evidence, self.config.attmim.score_temperature
-        )
+        temperature = self.config.attmim.score_temperature
+        return attention_scores(self.image_head(seen), self.text_head(words), evidence, temperature=temperature)
 
     def _prompt_features(self, step: int) -> Tensor:
         """Pooled prompts [2C, D]; every step takes another pair of templates."""
@@ -235,7 +301,7 @@ class MMCLIP(nn.Module):
 
     def embed_images(self, image: Tensor) -> Tensor:
         """image [B, 1, S, S] -> embeddings of whole images [B, E], L2-normalised."""
-        return self._embed_image(self.vision.encode(self.vision.embed(image)).mean(1))
+        return self._embed_image(self.vision.encode(self.vision.embed(image.to(self.mask_token.dtype))).mean(1))
 
     def embed_texts(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> embeddings [N, E], L2-normalised."""
@@ -251,9 +317,13 @@ class MMCLIP(nn.Module):
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))
 
 
-def _rows(patches: Tensor, index: Tensor) -> Tensor:
-    """patches [B, P, D] at index [B, K] -> [B, K, D]."""
-    return patches.gather(1, index[:, :, None].expand(-1, -1, patches.shape[2]))
+def _along(embedded: Embedded, part: Part) -> Tensor:
+    """A scalar whose gradient in `embedded` is the part's: shared by all parts where it is of them all."""
+    gradient = part.gradient
+    assert gradient is not None
+    own = [(embedded.image * gradient.image).sum(), (embedded.report * gradient.report).sum()]
+    shared = [(embedded.prompt * gradient.prompt).sum(), (embedded.scale * gradient.scale).sum()]
+    return torch.stack(own).sum() + torch.stack(shared).sum() / part.count
 
 
 def _world() -> dist.ProcessGroup | None:
@@ -264,7 +334,7 @@ def _world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _sum_over_ranks(count: Tensor) -> Tensor:
+def sum_over_ranks(count: Tensor) -> Tensor:
     count = count.clone()
     if dist.is_initialized():
         dist.all_reduce(count)

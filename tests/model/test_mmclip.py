@@ -62,6 +62,24 @@ def test_a_few_steps_lower_every_loss(sets, tokenizer, batch: Batch, mode: str) 
         assert history[-1][name] < 0.9 * history[0][name], (name, history[0][name], history[-1][name])
 
 
+@pytest.mark.parametrize(("mode", "sidecars"), [("split", "all"), ("feature", "all"), ("feature", "some"), ("feature", "none")])
+def test_losses_and_gradients_agree_between_the_kernels(sets, tokenizer, batch: Batch, mode: str, sidecars: str) -> None:
+    """impl=triton (interpreted without a card) and impl=torch: the same masks, losses and gradients."""
+    if sidecars != "all":
+        missing = torch.arange(8) < (4 if sidecars == "some" else 8)
+        batch = Batch(**(batch | {"has_attention": ~missing, "attention": batch["attention"] * ~missing[:, None, None]}))
+    results = []
+    for impl in ("torch", "triton"):
+        model = model_of(sets.config(f"attmim.mode={mode}", f"loss.impl={impl}"), tokenizer)
+        losses = model(batch)
+        torch.stack(list(losses.values())).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append({name: value.detach() for name, value in losses.items()} | gradients)
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_a_term_without_weight_is_not_computed(sets, tokenizer, batch: Batch) -> None:
     assert set(model_of(sets.config("loss.image=0", "loss.entity=0"), tokenizer)(batch)) == {"contrastive"}
     assert set(model_of(sets.config("loss.contrastive=0"), tokenizer)(batch)) == {"image", "entity"}

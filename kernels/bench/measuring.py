@@ -1,0 +1,144 @@
+"""What the kernels' benchmarks share: cases timed side by side, memory measured, results written."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Case = Callable[[int], object]
+Row = dict[str, str | int | float | None]
+
+
+def rounds(cases: dict[str, Case], count: int, seconds: float | None = None) -> dict[str, list[float]]:
+    """Milliseconds of each case in each round. A round runs every case once, in turn, so that a busy moment meets all.
+
+    A case is given the round's number, by which it may choose among several inputs: one that was just used is still in
+    the cache. The first round warms up and is not kept; `seconds` ends the rounds early, with three at least.
+    """
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    begun = time.perf_counter()
+    for turn in range(count + 1):
+        if seconds is not None and turn > 3 and time.perf_counter() - begun > seconds:
+            break
+        for name, case in cases.items():
+            elapsed = _milliseconds(case, turn)
+            if turn > 0:
+                found[name].append(elapsed)
+    return found
+
+
+def _milliseconds(case: Case, turn: int) -> float:
+    if not torch.cuda.is_available():
+        started = time.perf_counter()
+        case(turn)
+        return 1000 * (time.perf_counter() - started)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    case(turn)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def ratios(times: dict[str, list[float]], first: str) -> dict[str, float]:
+    """How many times as long as `first` each case takes: the median of the rounds' own ratios."""
+    return {
+        name: statistics.median(other / own for other, own in zip(values, times[first], strict=True))
+        for name, values in times.items()
+    }
+
+
+def extra_memory(prepare: Callable[..., Case], *arguments: object, small: Sequence[object]) -> int:
+    """Bytes at the peak of `prepare(*arguments)(0)` above what was there before the call.
+
+    On CUDA as PyTorch's allocator counts them; on a CPU the resident memory of a process of its own, which runs
+    `prepare(*small)(0)` first: libraries and threads then have what they need. `prepare` must be importable.
+    """
+    if torch.cuda.is_available():
+        case = prepare(*arguments)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_resident, (torch.get_num_threads(), prepare, arguments, small))
+
+
+def _resident(threads: int, prepare: Callable[..., Case], arguments: Sequence[object], small: Sequence[object]) -> int:
+    torch.set_num_threads(threads)
+    prepare(*small)(0)
+    case = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
+    before = _status("VmRSS")
+    case(0)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def missing(*packages: str) -> list[str]:
+    """Those of the packages that are not installed."""
+    return [name for name in packages if _version(name) is None]
+
+
+def write_results(name: str, rows: Sequence[Row], packages: Sequence[str] = (), notes: Sequence[str] = ()) -> None:
+    """Print the rows as a table; write it as results/<name>_<device>.md beside .csv and .json, each row with the same keys.
+
+    The files say the command, the date, the machine, and the versions of torch, triton and of `packages`.
+    """
+    command = " ".join(["python", f"kernels/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    versions = {package: _version(package) for package in ("torch", "triton", *packages)}
+    about = {
+        "command": command, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "device": device_name(),
+        "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        "versions": {package: found for package, found in versions.items() if found is not None}, "notes": list(notes),
+    }  # fmt: skip
+    said = ", ".join(f"{package} {found}" for package, found in versions.items() if found is not None)
+    heads = list(rows[0])
+    lines = [
+        f"# {name}", "",
+        f"`{command}`, {about['date']}, {about['device']}, {about['cores']} CPU cores, Python {about['python']}, {said}.",
+        *notes, "",
+        "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
+        *("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows),
+    ]  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    base = RESULTS / f"{name}_{re.sub('[^a-z0-9]+', '_', device_name().lower())}"
+    base.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    base.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    with base.with_suffix(".csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, heads, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n".join(lines))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,90 @@
+"""A step whose contrastive batch is exact, whatever fits into memory at once: gradient caching (Gao et al., arXiv 2101.06983).
+
+The first pass embeds the batch part by part and keeps no activation. The contrastive loss of the whole global batch then gives
+the gradient of each embedding. The second pass runs each part again and sends its gradient on into the encoders, together
+with the part's share of the other losses. Random states are replayed, so that both passes see the same dropout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmclip_dist.config import Config, Loss
+from mmclip_dist.data.batch import Batch, split_batch
+from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part, sum_over_ranks
+
+
+def forward_backward(engine: Any, batch: Batch, config: Config) -> dict[str, Tensor]:
+    """Losses of this rank's batch, and their gradients in the engine, ready for `engine.step()`. A collective call."""
+    size = config.optim.micro_batch or len(batch["keys"])
+    parts = split_batch(batch, size)
+    if len(parts) == 1:
+        losses: dict[str, Tensor] = engine(batch)
+        engine.backward(weighted_sum(losses, config.loss))
+        return losses
+    states, embedded = [], []
+    for part in parts:
+        states.append(_random_state())
+        if config.loss.contrastive:
+            with torch.no_grad():
+                embedded.append(engine(part, embed_only=True))
+    contrastive, gradients = _contrast(engine.module, embedded, batch) if embedded else (None, [None] * len(parts))
+    hidden = sum_over_ranks((batch["target_tokens"] >= 0).sum())
+
+    shares: list[dict[str, Tensor]] = []
+    for index, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
+        engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
+        with _replayed(state):
+            losses = engine(part, Part(len(parts), hidden, gradient))
+        engine.backward(weighted_sum(losses, config.loss), scale_wrt_gas=False)
+        shares.append({name: value.detach() for name, value in losses.items()})
+    totals = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
+    return totals if contrastive is None else totals | {"contrastive": contrastive}
+
+
+def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:
+    return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
+
+
+def _contrast(model: MMCLIP, embedded: list[Embedded], batch: Batch) -> tuple[Tensor, list[Embedded]]:
+    """The contrastive loss of the whole batch, and its gradient in what each part embedded."""
+    first = embedded[0]
+    whole = Embedded(
+        torch.cat([part.image for part in embedded]).requires_grad_(),
+        torch.cat([part.report for part in embedded]).requires_grad_(),
+        first.prompt.detach().requires_grad_(),
+        first.scale.detach().requires_grad_(),
+    )
+    loss = model.contrast(whole, batch)
+    leaves = [whole.image, whole.report, whole.prompt, whole.scale]
+    image, report, prompt, scale = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    sizes = [len(part.image) for part in embedded], [len(part.report) for part in embedded]
+    pairs = zip(image.split(sizes[0]), report.split(sizes[1]), strict=True)
+    return loss.detach(), [Embedded(of_image, of_report, prompt, scale) for of_image, of_report in pairs]
+
+
+def _random_state() -> tuple[Tensor, Tensor | None]:
+    """Of the CPU's generator and the current GPU's."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def _replayed(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+    """Draw what was drawn after `state`; the generators go on afterwards as if nothing had been drawn."""
+    now = _random_state()
+    _set_random_state(state)
+    try:
+        yield
+    finally:
+        _set_random_state(now)
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])

@@ -1,0 +1,137 @@
+"""Gradient caching: parts add up to the whole, gradient by gradient, dropout included. (ZeRO stages: test_optimizer.py.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Batch, split_batch
+from mmclip_dist.engine.gradient_cache import forward_backward
+from mmclip_dist.model.build import build_model
+from tests.data.test_loader import loader
+
+DISEASES = ("Atelectasis", "Cardiomegaly", "Consolidation", "Nodule", "Pleural Effusion", "Pneumothorax")
+
+
+class PlainEngine:
+    """The part of DeepSpeed's interface that a step uses, over plain autograd."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.boundaries = module, []
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.module(*arguments, **options)
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
+        loss.backward()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self.boundaries.append(is_boundary)
+
+
+def step(config: Config, tokenizer: Any, batch: Batch, dropout: float = 0.0) -> tuple[dict, dict, PlainEngine]:
+    model = build_model(config, tokenizer, DISEASES).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    engine = PlainEngine(model)
+    torch.manual_seed(3)
+    losses = forward_backward(engine, batch, config)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in losses.items()}, gradients, engine
+
+
+def batch_of(sets, tokenizer) -> Batch:
+    found = next(loader(sets.config(), tokenizer))
+    assert 0 < int((found["report_id"] >= 0).sum()) < 8
+    return found
+
+
+@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("weights", [(), ("loss.contrastive=0",), ("loss.image=0", "loss.entity=0"), ("loss.contrastive=0.5",)])
+def test_parts_add_up_to_the_whole(sets, tokenizer, mode: str, micro: int, weights: tuple[str, ...]) -> None:
+    batch = batch_of(sets, tokenizer)
+    options = [f"attmim.mode={mode}", *weights]
+    whole_losses, whole, _ = step(sets.config(*options), tokenizer, batch)
+    losses, parts, engine = step(sets.config(*options, f"optim.micro_batch={micro}"), tokenizer, batch)
+    assert engine.boundaries == [False] * (8 // micro - 1) + [True]
+    torch.testing.assert_close(losses, whole_losses, rtol=1e-5, atol=1e-6)
+    assert parts.keys() == whole.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_temperature_is_counted_once(sets, tokenizer) -> None:
+    batch = batch_of(sets, tokenizer)
+    whole = step(sets.config(), tokenizer, batch)[1]["log_scale"]
+    for micro in (1, 2, 4):
+        ratio = step(sets.config(f"optim.micro_batch={micro}"), tokenizer, batch)[1]["log_scale"] / whole
+        assert ratio.item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_dropout_is_the_same_in_both_passes(sets, tokenizer) -> None:
+    """The cached gradient fits only the embeddings that it was made for."""
+    batch = batch_of(sets, tokenizer)
+    config = sets.config("optim.micro_batch=2", "loss.image=0", "loss.entity=0")
+    seen: dict[bool, list[Tensor]] = {False: [], True: []}
+
+    def watch(module: nn.Module, _: Any, output: Tensor) -> None:
+        seen[torch.is_grad_enabled()].append(output.detach())
+
+    model = build_model(config, tokenizer, DISEASES).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    model.image_head.register_forward_hook(watch)
+    torch.manual_seed(3)
+    forward_backward(PlainEngine(model), batch, config)
+    after = torch.rand(1)
+    assert len(seen[False]) == len(seen[True]) == 4
+    assert all(torch.equal(first, second) for first, second in zip(seen[False], seen[True], strict=True))
+    assert not torch.equal(seen[True][0], seen[True][1])
+    torch.manual_seed(3)
+    assert not torch.equal(after, torch.rand(1))  # and the generators have moved on
+
+
+def test_a_part_holds_the_samples_of_its_place(sets, tokenizer) -> None:
+    batch = batch_of(sets, tokenizer)
+    parts = split_batch(batch, 2)
+    assert [key for part in parts for key in part["keys"]] == batch["keys"]
+    assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
+    assert all(part["step"] == batch["step"] for part in parts) and split_batch(batch, 8) == [batch]
+
+
+def test_memory_follows_the_part_not_the_batch(sets, tokenizer) -> None:
+    """Bytes that autograd keeps at once, of a batch four times as large."""
+
+    def kept(config: Config, batch: Batch) -> int:
+        alive, peak = 0, 0
+
+        class Engine(PlainEngine):
+            def __call__(self, *arguments: Any, **options: Any) -> Any:
+                nonlocal alive
+                alive = 0  # what the last part kept is gone with its graph
+                return super().__call__(*arguments, **options)
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal alive, peak
+            alive += tensor.nbytes
+            peak = max(peak, alive)
+            return tensor
+
+        model = build_model(config, tokenizer, DISEASES)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            forward_backward(Engine(model), batch, config)
+        return peak
+
+    batch = batch_of(sets, tokenizer)
+    large = Batch(**{name: value.repeat(4, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * 4
+                     if isinstance(value, list) else value for name, value in batch.items()})  # fmt: skip
+    whole = kept(sets.config(), batch)
+    assert kept(sets.config(), large) > 3 * whole
+    assert kept(sets.config("optim.micro_batch=8"), large) < 1.1 * whole
