@@ -15,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mmclip_dist.data.batch import to_device
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Batch, to_device
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
+from mmclip_dist.engine.gradient_cache import forward_backward
 from tests.engine.live_memory import LiveMemory
 from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 
@@ -32,19 +34,19 @@ def measured(case: dict[str, Any], device: torch.device) -> int:
     document["zero_optimization"] = {"stage": case["stage"], "reduce_bucket_size": BUCKET, "overlap_comm": False}
     before = torch.cuda.memory_allocated() if device.type == "cuda" else LiveMemory().alive
     engine = build_engine(model_of(config, load.prompts // 2).to(device), config, document)
-    step(engine, to_device(batch_of(config, load), device))
+    step(engine, to_device(batch_of(config, load), device), config)
     data = to_device(batch_of(config, load), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step(engine, data)
+        step(engine, data, config)
         return torch.cuda.max_memory_allocated() - before
     with LiveMemory() as live:
-        step(engine, data)
+        step(engine, data, config)
     return live.peak - before
 
 
-def step(engine: Any, data: Any) -> None:
-    engine.backward(torch.stack(list(engine(data).values())).sum())
+def step(engine: Any, data: Batch, config: Config) -> None:
+    forward_backward(engine, data, config)
     engine.step()
 
 

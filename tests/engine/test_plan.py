@@ -37,6 +37,10 @@ SHAPES: list[dict[str, Any]] = [
 STAGES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 CASES = [SHAPES[0] | {"stage": stage, "precision": precision} for stage, precision in STAGES]
 CASES += [shape | {"stage": 1, "precision": ("fp32", "bf16")[index % 2]} for index, shape in enumerate(SHAPES[1:])]
+CASES += [
+    SHAPES[0] | {"overrides": ["optim.micro_batch=2"], "stage": stage, "precision": precision}
+    for stage, precision in ((1, "bf16"), (2, "fp32"))
+]
 
 
 def allocated(cases: list[dict[str, Any]], ranks: int, devices: str = "") -> list[int]:
@@ -64,7 +68,7 @@ def planned(case: dict[str, Any], ranks: int, *, fused: bool = False) -> float:
     config = config_of(*case["overrides"], batch=case["batch"] * ranks, precision=case["precision"])
     corpus = Corpus(case["tokens"], case["masked"], 1.0, load_of(config).prompts // 2, PROMPT_TOKENS, VOCABULARY)
     setup = Setup(config, corpus, card_named("h100"), ranks, 8, 0.2, bucket=BUCKET, overlap=False, fused=fused)
-    return memory(setup, Choice(case["stage"], case["batch"])).allocated
+    return memory(setup, Choice(case["stage"], config.optim.micro_batch or case["batch"])).allocated
 
 
 def check(cases: list[dict[str, Any]], found: list[int], ranks: int, *, fused: bool = False) -> None:
@@ -195,6 +199,7 @@ def test_the_command_prints_every_part_and_overrides_to_paste(capsys: pytest.Cap
     assert "computed on paper, not measured" in out
     pasted = next(line for line in out.splitlines() if line.startswith("recommended: ")).split()[1:]
     assert pasted == ["zero_stage=1", "optim.micro_batch=128"]
+    assert load_config("mmclip_vit_b16", pasted).optim.micro_batch == 128
     assert Choice(3, 8, True, True, True).overrides() == [
         "zero_stage=3", "optim.micro_batch=8", "model.checkpoint_activations=true", "offload.optimizer=cpu",
         "offload.parameters=cpu",

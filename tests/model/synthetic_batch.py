@@ -40,7 +40,8 @@ def batch_of(config: Config, load: Load) -> Batch:
     hidden = (torch.arange(length) < load.masked).expand(rows, -1)
     size = config.model.image.size
     batch: dict[str, Any] = {
-        "step": 0, "keys": [], "replaced": [], "reading": Tally(), "image": torch.randn(rows, 1, size, size), "tokens": tokens,
+        "step": 0, "keys": [str(row) for row in range(rows)], "replaced": [],
+        "reading": Tally(), "image": torch.randn(rows, 1, size, size), "tokens": tokens,
         "token_mask": torch.ones_like(tokens).bool(), "masked_tokens": tokens.clone(),
         "target_tokens": torch.where(hidden, tokens, -100), "evidence": torch.ones_like(tokens).bool(),
         "report_id": torch.arange(rows), "labels": torch.randint(-1, 2, (rows, load.prompts // 2)),

@@ -49,6 +49,16 @@ def test_flops_are_those_that_torch_counts(one_rank: None, overrides: list[str],
     assert cost.training_flops(found) == pytest.approx(total, rel=0.005)
 
 
+@pytest.mark.parametrize("mode", ["feature", "split"])
+def test_what_gradient_caching_computes_twice(one_rank: None, mode: str) -> None:
+    config = config_of(f"attmim.mode={mode}", batch=4)
+    load = load_of(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+        model_of(config, load.prompts // 2)(batch_of(config, load), embed_only=True)
+    expected = cost.recomputed_flops(cost.pieces(config, load, 4), checkpointed=False, cached=True)
+    assert expected == pytest.approx(counted.get_total_flops(), rel=0.005)
+
+
 @pytest.mark.parametrize("overrides", [[], ["loss.entity=0"], ["attmim.mode=split"]])
 def test_parameters_are_those_of_the_model(overrides: list[str]) -> None:
     config = config_of(*overrides, batch=2)
