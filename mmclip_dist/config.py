@@ -127,6 +127,8 @@ class Model(Section):
     embed: int = Field(256, gt=0)  # width of the shared space (N)
     temperature: float = Field(0.07, gt=0)  # at the start; learned (N)
     max_scale: float = Field(100.0, gt=1)  # clamp of 1 / temperature (N)
+    checkpoint_activations: bool = False  # recompute each layer in the backward pass: less memory, a third more compute (O)
+    compile: bool = False  # torch.compile of the encoders' layers (O)
 
 
 class AttMIM(Section):
@@ -183,6 +185,11 @@ class Optim(Section):
     micro_batch: int | None = Field(None, gt=0)  # samples of a rank that are in memory at once; None: all of its share
     lr: float = Field(1e-4, gt=0)  # at a global batch of 1024; scaled linearly with the batch (N)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps (N)
+    schedule: Literal["cosine", "wsd", "linear"] = "cosine"  # after the warm-up; all end at 0 (N)
+    decay: float = Field(0.2, gt=0, le=1)  # wsd: share of the steps at the end in which the rate falls (N: 2405.18392)
+    name: Literal["adamw", "lamb", "deepspeed"] = "adamw"  # deepspeed: the one of `deepspeed.optimizer` (N: AdamW)
+    layer_decay: float = Field(1.0, gt=0, le=1)  # the rate of an encoder's layer relative to the one above; 1: equal (O)
+    ema: float | None = Field(None, gt=0, lt=1)  # decay per step of an exponential average of the weights; None: none (O)
     betas: tuple[float, float] = (0.9, 0.95)  # N
     weight_decay: float = Field(0.05, ge=0)  # N
     clip: float = Field(1.0, gt=0)  # global gradient norm (N)
@@ -192,6 +199,14 @@ class Optim(Section):
         if self.stop_at is not None and self.stop_at > self.steps:
             raise ValueError(
                 f"optim.stop_at={self.stop_at} lies after the last step, optim.steps={self.steps}; set both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _phases(self) -> Self:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"optim.warmup={self.warmup} and optim.decay={self.decay} of the steps overlap; their sum may not pass 1"
             )
         return self
 
@@ -214,13 +229,21 @@ class Checkpoint(Section):
     start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
 
 
+class Offload(Section):
+    """What leaves the GPU's memory for the host's."""
+
+    optimizer: Literal["none", "cpu"] = "none"  # its state and the fp32 weights, stepped there; zero_stage >= 1
+    parameters: Literal["none", "cpu"] = "none"  # fetched layer by layer; zero_stage 3
+
+
 class Config(Section):
     """The whole tree. `run_dir` holds everything that a run writes."""
 
     run_dir: str
     seed: int = Field(0, ge=0)
-    precision: Literal["fp32", "bf16"] = "bf16"
-    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Offload = Offload()
     threads: int | None = Field(None, gt=0)  # torch threads of each rank on the CPU; None: cores / ranks
     log_every: int = Field(10, gt=0)  # steps
     data: Data = Data()
@@ -233,6 +256,33 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     track: Track = Track()
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
+
+    @model_validator(mode="after")
+    def _engine(self) -> Self:
+        """What DeepSpeed would refuse late, or take and do wrong."""
+        if self.offload.optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("offload.optimizer=cpu needs zero_stage=1 or more: at 0 DeepSpeed has nothing to offload")
+        if self.offload.parameters != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload.parameters=cpu needs zero_stage=3, found {self.zero_stage}")
+        if self.model.compile and self.zero_stage == 3:
+            raise ValueError(
+                "model.compile=true needs zero_stage=2 or less: ZeRO-3 gathers weights in hooks around every module, "
+                "and torch.compile would break its graph at each of them"
+            )
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision=fp16 needs zero_stage=1 or more: at 0 DeepSpeed (0.19) divides the gradients by a loss scale that it "
+                "never multiplied the loss by"
+            )
+        theirs = "optimizer" in self.deepspeed
+        if theirs and self.optim.ema is not None:
+            raise ValueError("optim.ema needs optim.name=adamw or lamb: DeepSpeed's own optimizers do not keep the average")
+        if theirs != (self.optim.name == "deepspeed"):
+            raise ValueError(
+                "optim.name=deepspeed and a deepspeed.optimizer section go together: set both, or neither; "
+                f"found optim.name={self.optim.name} {'with' if theirs else 'without'} the section"
+            )
+        return self
 
     def check_world(self, world: int) -> None:
         """Raise ValueError if this run cannot be spread over `world` ranks."""

@@ -34,12 +34,33 @@ def test_overrides_are_typed_and_win() -> None:
         ("foo", "form key.sub=value"),
         ("run_dir.x=1", "is a value, not a section"),
         ("data.augment.crop_area=[0.9, 0.2]", "smallest <= largest"),
+        ("zero_stage=4", "zero_stage: .*0, 1, 2 or 3"),
+        ("offload.parameters=cpu", "needs zero_stage=3, found 1"),
+        ("optim={steps: 10, schedule: wsd, warmup: 0.5, decay: 0.6}", "overlap; their sum may not pass 1"),
+        ("optim.layer_decay=1.5", "optim.layer_decay"),
+        ("optim.name=deepspeed", "go together.*found optim.name=deepspeed without"),
+        ("deepspeed={optimizer: {type: Lion}}", "go together.*found optim.name=adamw with"),
     ],
 )
 def test_faults_are_one_line_that_says_what(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_config("quickstart", [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero_stage=0", "offload.optimizer=cpu"], "needs zero_stage=1 or more"),
+        (["zero_stage=0", "precision=fp16"], "loss scale"),
+        (["zero_stage=3", "model.compile=true"], "needs zero_stage=2 or less"),
+        (["optim.name=deepspeed", "deepspeed={optimizer: {type: Lion}}", "optim.ema=0.99"], "optim.ema needs"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_built(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config("quickstart", overrides)
+    load_config("quickstart", ["zero_stage=3", "precision=fp16", "offload={optimizer: cpu, parameters: cpu}", "optim.ema=0.99"])
 
 
 def test_unknown_recipe_lists_the_known() -> None:

@@ -20,6 +20,7 @@ from mmclip_shards.reader import iterate
 from mmclip_shards.writer import ShardWriter
 from safetensors.torch import load_file
 
+from mmclip_dist.engine.checkpoint import load_model
 from mmclip_dist.engine.checkpoint_folder import checkpoint_path
 from mmclip_dist.engine.run import read_metrics
 from tests.conftest import TRAIN, wait_for
@@ -138,12 +139,16 @@ def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
     assert shared_memory() == before
 
 
-@pytest.mark.parametrize("overrides", [("zero_stage=2",), ("zero_stage=0",)])
-def test_zero_stages_train_alike(sets, unbroken: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_zero3_trains_alike_and_writes_the_average(sets, unbroken: Path, tmp_path: Path) -> None:
+    """The unbroken run is of stage 1; tests/engine/test_optimizer.py has every stage against plain torch."""
     run = tmp_path / "run"
-    run_training([*sets.overrides(run), *TRAIN, *overrides, "optim.stop_at=4"])
+    run_training([*sets.overrides(run), *TRAIN, "zero_stage=3", "optim.ema=0.9", "optim.stop_at=4"])
     for ours, theirs in zip(losses(run), losses(unbroken), strict=False):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    (last, *_), (average, *_) = (load_model(checkpoint_path(run, 4), average=which) for which in (False, True))
+    assert not torch.equal(last.image_head.weight, average.image_head.weight)
+    with pytest.raises(ValueError, match=r"train with optim\.ema"):
+        load_model(checkpoint_path(unbroken, 4), average=True)
 
 
 def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:

@@ -105,10 +105,12 @@ def missing(*packages: str) -> list[str]:
     return [name for name in packages if _version(name) is None]
 
 
-def write_results(name: str, rows: Sequence[Row], packages: Sequence[str] = (), notes: Sequence[str] = ()) -> None:
+def write_results(
+    name: str, rows: Sequence[Row], packages: Sequence[str] = (), notes: Sequence[str] = (), keep: bool = True
+) -> None:
     """Print the rows as a table; write it as results/<name>_<device>.md beside .csv and .json, each row with the same keys.
 
-    The files say the command, the date, the machine, and the versions of torch, triton and of `packages`.
+    The files say the command, date, machine, and the versions of torch, triton and of `packages`. keep=False: print alone.
     """
     command = " ".join(["python", f"kernels/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     versions = {package: _version(package) for package in ("torch", "triton", *packages)}
@@ -126,6 +128,9 @@ def write_results(name: str, rows: Sequence[Row], packages: Sequence[str] = (), 
         "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
         *("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows),
     ]  # fmt: skip
+    print("\n".join(lines))
+    if not keep:
+        return
     RESULTS.mkdir(exist_ok=True)
     base = RESULTS / f"{name}_{re.sub('[^a-z0-9]+', '_', device_name().lower())}"
     base.with_suffix(".md").write_text("\n".join(lines) + "\n")
@@ -134,7 +139,6 @@ def write_results(name: str, rows: Sequence[Row], packages: Sequence[str] = (), 
         writer = csv.DictWriter(stream, heads, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print("\n".join(lines))
 
 
 def _version(package: str) -> str | None:

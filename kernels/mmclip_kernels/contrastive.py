@@ -66,6 +66,7 @@ def contrastive_loss(
     """
     diagonal = image_ids is None and text_ids is None
     _check(image, text, scale, bias, image_ids, text_ids, mode, impl)
+    _check_device(image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude)
     if diagonal:
         rank = dist.get_rank(group) if group is not None else 0
         image_ids = text_ids = torch.arange(len(image), device=image.device) + (rank << 40)
@@ -103,9 +104,6 @@ def _check(
     for name, value in (("scale", scale), ("bias", bias)):
         if value is not None and (not isinstance(value, Tensor) or value.numel() != 1):
             raise ValueError(f"{name} must be a tensor that holds one number, found {_shape(value)}")
-    tensors = [value for value in (image, text, scale, bias, image_ids, text_ids) if value is not None]
-    if len({value.device for value in tensors}) > 1:
-        raise ValueError(f"all tensors must be on one device, found {sorted({str(v.device) for v in tensors})}")
     if image_ids is None or text_ids is None:
         if image_ids is not text_ids or len(image) != len(text):
             raise ValueError("pass both image_ids and text_ids, or neither with as many images as texts")
@@ -116,6 +114,12 @@ def _check(
         )
     elif image_ids.dtype != torch.int64 or text_ids.dtype != torch.int64:
         raise ValueError(f"ids must be int64, found {image_ids.dtype} and {text_ids.dtype}")
+
+
+def _check_device(*tensors: Tensor | None) -> None:
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, found {sorted(devices)}")
 
 
 def _shape(value: object) -> str:
@@ -145,7 +149,7 @@ def _forward(
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> losses [2] of rows and columns, log-sum-exps of this rank's rows [N] and of all ranks' columns."""
+    """-> losses [2] of rows and columns, log-sum-exps [2, N] of this rank's rows and of all ranks' columns."""
     kernels = implementation("contrastive", impl, image.device)
     for name, value in (("scale", scale), ("bias", bias)):
         if not _capturing(value) and not math.isfinite(float(value)):
@@ -169,14 +173,14 @@ def _forward(
             columns.merge(place, part.columns.peak, part.columns.total)
     if mode == "sigmoid":
         total = all_reduce(total, group)
-        return total, rows.peak, columns.peak[:everything].clone()
+        return total, rows.peak.new_zeros(2, len(image)), rows.peak.new_zeros(2, everything)
     column_peak, column_total = columns.peak[:everything], columns.total[:everything]
     peak = all_reduce(column_peak, group, dist.ReduceOp.MAX)
-    column_lse = peak + all_reduce(column_total * (column_peak - finite(peak)).exp(), group).log()
-    row_lse = rows.peak + rows.total.log()
-    total[0] += _dot(pairs.row_mean, row_lse)
+    column_lse = _log_sum(peak, all_reduce(column_total * (column_peak - finite(peak)).exp(), group))
+    row_lse = _log_sum(rows.peak, rows.total)
+    total[0] += _dot(pairs.row_mean, row_lse[0])
     total = all_reduce(total, group)
-    total[1] += _dot(pairs.column_mean, column_lse)
+    total[1] += _dot(pairs.column_mean, column_lse[0])
     return total, row_lse, column_lse
 
 
@@ -197,31 +201,34 @@ def _backward(
     world = dist.get_world_size(group) if group is not None else 1
     precise = pairs.factor.dtype
     rows, columns = world * (upstream.to(precise) + 0 * losses)  # a loss that is NaN leaves no finite gradient
+    (row_lse, row_rest), (column_lse, column_rest) = row_lse, column_lse
     if mode == "sigmoid":
         pairs = replace(pairs, row_mean=(rows + columns) * pairs.row_mean)
     else:
         pairs = replace(
             pairs,
-            row_mean=rows * pairs.row_mean, row_share=rows * pairs.row_share,
-            column_mean=columns * pairs.column_mean, column_share=columns * pairs.column_share,
+            row_mean=rows * pairs.row_mean * (-row_rest).exp(), row_share=rows * pairs.row_share,
+            column_mean=columns * pairs.column_mean * (-column_rest).exp(), column_share=columns * pairs.column_share,
         )  # fmt: skip
     # No pair of the row takes part: exp(-inf - inf) is 0, as it should be, where exp(-inf + inf) would be NaN.
     row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
     column_lse = torch.cat([column_lse.masked_fill(column_lse == -torch.inf, torch.inf), column_lse.new_zeros(1)])
-    image_grad = torch.zeros(image.shape, dtype=precise, device=image.device)
+    image_grad: Tensor | None = None
     factor_grad, bias_grad = torch.zeros(2, dtype=precise, device=image.device)
 
     def text_gradients() -> Iterator[Tensor]:
-        nonlocal factor_grad, bias_grad
+        nonlocal image_grad, factor_grad, bias_grad
         for texts, place in zip(shards.gather(text), shards.columns, strict=True):
             piece = _columns(pairs, place)
             lse = column_lse[place]
             of_image, of_text, of_factor, of_bias = kernels.gradient(image, texts, piece, mode, row_lse, lse)
-            image_grad.add_(of_image)
+            image_grad = of_image if image_grad is None else image_grad.add_(of_image)
+            del of_image
             factor_grad, bias_grad = factor_grad + of_factor, bias_grad + of_bias
             yield of_text
 
     text_grad = shards.reduce(text_gradients())
+    assert image_grad is not None
     return (
         image_grad.to(kept[0].dtype), text_grad.to(kept[1].dtype),
         factor_grad.reshape(scale.shape).to(scale.dtype), bias_grad.reshape(bias.shape).to(bias.dtype),
@@ -269,8 +276,9 @@ def _positives(
     if exclude is not None:
         of_rows = torch.zeros(len(row_ids), dtype=precise, device=row_ids.device)
         of_columns = torch.zeros(len(column_ids), dtype=precise, device=row_ids.device)
-        for start in range(0, len(row_ids), 1024):
-            here = slice(start, start + 1024)
+        step = max(1, (1 << 24) // max(len(column_ids), 1))  # 16 MiB of pairs at once
+        for start in range(0, len(row_ids), step):
+            here = slice(start, start + step)
             positive = (row_ids[here, None] == column_ids) & (column_ids >= 0) & ~exclude[here]
             of_rows[here] = positive.sum(1).to(precise)
             of_columns += positive.sum(0)
@@ -288,15 +296,18 @@ def _occurrences(wanted: Tensor, among: Tensor) -> Tensor:
     return torch.where(wanted >= 0, count, 0)
 
 
-def _columns(pairs: Pairs, place: Tensor) -> Pairs:
+def _columns(pairs: Pairs, place: Tensor | slice) -> Pairs:
     """The pairs of some columns; the place one past the last is padding, which takes no part."""
 
     def pick(values: Tensor, padding: int) -> Tensor:
         return torch.cat([values, values.new_full((1,), padding)])[place]
 
     exclude = pairs.exclude
-    if exclude is not None:
-        exclude = exclude[:, place.clamp(max=max(exclude.shape[1] - 1, 0))] if exclude.shape[1] else None
+    if isinstance(place, slice):
+        exclude = None if exclude is None else exclude[:, place]
+    elif exclude is not None:
+        one = exclude[:1] if exclude.stride(0) == 0 else exclude  # a row that was broadcast is not written out
+        exclude = one[:, place.clamp(max=exclude.shape[1] - 1)].expand(len(exclude), -1) if exclude.shape[1] else None
     return replace(
         pairs, column_ids=pick(pairs.column_ids, -1), column_mean=pick(pairs.column_mean, 0),
         column_share=pick(pairs.column_share, 0), exclude=exclude,
@@ -310,8 +321,21 @@ def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
 
 def _poison(image: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN if a feature is not finite, else 0: a row of logits that are all -inf would vanish from the sums."""
-    whole = image.isfinite().all() & text.isfinite().all()
-    return torch.where(whole, 0.0, torch.nan).to(dtype)
+    # `isfinite` would write a copy of the features; the largest absolute value needs none, and 0 times infinity is NaN.
+    largest = [torch.linalg.vector_norm(features, torch.inf) for features in (image, text) if features.numel()]
+    return sum((0 * size.to(dtype) for size in largest), image.new_zeros((), dtype=dtype))
+
+
+def _log_sum(peak: Tensor, total: Tensor) -> Tensor:
+    """peak + log(total) [2, n]: the sum as rounded, and what rounding took from it.
+
+    At a scale of 100 the rounding alone would make the gradients of float32 features three times as wrong as eager ones.
+    """
+    log = total.log()
+    whole = peak + log
+    part = whole - peak
+    rest = (peak - (whole - part)) + (log - part)  # exact: Knuth's two-sum
+    return torch.stack([whole, torch.where(whole.isfinite(), rest, 0)])
 
 
 def _dot(weight: Tensor, value: Tensor) -> Tensor:
@@ -341,7 +365,7 @@ def contrastive_op(
 @contrastive_op.register_fake
 def _(image: Tensor, text: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     precise = torch.promote_types(torch.float32, image.dtype)
-    return tuple(image.new_empty(size, dtype=precise) for size in (2, len(image), len(text)))  # type: ignore[return-value]
+    return tuple(image.new_empty(size, dtype=precise) for size in (2, (2, len(image)), (2, len(text))))  # type: ignore[return-value]
 
 
 @torch.library.custom_op("mmclip::contrastive_loss_backward", mutates_args=())

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials
 
-# Rows x columns of logits in memory at once. On a CPU, 2 MiB blocks stay in its cache: measured in kernels/bench/NOTES.md.
-BLOCK = 512, 1024
+# Rows x columns of logits in memory at once: 4 MiB in float32, small enough for a cache: kernels/bench/NOTES.md has the figures.
+BLOCK = 1024, 1024
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:

@@ -4,6 +4,9 @@ No program waits for or adds to another's memory: each tile leaves partials, whi
 result repeats bit for bit. `contrastive_torch` says the same in PyTorch; both answer to `mmclip_kernels.contrastive`.
 """
 
+# mypy: disallow-untyped-defs=false
+# (a kernel's arguments have no types that Python knows)
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,7 +29,8 @@ SPREAD = tl.constexpr(60.0)
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     """Log-sum-exp partials of every row and column, and the sums that pull positives together. See `Partials`."""
-    image, text, tile = image.contiguous(), text.contiguous(), tiles.logits_tile(image.dtype)
+    image, text = image.contiguous(), text.contiguous()
+    tile = tiles.sweep_tile(image.dtype, pairs.exclude is not None)
     device = image.device
     rows, columns = (LogSums.empty(len(x), torch.float32, device) for x in (image, text))
     total = torch.zeros(2, device=device)
@@ -54,15 +58,15 @@ def gradient(
     image: Tensor, text: Tensor, pairs: Pairs, mode: Mode, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d(loss)/d(image [N, E], text [M, E], factor [], bias []); the shares of `pairs` carry the upstream gradient."""
-    image, text, tile = image.contiguous(), text.contiguous(), tiles.logits_tile(image.dtype)
+    image, text, tile = image.contiguous(), text.contiguous(), tiles.gradient_tile(image.dtype)
     image_grad, text_grad = (torch.zeros(x.shape, device=x.device) for x in (image, text))
     scalars = torch.zeros(2, device=image.device)
-    # dL/ds is stored in the features' type, in units of its largest possible value: it would underflow in float16.
+    # dL/ds is stored in the features' type, scaled so that its largest possible value is 2^14: float16 holds 2^-24 to 2^16.
     if mode == "softmax":
         unit = _largest(pairs.row_mean) + _largest(pairs.column_mean)
     else:
         unit = _largest(pairs.row_mean) * _largest(pairs.column_mean)
-    unit = torch.where(unit == 0, 1, unit)
+    unit = torch.where(unit == 0, 1, unit) * 2.0**-14
     wide = tiles.GRADIENT_BLOCK[1] * 2 // image.element_size()
     for here, there in _blocks(len(image), len(text), (tiles.GRADIENT_BLOCK[0], wide)):
         images, texts = image[here], text[there]
@@ -228,7 +232,7 @@ def _sweep_tile(
         power = tl.exp(logits - tl.where(highest == -float("inf"), 0.0, highest))
         row_total, column_total = tl.sum(power, 1), tl.sum(power, 0)
         row_peak, column_peak = tl.full((ROWS,), highest, tl.float32), tl.full((COLUMNS,), highest, tl.float32)
-        # ... unless a row or column lies so far below it that its sum is lost.
+        # ... unless a row or column lies so far below it that its sum is lost (or is past the end, in a last tile).
         if tl.minimum(tl.min(row_total, 0), tl.min(column_total, 0)) < FAINT:
             row_peak, column_peak = tl.max(logits, 1), tl.max(logits, 0)
             row_base = tl.where(row_peak == -float("inf"), 0.0, row_peak)

@@ -50,13 +50,16 @@ class Shards:
     """The rows of all ranks in pieces, each of some rows of every rank, padded where a rank has fewer.
 
     sizes: rows of each rank. columns: for each piece, the place of its rows among all rows in rank order; padding has the
-    place `sum(sizes)`, one past the last.
+    place `sum(sizes)`, one past the last. One process alone has one piece, all rows in their order.
     """
 
     def __init__(self, sizes: list[int], group: Group, device: torch.device) -> None:
         self.sizes, self.group = sizes, group
+        self.columns: list[Tensor | slice] = [slice(0, sizes[0])]
+        if group is None:
+            return
         longest = max(sizes)
-        pieces = min(max(longest // PIECE_ROWS, 1), 4) if group is not None else 1
+        pieces = min(max(longest // PIECE_ROWS, 1), 4)
         self._length = -(-longest // pieces)
         starts = [0, *accumulate(sizes)]
         self.columns = []

@@ -20,17 +20,22 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Rows x columns of logits whose per-tile partials exist at once: 25 MB at 128 x 128 tiles.
+# Rows x columns of logits whose per-tile partials exist at once: 25 MB at most.
 SWEEP_BLOCK = 8192, 16384
 # Rows x columns of dL/ds in memory at once: 96 MiB in two-byte types, which with the products of a block stays below 128 MiB.
 GRADIENT_BLOCK = 8192, 6144
 
 
-def logits_tile(dtype: torch.dtype) -> Tile:
-    """For the two sweeps of the contrastive loss."""
+def sweep_tile(dtype: torch.dtype, exclusions: bool) -> Tile:
+    """For the forward sweep of the contrastive loss. Reading exclusions takes registers: half the rows, then."""
     if dtype == torch.float32:  # exact products run on the ordinary cores, out of registers
         return Tile(64, 64, 32, 4, 2)
-    return Tile(128, 128, 64, 8, 3)
+    return Tile(64 if exclusions else 128, 128, 64, 8, 3)
+
+
+def gradient_tile(dtype: torch.dtype) -> Tile:
+    """For the backward sweep, which holds the cosines and dL/ds at once: 128 x 128 of both do not fit the registers."""
+    return sweep_tile(dtype, exclusions=True)
 
 
 # Images of up to so many patches are scored, selected and copied by one program; more are scored in blocks of so many.

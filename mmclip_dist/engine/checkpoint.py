@@ -15,11 +15,13 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config, dump_config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine.checkpoint_folder import (
+    AVERAGED_WEIGHTS,
     CONFIG,
     META,
     WEIGHTS,
@@ -29,6 +31,7 @@ from mmclip_dist.engine.checkpoint_folder import (
     read_meta,
     resolve_checkpoint,
 )  # fmt: skip
+from mmclip_dist.engine.weights import averaged_weights, full_weights
 from mmclip_dist.model.build import build_model
 from mmclip_dist.model.mmclip import MMCLIP
 from mmclip_dist.model.prompts import prompts_source
@@ -46,8 +49,10 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
         temporary.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
+    weights = full_weights(engine)
+    averages = averaged_weights(engine) if config.optim.ema is not None else None
     if first:
-        write_model(temporary, engine.module, tokenizer, config, meta)
+        write_model(temporary, engine.module, weights, averages, tokenizer, config, meta)
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -57,10 +62,14 @@ def save(run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config:
     dist.barrier()
 
 
-def write_model(folder: Path, model: MMCLIP, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta) -> None:
-    """Write what `load_model` reads: all that evaluation and the offline stages need."""
-    weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
+def write_model(
+    folder: Path, model: MMCLIP, weights: dict[str, Tensor], averages: dict[str, Tensor] | None,
+    tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta,
+) -> None:  # fmt: skip
+    """Write what `load_model` reads: all that evaluation and the offline stages need. averages: of optim.ema, if on."""
     save_file(weights, folder / WEIGHTS)
+    if averages is not None:
+        save_file(averages, folder / AVERAGED_WEIGHTS)
     (folder / CONFIG).write_text(dump_config(config))
     tokenizer.save_pretrained(str(folder / _TOKENIZER))
     model.save_shapes(folder)
@@ -94,13 +103,21 @@ def resume(run_dir: Path, engine: Any, config: Config) -> int:
     return meta.step
 
 
-def load_model(checkpoint: Path) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
-    """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta."""
+def load_model(
+    checkpoint: Path, *, average: bool = False
+) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:  # fmt: skip
+    """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta.
+
+    average: the exponential average of the weights. ValueError if the run kept none.
+    """
+    weights = checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing: the run kept no average of its weights; train with optim.ema=0.9999")
     config, meta = (
         load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"]),
         read_meta(checkpoint),
     )
     tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
     model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
-    model.load_state_dict(load_file(checkpoint / WEIGHTS))
+    model.load_state_dict(load_file(weights))
     return model.eval(), tokenizer, config, meta

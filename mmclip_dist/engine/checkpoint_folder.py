@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _NAME = re.compile(r"step-(\d{8})")
-WEIGHTS, CONFIG, META = "model.safetensors", "config.yaml", "meta.json"
+WEIGHTS, AVERAGED_WEIGHTS, CONFIG, META = "model.safetensors", "ema.safetensors", "config.yaml", "meta.json"
 
 
 @dataclass(frozen=True)

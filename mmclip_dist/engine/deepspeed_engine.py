@@ -1,4 +1,4 @@
-"""DeepSpeed from the config tree: its JSON, the parameter groups and the engine."""
+"""DeepSpeed from the config tree: its JSON, the process group and the engine."""
 
 from __future__ import annotations
 
@@ -6,38 +6,52 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmclip_dist.config import Config
+from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
 from mmclip_dist.engine.schedule import learning_rate
+from mmclip_dist.engine.stale_locks import refuse_stale_locks
+from mmclip_dist.model.layers import checkpoint_activations, compile_encoders
+from mmclip_dist.model.mmclip import MMCLIP
 
 
 def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived; `config.deepspeed` adds to it and wins."""
-    optim = config.optim
+    """DeepSpeed's configuration, derived; `config.deepspeed` adds to it and wins.
+
+    ValueError where precision=fp16 asks for what the CPU cannot do.
+    """
+    optim, offload = config.optim, config.offload
     share = optim.global_batch // world
     micro = min(optim.micro_batch or share, share)
+    if config.precision == "fp16" and not (gpu or _multiplies_fp16()):
+        raise ValueError(
+            "precision=fp16 on a CPU needs AVX512-FP16 (oneDNN multiplies float16 with nothing less, and DeepSpeed refuses "
+            "without), which this one lacks: set precision=bf16 or fp32, or train on a GPU"
+        )
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if offload.optimizer != "none":
+        zero["offload_optimizer"] = {"device": offload.optimizer, "pin_memory": gpu}
+    if offload.parameters != "none":
+        zero["offload_param"] = {"device": offload.parameters, "pin_memory": gpu}
     derived: dict[str, Any] = {
         "train_batch_size": optim.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": share // micro,
         "gradient_clipping": optim.clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            # DeepSpeed's own Adam is a C++ or CUDA op built at first use; torch's fused one is on par on a GPU.
-            "params": {
-                "lr": optim.lr,
-                "betas": list(optim.betas),
-                "weight_decay": optim.weight_decay,
-                "torch_adam": True,
-            }
-            | ({"fused": True} if gpu else {}),
-        },
+        "fp16": {"enabled": config.precision == "fp16"},  # the loss scale is dynamic, from 2^16 on
+        # The optimizer is ours (engine/optimizer.py), unless optim.name=deepspeed.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": optim.name == "lamb",
         "steps_per_print": 10**9,  # the progress line is ours
     }
     return _merge(derived, config.deepspeed)
+
+
+def _multiplies_fp16() -> bool:
+    """What DeepSpeed asks of a CPU before it takes fp16 (cpu_accelerator.py, is_fp16_supported)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -46,15 +60,6 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merge(base[key], value) if both else value
     return merged
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, single tokens and the temperature do not."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        (decayed if parameter.squeeze().ndim >= 2 else plain).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
@@ -84,19 +89,38 @@ def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
-def build_engine(model: nn.Module, config: Config, json: dict[str, Any]) -> Any:
-    """The DeepSpeed engine around the model."""
+def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around the model, whose layers are compiled or recompute their activations as configured."""
     import deepspeed
 
+    if config.model.compile:
+        compile_encoders(model)
+    if config.model.checkpoint_activations:
+        checkpoint_activations(model)
+    optim = config.optim
+    groups = parameter_groups(model, optim, layer_scales(model, optim.layer_decay))
+    ours = None
+    if optim.name == "deepspeed":
+        refuse_stale_locks()
+    else:
+        offloaded = config.offload.optimizer != "none"
+        fused = offloaded or model.log_scale.device.type == "cuda"
+        ours = build_optimizer(groups, optim, fused=fused, sharded=config.zero_stage > 0)
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameter_groups(model, config.optim.weight_decay), config=json
+        model=model, optimizer=ours, model_parameters=groups if ours is None else None, config=json
     )
+    if ours is not None:
+        # At stage 0 in half precision DeepSpeed takes a step on zero gradients to make the state (FP16_UnfusedOptimizer):
+        # Adam's bias correction would start one step late.
+        ours.state.clear()
+    elif optim.layer_decay < 1 and any("lr_scale" not in group for group in engine.optimizer.param_groups):
+        raise ValueError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
     return engine
 
 
 def set_learning_rate(engine: Any, step: int, config: Config) -> float:
-    """Give every parameter group the step's learning rate, and return it."""
+    """Give every parameter group the step's learning rate, times its `lr_scale`; the rate itself is returned."""
     rate = learning_rate(step, config.optim)
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # an optimizer of DeepSpeed's may have made groups of its own
     return rate

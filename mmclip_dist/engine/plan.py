@@ -67,8 +67,9 @@ def memory(setup: Setup, choice: Choice) -> Memory:
     gathered = min(count, LIVE) * number if choice.zero_stage == 3 and ranks > 1 else 0.0
     own = number * (sharded if choice.zero_stage == 3 else count)
     weights = 0.0 if choice.offload_parameters else own
-    # Adam's two moments, and a float32 master copy: of float32 weights too, except at stage 0.
+    # Two moments of AdamW and LAMB, a float32 master copy (of float32 weights too, except at stage 0), an average if wanted.
     states = (8 if choice.zero_stage == 0 and number == 4 else 12) * sharded
+    states += 0.0 if setup.config.optim.ema is None else 4 * sharded
 
     held, growing, reduced = _gradients(setup, choice, number * count, number * sharded)
     found = cost.pieces(setup.config, load_of(setup, choice), number)
@@ -80,9 +81,13 @@ def memory(setup: Setup, choice: Choice) -> Memory:
     # Gradients of the step in float32, and what an unfused Adam computes beside them.
     cast = 4.0 * (0 if choice.zero_stage == 0 and number == 4 else 1) * sharded
     unfused = 0.0 if setup.fused or choice.zero_stage == 0 else 8.0 * sharded
-    step = cost.Moment(0.0, 0.0, 0.0 if choice.offload_optimizer else cast + unfused, number * sharded)
+    if choice.offload_optimizer:
+        cast = unfused = 0.0
+    flattened = cost.Moment(0.0, 0.0, cast, number * sharded)
+    # Stage 1 has let go of the gradients themselves by then.
+    updated = cost.Moment(0.0, 0.0, cast + unfused, 0.0 if choice.zero_stage == 1 else number * sharded)
     # ZeRO-3 lets go of gathered weights before it steps.
-    moments = (inside, weights + gathered), (end, weights + gathered), (step, weights)
+    moments = (inside, weights + gathered), (end, weights + gathered), (flattened, weights), (updated, weights)
     most, weights = max(moments, key=lambda moment: moment[0].total + moment[1])
 
     images, text, side = setup.share, setup.config.model.text.max_tokens, setup.config.model.image.grid

@@ -108,7 +108,10 @@ def setup_of(
 
 def configured(config: Config, gpus: int) -> Choice:
     """The layout that the configuration asks for; the one place that reads it."""
-    return Choice(config.zero_stage, config.optim.micro_batch or config.optim.global_batch // gpus)
+    return Choice(
+        config.zero_stage, config.optim.micro_batch or config.optim.global_batch // gpus, config.model.checkpoint_activations,
+        config.offload.optimizer == "cpu", config.offload.parameters == "cpu",
+    )  # fmt: skip
 
 
 def load_of(setup: Setup, choice: Choice) -> cost.Load:

@@ -18,6 +18,7 @@ from mmclip_dist.data.batch import Batch
 from mmclip_dist.engine.cards import Card, card_of_device
 from mmclip_dist.engine.run import MetricsLog, host_memory_gib
 from mmclip_dist.engine.trackers import Tracker, flat
+from mmclip_dist.engine.weights import temperature
 from mmclip_dist.model import cost
 from mmclip_dist.model.mmclip import MMCLIP
 
@@ -54,6 +55,7 @@ class ProgressLog:
 
     def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
         """A collective call: losses are means over all ranks, what was read is summed, waiting and memory are the worst."""
+        learned = temperature(engine)  # on every rank: ZeRO-3 gathers it
         means, read, counts = self._over_ranks(losses)  # waits for the device: the clock is read after it
         elapsed, done = time.monotonic() - self.last_time, step - self.last_step
         worst = torch.tensor([self.waited / elapsed, *self._memory()], dtype=torch.float64, device=self.device)
@@ -63,7 +65,7 @@ class ProgressLog:
             batch, world = self.config.optim.global_batch, dist.get_world_size()
             row = {
                 "step": step, "samples": step * batch, "loss": means, "lr": rate,
-                "temperature": 1 / engine.module.scale().detach().item(),
+                "temperature": learned,
                 "samples_per_s": round(done * batch / elapsed, 1),
                 "samples_per_s_per_rank": round(done * batch / elapsed / world, 2),
                 "data_wait": round(min(wait, 1.0), 4), "memory_gib": round(host, 3), "memory_peak_gib": round(host_peak, 3),

@@ -24,4 +24,5 @@ def build_model(
     tokens, mask = tokenize_prompts(prompts, tokenizer, config.model.text.max_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return MMCLIP(config, vocabulary=len(tokenizer), prompt_tokens=tokens, prompt_mask=mask, stored=stored)
+        model = MMCLIP(config, vocabulary=len(tokenizer), prompt_tokens=tokens, prompt_mask=mask, stored=stored)
+    return model.train()  # transformers hands out pretrained encoders in evaluation mode

@@ -123,6 +123,7 @@ def _decoder_layer(name: str, config: Decoder, rows: float, length: float, seen:
         parameters=16.0 * width**2 + 19 * width,
         saved=(20.0 * tokens + 3 * looked_at) * width * number + 6 * tokens * number + 8 * config.heads * tokens,
         work=(9.0 * tokens + 3 * looked_at) * width * number,
+        boundary=(tokens + looked_at / config.depth) * width * number,  # what is looked at is the same for all layers
         # As above with a third norm and sum, and the copies that attention in another order of dimensions needs.
         moved=(67.0 * tokens + 8 * looked_at) * width * number, layers=config.depth, again=False,
     )  # fmt: skip
@@ -244,7 +245,7 @@ def recomputed_flops(found: tuple[Piece, ...], *, checkpointed: bool, cached: bo
 
 
 def checkpointed(found: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    """The pieces when the encoders keep their layers' inputs only; one layer at a time is computed again for backward."""
+    """The pieces when layers keep their inputs only; one layer at a time is computed again for backward."""
     return tuple(replace(p, saved=p.boundary, work=p.work + p.saved) if p.boundary else p for p in found)
 
 

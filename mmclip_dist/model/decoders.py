@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmclip_dist.config import Decoder
-from mmclip_dist.model.encoders import idle
+from mmclip_dist.model.encoders import with_a_row
 
 
 class CrossDecoder(nn.Module):
@@ -39,7 +39,7 @@ class CrossDecoder(nn.Module):
     def forward(self, query: Tensor, query_mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
         """query [B, L, Dq], memory [B, K, Dm], masks [B, L] and [B, K] bool (True: present) -> features [B, L, width]."""
         if len(query) == 0:
-            return idle(self).expand(*query.shape[:2], self.norm.normalized_shape[0])
+            return with_a_row(self, query, query_mask, memory, memory_mask)
         hidden = self.query(query) + self.position[:, : query.shape[1]]
         seen = torch.cat([self.nothing.expand(len(memory), -1, -1).to(memory.dtype), self.memory(memory)], dim=1)
         ignored = (

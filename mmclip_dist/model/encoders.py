@@ -35,16 +35,21 @@ class VisionEncoder(nn.Module):
 
     def encode(self, patches: Tensor) -> Tensor:
         """Any subset of embedded patches [B, K, D] -> features [B, K, D]."""
-        for layer in self._layers:
+        for layer in self.layers:
             patches = layer(patches)
         features: Tensor = self.vit.layernorm(patches)
         return features
 
     @property
-    def _layers(self) -> Any:
+    def embeddings(self) -> nn.Module:
+        return self.vit.embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:
         # transformers 5.17 keeps the layers in an inner encoder, 5.23 in the model itself.
         vit: Any = self.vit
-        return vit.layers if hasattr(vit, "layers") else vit.encoder.layer
+        layers: nn.ModuleList = vit.layers if hasattr(vit, "layers") else vit.encoder.layer
+        return layers
 
 
 class ReportEncoder(nn.Module):
@@ -70,18 +75,42 @@ class ReportEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens [N, T] int64, mask [N, T] bool (True: a token) -> features [N, T, D]."""
-        if len(tokens) == 0:  # a rank may well hold unpaired images alone, and transformers cannot take an empty batch
-            return idle(self).expand(*tokens.shape, self.width)
+        if len(tokens) == 0:
+            return with_a_row(self, tokens, mask)
         features: Tensor = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         return features
 
+    @property
+    def embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.bert.embeddings
+        return embeddings
 
-def idle(module: nn.Module) -> Tensor:
-    """0, with a zero gradient for every parameter of a module that has nothing to do on this rank.
+    @property
+    def layers(self) -> nn.ModuleList:
+        # The families of transformers name the list differently; it is the one that is as long as the encoder is deep.
+        depth = self.bert.config.num_hidden_layers
+        found = [m for m in self.bert.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if not found:
+            raise ValueError(f"model.text.pretrained: no list of {depth} layers in a {type(self.bert).__name__}")
+        return found[0]
 
-    All ranks must reduce the same parameters; one that leaves some out would hang the others.
+
+def with_a_row(module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """Run a module that has no row to work on over one row of padding -> [0, L, D]. inputs [0, L, ...], masks bool.
+
+    A rank may well hold unpaired images alone. It must still run every module, forwards and backwards, in the order of the
+    other ranks: under ZeRO-3 they gather each module's weights together, and one that stays away would hang the rest. The
+    row is present in every mask (attention over nothing is NaN), and no gradient but 0 comes back from it.
     """
-    return torch.stack([parameter.sum() for parameter in module.parameters()]).sum() * 0.0
+    features: Tensor = module.forward(*(None if value is None else _pad_row(value) for value in inputs))
+    assert inputs[0] is not None
+    return features[:0, : inputs[0].shape[1]]
+
+
+def _pad_row(value: Tensor) -> Tensor:
+    """[0, L, ...] -> [1, max(L, 1), ...], still part of the graph that `value` comes from."""
+    padding = (0, 0) * (value.ndim - 2) + (0, int(value.shape[1] == 0), 0, 1)
+    return nn.functional.pad(value, padding, value=value.dtype == torch.bool)
 
 
 def pool(features: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from mmclip_dist.cli import app
 from mmclip_dist.config import load_config
 from mmclip_dist.engine.cards import card_named, card_of_device
 from mmclip_dist.engine.plan import communication, largest, layouts, links, memory, plan, recommend
-from mmclip_dist.engine.plan_setup import Choice, Corpus, Setup, setup_of
+from mmclip_dist.engine.plan_setup import Choice, Corpus, Setup, configured, setup_of
 from tests.engine.measure_memory import BUCKET
 from tests.model.synthetic_batch import PROMPT_TOKENS, VOCABULARY, config_of, load_of
 
@@ -38,9 +38,13 @@ STAGES = [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")]
 CASES = [SHAPES[0] | {"stage": stage, "precision": precision} for stage, precision in STAGES]
 CASES += [shape | {"stage": 1, "precision": ("fp32", "bf16")[index % 2]} for index, shape in enumerate(SHAPES[1:])]
 CASES += [
-    SHAPES[0] | {"overrides": ["optim.micro_batch=2"], "stage": stage, "precision": precision}
-    for stage, precision in ((1, "bf16"), (2, "fp32"))
-]
+    SHAPES[0] | {"overrides": [override], "stage": stage, "precision": precision}
+    for override, stage, precision in (
+        ("optim.micro_batch=2", 1, "bf16"), ("optim.micro_batch=2", 2, "fp32"), ("optim.ema=0.99", 1, "bf16"),
+        ("model.checkpoint_activations=true", 1, "fp32"),
+    )
+]  # fmt: skip
+CASES[-1]["batch"] = 24  # so that what is kept still outweighs the step
 
 
 def allocated(cases: list[dict[str, Any]], ranks: int, devices: str = "") -> list[int]:
@@ -68,7 +72,7 @@ def planned(case: dict[str, Any], ranks: int, *, fused: bool = False) -> float:
     config = config_of(*case["overrides"], batch=case["batch"] * ranks, precision=case["precision"])
     corpus = Corpus(case["tokens"], case["masked"], 1.0, load_of(config).prompts // 2, PROMPT_TOKENS, VOCABULARY)
     setup = Setup(config, corpus, card_named("h100"), ranks, 8, 0.2, bucket=BUCKET, overlap=False, fused=fused)
-    return memory(setup, Choice(case["stage"], config.optim.micro_batch or case["batch"])).allocated
+    return memory(setup, replace(configured(config, ranks), zero_stage=case["stage"])).allocated
 
 
 def check(cases: list[dict[str, Any]], found: list[int], ranks: int, *, fused: bool = False) -> None:
@@ -199,11 +203,9 @@ def test_the_command_prints_every_part_and_overrides_to_paste(capsys: pytest.Cap
     assert "computed on paper, not measured" in out
     pasted = next(line for line in out.splitlines() if line.startswith("recommended: ")).split()[1:]
     assert pasted == ["zero_stage=1", "optim.micro_batch=128"]
-    assert load_config("mmclip_vit_b16", pasted).optim.micro_batch == 128
-    assert Choice(3, 8, True, True, True).overrides() == [
-        "zero_stage=3", "optim.micro_batch=8", "model.checkpoint_activations=true", "offload.optimizer=cpu",
-        "offload.parameters=cpu",
-    ]  # fmt: skip
+    assert configured(load_config("mmclip_vit_b16", pasted), 8) == Choice(1, 128)
+    for choice in (Choice(3, 8, True, True, True), Choice(1, 16, False, True), Choice(0, 4)):
+        assert configured(load_config("mmclip_vit_b16", choice.overrides()), 8) == choice
 
 
 def test_the_tables_of_the_scaling_document_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

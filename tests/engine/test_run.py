@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import socket
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mmclip_dist.config import load_config
+from mmclip_dist.config import Optim, load_config
+from mmclip_dist.engine import deepspeed_engine
 from mmclip_dist.engine.checkpoint_folder import checkpoint_path, newest_checkpoint, resolve_checkpoint
-from mmclip_dist.engine.deepspeed_engine import deepspeed_json, parameter_groups
+from mmclip_dist.engine.deepspeed_engine import deepspeed_json
+from mmclip_dist.engine.optimizer import layer_scales, parameter_groups
 from mmclip_dist.engine.quarantine import Quarantine
 from mmclip_dist.engine.run import MetricsLog, describe, locked, read_metrics
+from mmclip_dist.engine.stale_locks import refuse_stale_locks
+from mmclip_dist.model.build import build_model
 
 
 def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -96,11 +101,58 @@ def test_deepspeed_json_is_derived_and_the_passthrough_wins() -> None:
     assert found["gradient_clipping"] == config.optim.clip and found["bf16"]["enabled"] is False
 
 
+def test_offload_and_half_precision_reach_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(
+        "quickstart", ["zero_stage=3", "precision=fp16", "offload={optimizer: cpu, parameters: cpu}", "optim.name=lamb"]
+    )
+    found = deepspeed_json(config, 2, gpu=True)
+    assert found["zero_optimization"] == {
+        "stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+    }  # fmt: skip
+    assert found["fp16"] == {"enabled": True} and found["bf16"] == {"enabled": False}
+    assert found["zero_force_ds_cpu_optimizer"] is False and found["zero_allow_untested_optimizer"] is True
+    assert "optimizer" not in found  # ours is handed over built
+    monkeypatch.setattr(deepspeed_engine, "_multiplies_fp16", lambda: False)
+    with pytest.raises(ValueError, match="AVX512-FP16"):
+        deepspeed_json(config, 2, gpu=False)
+
+
+def test_layers_further_from_the_loss_learn_more_slowly(sets, tokenizer) -> None:
+    shape = "width: 32, depth: 3, heads: 2"
+    config = sets.config(f"model.image={{size: 32, patch: 8, {shape}}}", f"model.text={{{shape}, max_tokens: 48}}")
+    model = build_model(config, tokenizer, ["Nodule"])
+    scales = {name: layer_scales(model, 0.5).get(p, 1.0) for name, p in model.named_parameters()}
+    assert scales["vision.vit.embeddings.patch_embeddings.projection.weight"] == 0.5**4
+    assert scales["text.bert.embeddings.word_embeddings.weight"] == 0.5**4
+    for layer in range(3):
+        of_layer = {scale for name, scale in scales.items() if f".{layer}." in name and name.startswith(("vision", "text.bert"))}
+        assert of_layer == {0.5 ** (3 - layer)}
+    full = {name for name, scale in scales.items() if scale == 1.0}
+    assert {"vision.vit.layernorm.weight", "image_head.weight", "log_scale", "image_decoder.layers.0.norm1.bias"} <= full
+    groups = parameter_groups(model, Optim(steps=1), layer_scales(model, 0.5))
+    assert len(groups) == 2 * 5 and sum(len(group["params"]) for group in groups) == len(scales)
+    alone = parameter_groups(model, Optim(steps=1, name="lamb"), layer_scales(model, 0.5))
+    assert all(len(group["params"]) == 1 for group in alone if group["weight_decay"])
+
+
+def test_a_lock_of_a_killed_build_is_told(tmp_path: Path) -> None:
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    refuse_stale_locks(tmp_path)
+    lock.touch()
+    refuse_stale_locks(tmp_path)  # a build may well be under way
+    os.utime(lock, (0, 0))
+    with pytest.raises(ValueError, match=r"killed and left .*cpu_adam/lock"):
+        refuse_stale_locks(tmp_path)
+
+
 def test_norms_biases_tokens_and_the_temperature_do_not_decay() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
     model.token = torch.nn.Parameter(torch.zeros(1, 1, 4))
     model.scale = torch.nn.Parameter(torch.zeros(1))
-    decayed, plain = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, Optim(steps=1, weight_decay=0.1), {})
+    plain, decayed = sorted(groups, key=lambda group: group["weight_decay"])
     assert [p.shape for p in decayed["params"]] == [(4, 3)] and decayed["weight_decay"] == 0.1
     assert len(plain["params"]) == 5 and plain["weight_decay"] == 0.0
 

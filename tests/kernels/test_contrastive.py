@@ -1,19 +1,21 @@
-"""The chunked, distributed loss against its float64 meaning."""
+"""The contrastive loss of every implementation, on one process and on several, against its float64 meaning."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.multiprocessing
+from contrastive_cases import IMPLS, device_of, drawn_case, evaluate, features, meaning, precise_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmclip_kernels import contrastive_loss, contrastive_torch, ranks, reference
 from mmclip_kernels.contrastive import contrastive_op
 from torch import Tensor
 
-
-def features(rows: int, width: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(rows, width, generator=generator, dtype=dtype), dim=1)
-
+# Triton's interpreter computes in NumPy, which warns of what is meant: exp of a pair that takes no part, a NaN that is passed on.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+every_impl = pytest.mark.parametrize("impl", IMPLS)
+EVERY_DTYPE = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 CASES = {
     "diagonal": (7, 7, None, None),
@@ -32,17 +34,12 @@ def test_equals_its_meaning(case: str, block: tuple[int, int], factor: float, mo
     monkeypatch.setattr(contrastive_torch, "BLOCK", block)
     rows, columns, image_ids, text_ids = CASES[case]
     ids = {} if image_ids is None else {"image_ids": torch.tensor(image_ids), "text_ids": torch.tensor(text_ids)}
-    results = []
-    for loss_of in (reference.contrastive_loss, contrastive_loss):
-        image, text = features(rows, 9, 0).requires_grad_(), features(columns, 9, 1).requires_grad_()
-        scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
-        loss = loss_of(image, text, scale, **ids)
-        loss.sum().backward()
-        results.append((loss.detach().reshape(()), image.grad, text.grad, scale.grad))
-    for ours, meant in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(ours, meant, rtol=1e-9, atol=1e-11)
+    given_ones = features(rows, 9, 0), features(columns, 9, 1), torch.tensor([factor], dtype=torch.float64)
+    ours, meant = evaluate(contrastive_loss, *given_ones, **ids), meaning(*given_ones, **ids)
+    for found, wanted in zip(ours, meant, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     if case != "no positive":
-        assert results[1][1].abs().sum() > 0 or rows == 1
+        assert ours[1].abs().sum() > 0 or rows == 1
 
 
 def test_gradcheck() -> None:
@@ -54,83 +51,61 @@ def test_gradcheck() -> None:
     )
 
 
-def drawn_case(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, dict]:
-    """Any shapes, dtype, ids, weights and exclusions -> image, text, scale, keywords."""
-    rows, columns, width = draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.sampled_from([1, 3, 16]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    image, text = (torch.nn.functional.normalize(some(n, width), dim=1).to(dtype) for n in (rows, columns))
-    options: dict = {"mode": draw(st.sampled_from(["softmax", "sigmoid"]))}
-    if rows != columns or draw(st.booleans()):
-        options["image_ids"] = torch.randint(-1, 4, (rows,), generator=generator)
-        options["text_ids"] = torch.randint(-1, 4, (columns,), generator=generator)
-    if draw(st.booleans()):
-        options["row_weight"], options["col_weight"] = some(rows).relu().float(), some(columns).abs().float()
-    if draw(st.booleans()):
-        shape = draw(st.sampled_from([(rows, columns), (1, columns), (rows, 1)]))
-        options["exclude"] = some(*shape) > draw(st.sampled_from([-9.0, 0.0, 0.7]))
-    if options["mode"] == "sigmoid" and draw(st.booleans()):
-        options["bias"] = torch.tensor([-3.0], dtype=torch.float64)
-    scale = torch.tensor(draw(st.sampled_from([1.0, 14.0, 100.0])), dtype=torch.float64)
-    return image, text, scale, options
+def check_any_case(data: st.DataObject, impl: str, dtypes: list[torch.dtype]) -> None:
+    image, text, scale, options = drawn_case(data.draw, dtypes)
+    meant = meaning(image, text, scale, **options)
+    found = evaluate(partial(contrastive_loss, impl=impl), image, text, scale, device_of(impl), **options)
+    # The features' gradients come back in the features' own type; all else is computed in float32 at least.
+    rounding = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[image.dtype]
+    for index, (wanted, ours) in enumerate(zip(meant, found, strict=True)):
+        tolerance = rounding if index in (1, 2) else min(rounding, 2e-5)
+        size = max(1.0, wanted.abs().max().item() if wanted.numel() else 0.0, scale.item() if index == 0 else 0.0)
+        torch.testing.assert_close(ours.double(), wanted.double(), rtol=0, atol=tolerance * size)
 
 
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_case_equals_its_meaning(data: st.DataObject) -> None:
-    image, text, scale, options = drawn_case(data.draw)
-    results = []
-    for precise, loss_of in ((True, reference.contrastive_loss), (False, contrastive_loss)):
-        given_options = dict(options)
-        leaves = [(x.double() if precise else x).clone().requires_grad_() for x in (image, text)] + [
-            scale.clone().requires_grad_()
-        ]
-        if "bias" in options:
-            given_options["bias"] = options["bias"].clone().requires_grad_()
-            leaves.append(given_options["bias"])
-        loss = loss_of(*leaves[:3], **given_options)
-        loss.backward()
-        results.append([loss.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)])
-    # The features' gradients come back in the features' own type; all else is computed in float32 at least.
-    rounding = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}[image.dtype]
-    for index, (meant, ours) in enumerate(zip(*results, strict=True)):
-        tolerance = rounding if index in (1, 2) else min(rounding, 2e-5)
-        size = max(1.0, meant.abs().max().item() if meant.numel() else 0.0, scale.item() if index == 0 else 0.0)
-        torch.testing.assert_close(ours.double(), meant.double(), rtol=0, atol=tolerance * size)
+    check_any_case(data, "torch", EVERY_DTYPE)
 
 
-def test_directions_are_the_two_halves() -> None:
-    image, text, scale = features(5, 4, 0), features(5, 4, 1), torch.tensor(9.0, dtype=torch.float64)
-    halves = contrastive_loss(image, text, scale, directions=True)
-    torch.testing.assert_close(halves, reference.contrastive_loss(image, text, scale, directions=True))
-    assert halves.mean() == contrastive_loss(image, text, scale)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_case_equals_its_meaning_in_triton(data: st.DataObject) -> None:
+    check_any_case(data, "triton", EVERY_DTYPE[1:])
 
 
+@every_impl
+def test_directions_are_the_two_halves(impl: str) -> None:
+    given_ones = features(5, 4, 0), features(5, 4, 1), torch.tensor(9.0, dtype=torch.float64)
+    wanted = reference.contrastive_loss(*given_ones, directions=True)
+    dtype = precise_dtype(impl)
+    ours = partial(contrastive_loss, *(x.to(device_of(impl), dtype) for x in given_ones), impl=impl)
+    halves = ours(directions=True)
+    torch.testing.assert_close(halves.cpu(), wanted.to(dtype))
+    assert halves.mean() == ours()
+
+
+@every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
-def test_operators_keep_their_contract(mode: str) -> None:
-    ids = torch.tensor([0, 1, 1, -1])
-    leaves = [x.requires_grad_() for x in (features(4, 3, 0), features(4, 3, 1), torch.tensor(3.0).double())]
-    bias = torch.zeros((), dtype=torch.float64)
-    torch.library.opcheck(contrastive_op, (*leaves, bias, ids, ids, None, None, None, False, mode, "torch"))
+def test_operators_keep_their_contract(mode: str, impl: str) -> None:
+    device, dtype = device_of(impl), precise_dtype(impl)
+    ids = torch.tensor([0, 1, 1, -1], device=device)
+    given_ones = features(4, 3, 0), features(4, 3, 1), torch.tensor(3.0)
+    leaves = [x.to(device, dtype).requires_grad_() for x in given_ones]
+    bias = torch.zeros((), dtype=dtype, device=device)
+    torch.library.opcheck(contrastive_op, (*leaves, bias, ids, ids, None, None, None, False, mode, impl))
 
 
+@every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
-def test_compiles_into_one_graph(mode: str) -> None:
+def test_compiles_into_one_graph(mode: str, impl: str) -> None:
     def step(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_loss(image * 2, text, scale.exp(), mode=mode) * 3
+        return contrastive_loss(image * 2, text, scale.exp(), mode=mode, impl=impl) * 3
 
-    results = []
-    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        leaves = [
-            x.requires_grad_()
-            for x in (features(4, 3, 0, torch.float32), features(4, 3, 1, torch.float32), torch.ones(()))
-        ]
-        call(*leaves).backward()
-        results.append([x.grad for x in leaves])
+    given_ones = features(4, 3, 0, torch.float32), features(4, 3, 1, torch.float32), torch.ones(())
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = [evaluate(call, *given_ones, device_of(impl)) for call in (step, compiled)]
     torch.testing.assert_close(*results)
 
 
@@ -143,37 +118,37 @@ def test_nothing_as_large_as_the_matrix_is_kept() -> None:
     assert max(sizes) == 4096 * 8
 
 
-def test_rows_that_take_no_part_may_hold_anything() -> None:
-    image, ids = features(4, 8, 0, torch.float32), torch.tensor([0, -1, 1, 2])
+@every_impl
+def test_rows_that_take_no_part_may_hold_anything(impl: str) -> None:
+    image, text, ids = features(4, 8, 0, torch.float32), features(4, 8, 1, torch.float32), torch.tensor([0, -1, 1, 2])
     image[1] = torch.nan
-    image.requires_grad_()
-    loss = contrastive_loss(image, features(4, 8, 1, torch.float32), torch.tensor(10.0), image_ids=ids, text_ids=ids)
-    loss.backward()
-    assert loss.isfinite() and image.grad.isfinite().all() and (image.grad[1] == 0).all()
+    loss_of = partial(contrastive_loss, impl=impl, image_ids=ids.to(device_of(impl)), text_ids=ids.to(device_of(impl)))
+    loss, image_grad, *_ = evaluate(loss_of, image, text, torch.tensor(10.0), device_of(impl))
+    assert loss.isfinite() and image_grad.isfinite().all() and (image_grad[1] == 0).all()
 
 
+@every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_no_bad_feature_gives_a_finite_number(mode: str, bad: float) -> None:
+def test_no_bad_feature_gives_a_finite_number(mode: str, bad: float, impl: str) -> None:
     # Row 0 has no positive, and all its logits are -inf or +inf: no sum would show it.
-    image, text = torch.ones(3, 2), torch.ones(3, 2, requires_grad=True)
+    image, text = torch.ones(3, 2), torch.ones(3, 2)
     image[0, 0] = bad
-    ids = torch.tensor([7, 1, 2]), torch.tensor([0, 1, 2])
-    loss = contrastive_loss(image, text, torch.tensor(10.0), image_ids=ids[0], text_ids=ids[1], mode=mode)
-    loss.backward()
-    assert loss.isnan() and text.grad.isnan().all()
+    ids = {"image_ids": torch.tensor([7, 1, 2]), "text_ids": torch.tensor([0, 1, 2])}
+    loss_of = partial(contrastive_loss, impl=impl, mode=mode)
+    loss, _, text_grad, _ = evaluate(loss_of, image, text, torch.tensor(10.0), device_of(impl), **ids)
+    assert loss.isnan() and text_grad.isnan().all()
 
 
+@every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
-def test_all_excluded_is_zero(mode: str) -> None:
-    leaves = [x.requires_grad_() for x in (features(3, 4, 0), features(3, 4, 1), torch.tensor(10.0).double())]
-    everything = torch.ones(1, 1, dtype=torch.bool)
+def test_all_excluded_is_zero(mode: str, impl: str) -> None:
+    given_ones = [x.to(precise_dtype(impl)) for x in (features(3, 4, 0), features(3, 4, 1), torch.tensor(10.0))]
     nothing = torch.full((3,), -1)
-    for options in ({"exclude": everything}, {"image_ids": nothing, "text_ids": nothing}):
-        loss = contrastive_loss(*leaves, mode=mode, **options)
-        loss.backward()
-        assert loss == 0
-        assert all((leaf.grad == 0).all() for leaf in leaves)
+    loss_of = partial(contrastive_loss, impl=impl, mode=mode)
+    for options in ({"exclude": torch.ones(1, 1, dtype=torch.bool)}, {"image_ids": nothing, "text_ids": nothing}):
+        for value in evaluate(loss_of, *given_ones, device_of(impl), **options):
+            assert (value == 0).all()
 
 
 def test_identical_texts_are_not_each_others_negatives() -> None:
@@ -187,17 +162,20 @@ def test_identical_texts_are_not_each_others_negatives() -> None:
     assert crossed.item() > 20  # a wrong grouping shows
 
 
-def test_features_with_nan_give_nan() -> None:
-    image = features(4, 8, 0, torch.float32)
+@every_impl
+def test_features_with_nan_give_nan(impl: str) -> None:
+    image, text = features(4, 8, 0, torch.float32), features(4, 8, 1, torch.float32)
     image[2, 3] = torch.nan
-    assert contrastive_loss(image, features(4, 8, 1, torch.float32), torch.tensor(10.0)).isnan()
+    given_ones = (x.to(device_of(impl)) for x in (image, text, torch.tensor(10.0)))
+    assert contrastive_loss(*given_ones, impl=impl).isnan()
 
 
-def test_empty_batch_is_zero() -> None:
-    image = torch.zeros(0, 8, requires_grad=True)
-    loss = contrastive_loss(image, torch.zeros(0, 8), torch.tensor(10.0))
-    loss.backward()
-    assert loss == 0
+@every_impl
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_empty_batch_is_zero(mode: str, impl: str) -> None:
+    loss_of, empty = partial(contrastive_loss, impl=impl, mode=mode), torch.zeros(0, 8)
+    loss, image_grad, *_ = evaluate(loss_of, empty, empty, torch.tensor(10.0), device_of(impl))
+    assert loss == 0 and image_grad.shape == (0, 8)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +191,11 @@ def test_empty_batch_is_zero() -> None:
         ({"scale": torch.ones(2)}, "one number"),
         ({"impl": "cuda"}, "not available"),
         ({"scale": torch.tensor(torch.nan)}, "scale must be finite"),
+        ({"scale": torch.tensor(torch.inf)}, "scale must be finite"),
+        ({"bias": torch.tensor(-torch.inf), "mode": "sigmoid"}, "bias must be finite"),
+        ({"scale": torch.ones(1, device="meta")}, "on one device"),
+        ({"exclude": torch.ones(1, 1, dtype=torch.bool, device="meta")}, "on one device"),
+        ({"image": torch.zeros(4, 8).double(), "text": torch.zeros(4, 8).double(), "impl": "triton"}, "for float64"),
         ({"text": torch.zeros(4, 8, dtype=torch.bfloat16)}, "share a floating dtype"),
         ({"mode": "hinge"}, "use 'softmax' or 'sigmoid'"),
         ({"bias": torch.zeros(())}, "belongs to mode='sigmoid'"),
@@ -228,61 +211,84 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
         contrastive_loss(arguments.pop("image"), arguments.pop("text"), arguments.pop("scale"), **arguments)
 
 
-SIZES = ((3, 4), (0, 2), (5, 1))  # ragged: images and texts of each rank
+# Images and texts of each rank, for each number of ranks: ragged, some empty, 8 images and 7 texts in all.
+SIZES = {
+    1: ((8, 7),),
+    2: ((3, 4), (5, 3)),
+    3: ((3, 4), (0, 2), (5, 1)),
+    4: ((2, 0), (0, 4), (5, 1), (1, 2)),
+}
+# Mode, scale, and whether with weights and with what kind of exclusions.
+OVER_RANKS = (("softmax", 1.0, None), ("softmax", 100.0, "pairs"), ("softmax", 10.0, "texts"), ("sigmoid", 10.0, "pairs"))
 
 
-def _rank(rank: int, store: str, factor: float, results: torch.multiprocessing.Queue) -> None:
+def _rank(rank: int, world: int, store: str, results: torch.multiprocessing.Queue) -> None:
+    """Puts (impl, case, rank, loss, gradients of image, text and scale) for each implementation and case."""
     torch.set_num_threads(1)
     ranks.PIECE_ROWS = 1  # several pieces, even of so few rows
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(SIZES))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
-        images, texts, image_ids, text_ids = _whole_batch()
-        rows = slice(sum(n for n, _ in SIZES[:rank]), sum(n for n, _ in SIZES[: rank + 1]))
-        columns = slice(sum(m for _, m in SIZES[:rank]), sum(m for _, m in SIZES[: rank + 1]))
-        image, text = images[rows].clone().requires_grad_(), texts[columns].clone().requires_grad_()
-        scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
-        loss = contrastive_loss(
-            image, text, scale, image_ids=image_ids[rows], text_ids=text_ids[columns],
-            group=torch.distributed.group.WORLD,
-        )  # fmt: skip
-        loss.backward()
-        results.put((rank, loss.item(), image.grad.tolist(), text.grad.tolist(), scale.grad.item()))
+        rows, columns = ([sizes[side] for sizes in SIZES[world]] for side in (0, 1))
+        for impl in IMPLS:
+            for case, (_, factor, _) in enumerate(OVER_RANKS):
+                image, text, options = _whole_batch(case)
+                for name in ("image_ids", "row_weight"):
+                    options[name] = options[name].split(rows)[rank]
+                for name in ("text_ids", "col_weight"):
+                    options[name] = options[name].split(columns)[rank]
+                if options.get("exclude") is not None and len(options["exclude"]) > 1:
+                    options["exclude"] = options["exclude"].split(rows)[rank]
+                given_ones = image.split(rows)[rank], text.split(columns)[rank], torch.tensor([factor])
+                loss_of = partial(contrastive_loss, impl=impl, group=torch.distributed.group.WORLD)
+                found = evaluate(loss_of, *(x.to(precise_dtype(impl)) for x in given_ones), **options)
+                results.put((impl, case, rank, *(value.tolist() for value in found)))
         results.close()
         results.join_thread()
     finally:
         torch.distributed.destroy_process_group()
 
 
-def _whole_batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    images, texts = features(sum(n for n, _ in SIZES), 6, 2), features(sum(m for _, m in SIZES), 6, 3)
-    return images, texts, torch.tensor([0, 1, 1, 2, 3, -1, 0, 5]), torch.tensor([1, 0, 2, 2, 3, -1, 1])
+def _whole_batch(case: int) -> tuple[Tensor, Tensor, dict]:
+    """With duplicate ids within and across ranks, rows that take no part, and rows without a positive."""
+    mode, _, excluded = OVER_RANKS[case]
+    options = {
+        "image_ids": torch.tensor([0, 1, 1, 2, 3, -1, 0, 5]), "text_ids": torch.tensor([1, 0, 2, 2, 3, -1, 1]), "mode": mode,
+        "row_weight": torch.ones(8) if excluded is None else torch.linspace(0, 2, 8),
+        "col_weight": torch.ones(7) if excluded is None else torch.linspace(1, 0, 7),
+    }  # fmt: skip
+    if excluded is not None:
+        chance = torch.rand(8 if excluded == "pairs" else 1, 7, generator=torch.Generator().manual_seed(4))
+        options["exclude"] = chance > 0.7
+    return features(8, 6, 2), features(7, 6, 3), options
 
 
-@pytest.mark.parametrize("factor", [1.0, 100.0])
-def test_ragged_ranks_equal_one_process(factor: float, tmp_path) -> None:
-    """Averaging each rank's gradient over the ranks gives the gradient of the global loss; the scale's once."""
+@pytest.mark.parametrize("world", SIZES)
+def test_ragged_ranks_equal_one_process(world: int, tmp_path, monkeypatch) -> None:
+    """Averaging each rank's gradient over the ranks gives the gradient of the global loss; the scale's too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # gloo, and so the CPU, also where there is a card
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
-    ranks = [
-        context.Process(target=_rank, args=(r, str(tmp_path / "store"), factor, results)) for r in range(len(SIZES))
+    processes = [
+        context.Process(target=_rank, args=(rank, world, str(tmp_path / "store"), results)) for rank in range(world)
     ]
-    for process in ranks:
+    for process in processes:
         process.start()
-    gathered = sorted(results.get(timeout=120) for _ in ranks)
-    for process in ranks:
+    gathered = sorted(results.get(timeout=120) for _ in range(world * len(IMPLS) * len(OVER_RANKS)))
+    for process in processes:
         process.join(60)
         assert process.exitcode == 0
 
-    images, texts, image_ids, text_ids = _whole_batch()
-    images.requires_grad_(), texts.requires_grad_()
-    scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
-    loss = reference.contrastive_loss(images, texts, scale, image_ids=image_ids, text_ids=text_ids)
-    loss.backward()
-    world = len(SIZES)
-    for _, value, *_ in gathered:
-        assert value == pytest.approx(loss.item(), rel=1e-9)
-    image_grad = torch.tensor(sum((g[2] for g in gathered), []), dtype=torch.float64) / world
-    text_grad = torch.tensor(sum((g[3] for g in gathered), []), dtype=torch.float64) / world
-    torch.testing.assert_close(image_grad, images.grad, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(text_grad, texts.grad, rtol=1e-8, atol=1e-10)
-    assert sum(g[4] for g in gathered) / world == pytest.approx(scale.grad.item(), rel=1e-8)
+    for impl in IMPLS:
+        for case, (_, factor, _) in enumerate(OVER_RANKS):
+            image, text, options = _whole_batch(case)
+            meant = meaning(image, text, torch.tensor([factor]), **options)
+            found = [values for of_impl, of_case, _, *values in gathered if (of_impl, of_case) == (impl, case)]
+            exact, absolute = (1e-8, 1e-10) if impl == "torch" else (2e-5, 1e-6 * factor)
+            for loss, *_ in found:
+                assert loss == pytest.approx(meant[0].item(), rel=exact)
+            for index in (1, 2):
+                rows = sum((values[index] for values in found), [])
+                mean = torch.tensor(rows, dtype=torch.float64) / world
+                torch.testing.assert_close(mean, meant[index], rtol=exact, atol=absolute)
+            ratio = sum(values[3][0] for values in found) / world / meant[3].item()
+            assert ratio == pytest.approx(1.0, rel=exact)  # Inf-CL's is the number of ranks

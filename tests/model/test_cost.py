@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.model import cost
+from mmclip_dist.model.layers import checkpoint_activations
 from tests.engine.live_memory import LiveMemory
 from tests.model.synthetic_batch import VOCABULARY, batch_of, config_of, load_of, model_of
 
@@ -104,13 +105,12 @@ def test_what_autograd_keeps(one_rank: None, overrides: list[str], load: dict, b
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_fullest_moment_of_the_backward_pass(one_rank: None, checkpointed: bool, precision: str) -> None:
-    """Bytes alive in forward and backward, with every layer's activations kept and with the encoders' inputs alone."""
+    """Bytes alive in forward and backward, with every layer's activations kept and with the layers' inputs alone."""
     config = config_of("model.image={size: 64, patch: 8, width: 96, depth: 8, heads: 4}", batch=8, precision=precision)
     load, number = load_of(config), 2 if precision == "bf16" else 4
     model = model_of(config, load.prompts // 2).to(torch.bfloat16 if number == 2 else torch.float32)
     if checkpointed:
-        model.vision.vit.gradient_checkpointing_enable({"use_reentrant": False})
-        model.text.bert.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     data = batch_of(config, load)
     with LiveMemory() as live:
         before = live.alive

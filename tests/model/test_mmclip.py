@@ -285,6 +285,19 @@ def test_learning_rate_warms_up_and_ends_at_zero(sets) -> None:
     assert rates[0] > 0 and rates[100] == pytest.approx(0, abs=1e-9)
 
 
+def test_other_schedules_share_warm_up_and_end(sets) -> None:
+    def rates(*overrides: str) -> list[float]:
+        base = ("optim.steps=100", "optim.warmup=0.1", "optim.lr=1", "optim.global_batch=1024")
+        optim = sets.config(*base, *overrides).optim
+        return [learning_rate(step, optim) for step in range(101)]
+
+    cosine, linear, wsd = rates(), rates("optim.schedule=linear"), rates("optim.schedule=wsd", "optim.decay=0.4")
+    assert linear[:10] == wsd[:10] == cosine[:10]
+    assert linear[10:] == pytest.approx([1 - step / 90 for step in range(91)])
+    assert wsd[10:61] == [1.0] * 51
+    assert wsd[60:] == pytest.approx([1 - (step / 40) ** 0.5 for step in range(41)])
+
+
 def test_batches_of_the_loader_train(sets, tokenizer) -> None:
     model = model_of(sets.config(), tokenizer)
     for found in islice(loader(sets.config(), tokenizer), 3):

@@ -1,0 +1,200 @@
+"""The contrastive loss, forward and backward, side by side with every peer that is installed: time, memory, error.
+
+    python kernels/bench/contrastive.py [--quick]
+
+On a CUDA card impl="triton" in bfloat16, for at most five minutes; else impl="torch" in float32 on the CPU, at sizes that a
+laptop can do. Random features shaped as after training: all within one cone, those of a pair closer to each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from measuring import Case, Row, device_name, extra_memory, missing, ratios, rounds, write_results
+from mmclip_kernels import contrastive_loss, reference
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+SIZES = [(rows, width) for rows in (32768, 65536, 131072) for width in (512, 768)] if CUDA else [(4096, 512), (8192, 512)]
+QUICK = [(8192, 512)] if CUDA else [(1024, 512)]
+ACCURACY = (4096, 512) if CUDA else (2048, 512)  # float64 needs the whole matrix several times
+ROUNDS, SECONDS = (40, 12.0) if CUDA else (9, 60.0)  # of one size at most
+PACKAGES = {"inf-cl": "inf_cl", "Liger": "liger-kernel", "cut-cross-entropy": "cut-cross-entropy", "QuACK": "quack-kernels"}
+OURS = 'ours, impl="triton"' if CUDA else 'ours, impl="torch"'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small size, three rounds, nothing written")
+    quick = parser.parse_args().quick
+    absent = skipped()
+    print(*absent, sep="\n")
+    rows = [row for size in (QUICK if quick else SIZES) for row in compare(*size, 3 if quick else ROUNDS)]
+    packages = list(PACKAGES.values())
+    notes = [
+        f"N = M, {DTYPE}, forward and backward. Medians of the rounds; the ratio is the median of the rounds' own ratios.",
+        "Memory: at the peak, above what the inputs take.", *absent,
+    ]  # fmt: skip
+    write_results("contrastive", rows, packages, notes, keep=not quick)
+    rows_of, width = ACCURACY
+    notes = [
+        f"N = M = {rows_of}, D = {width}, {DTYPE} features, scale 100, against float64 on the same features. Loss: absolute",
+        "error. Gradients: norm of the error relative to the gradient's norm.", *absent,
+    ]  # fmt: skip
+    write_results("contrastive_accuracy", errors(rows_of, width), packages, notes, keep=not quick)
+
+
+# -- What is compared -------------------------------------------------------------------------------------------------
+
+
+def losses() -> dict[str, Loss]:
+    """Every way to compute the loss that this machine has; ours first."""
+    found: dict[str, Loss] = {
+        OURS: lambda image, text, scale: contrastive_loss(image, text, scale, impl="triton" if CUDA else "torch"),
+        "open_clip, eager": open_clip,
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        found["F.linear_cross_entropy x 2"] = both_ways(F.linear_cross_entropy)
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["F.linear_cross_entropy x 2, in chunks"] = both_ways(
+            lambda features, classes, target: F.linear_cross_entropy(features, classes, target, options=options)
+        )
+    if not CUDA:
+        return found
+    found["open_clip, torch.compile"] = torch.compile(open_clip, dynamic=False)
+    absent = missing(*PACKAGES.values())
+    if "inf_cl" not in absent:
+        from inf_cl import cal_flash_loss
+
+        found["inf-cl x 2"] = lambda image, text, scale: (
+            cal_flash_loss(image, text, scale=scale).mean() + cal_flash_loss(text, image, scale=scale).mean()
+        ) / 2
+    if "liger-kernel" not in absent:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        found["Liger x 2"] = both_ways(liger_fused_linear_cross_entropy)
+    if "cut-cross-entropy" not in absent:
+        found["cut-cross-entropy x 2, exact"] = both_ways(exact_cut_cross_entropy())
+    if "quack-kernels" not in absent:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        found["QuACK x 2"] = both_ways(chunked_linear_cross_entropy)
+    return found
+
+
+def skipped() -> list[str]:
+    """What is not compared, and why."""
+    recent = hasattr(torch.nn, "LinearCrossEntropyOptions")
+    lines = [] if recent else ["Not compared: F.linear_cross_entropy in chunks (needs torch 2.13)."]
+    if not CUDA:
+        return [*lines, f"Not compared, as they need a CUDA card: torch.compile, {', '.join(PACKAGES)}."]
+    absent = [f"{name} (pip install {package})" for name, package in PACKAGES.items() if missing(package)]
+    return [*lines, f"Not compared, as not installed: {', '.join(absent)}."] if absent else lines
+
+
+def open_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """What open_clip.loss.ClipLoss computes on one process."""
+    scale = scale.to(image.dtype)
+    of_images, of_texts = scale * image @ text.T, scale * text @ image.T
+    labels = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
+
+
+def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """A fused linear cross-entropy has no temperature and one direction: scaled features, twice."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        scale = scale.to(image.dtype)
+        labels = torch.arange(len(image), device=image.device)
+        return (cross_entropy(scale * image, text, labels) + cross_entropy(scale * text, image, labels)) / 2
+
+    return loss
+
+
+def exact_cut_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Without its gradient filter, which drops what CLIP needs. Later versions name that `cce_exact`."""
+    from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
+
+    named = "CCE_EXACT" in LinearCrossEntropyImpl.__members__
+    options = {"impl": "cce_exact"} if named else {"impl": "cce", "filter_eps": None}
+    return lambda features, classes, target: linear_cross_entropy(features, classes, target, **options)
+
+
+# -- Measured ---------------------------------------------------------------------------------------------------------
+
+
+def trained_features(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Image [rows, width], text [rows, width], scale [], with gradient."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def some(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, width, generator=generator, device=DEVICE), dim=1)
+
+    axis, pair = some(1), some(rows)
+    image, text = (F.normalize(2 * axis + pair + 1.5 * some(rows), dim=1).to(DTYPE).requires_grad_() for _ in range(2))
+    return image, text, torch.tensor(100.0, device=DEVICE, requires_grad=True)
+
+
+def step(name: str, rows: int, width: int, copies: int = 1) -> Case:
+    """Loss and gradients on one of several inputs, so that none is still in the L2 cache of a card from the last time."""
+    loss_of = losses()[name]
+    inputs = [trained_features(rows, width, seed) for seed in range(copies)]
+
+    def case(turn: int) -> object:
+        return torch.autograd.grad(loss_of(*(chosen := inputs[turn % copies])), chosen)
+
+    return case
+
+
+def compare(rows: int, width: int, count: int) -> list[Row]:
+    cases, memory = {}, {}
+    for name in losses():
+        print(f"N = M = {rows}, D = {width}: {name}", flush=True)
+        try:
+            memory[name] = extra_memory(step, name, rows, width, small=(name, 64, width))
+            cases[name] = step(name, rows, width, copies=3 if CUDA else 2)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    times = rounds(cases, count, SECONDS)
+    slower = ratios(times, OURS)
+    return [
+        {
+            "N = M": rows, "D": width, "loss": name,
+            "ms": round(statistics.median(times[name]), 2) if name in times else "out of memory",
+            "time / ours": round(slower[name], 2) if name in times else None,
+            "memory, MiB": round(memory[name] / 2**20) if name in memory else None,
+            "rounds": len(times[name]) if name in times else 0,
+        }
+        for name in losses()
+    ]  # fmt: skip
+
+
+def errors(rows: int, width: int) -> list[Row]:
+    inputs = trained_features(rows, width, 0)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    with torch.device(DEVICE):
+        wanted = reference.contrastive_loss(*exact)
+    gradients = torch.autograd.grad(wanted, exact)
+    table: list[Row] = []
+    for name, loss_of in losses().items():
+        loss = loss_of(*inputs)
+        found = torch.autograd.grad(loss, inputs)
+        away = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, gradients, strict=True)]
+        loss_error = abs(loss.item() - wanted.item())
+        row: Row = {"loss": name}
+        columns = ("loss error", "image gradient", "text gradient", "scale gradient")
+        row.update({column: f"{value:.1e}" for column, value in zip(columns, (loss_error, *away), strict=True)})
+        table.append(row)
+    return table
+
+
+if __name__ == "__main__":
+    print(device_name())
+    main()

@@ -1,0 +1,317 @@
+"""What only the fused kernels can get wrong: tiles, blocks, the branches for far values, rounding, what they leave unwritten.
+
+Without a card they run in Triton's interpreter; the tests marked `gpu` need one. What holds for every implementation is in
+test_contrastive.py.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from contrastive_cases import cone, device_of, evaluate, features, meaning
+from mmclip_kernels import contrastive_loss, contrastive_triton, reference, tiles
+from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = device_of("triton")
+fused = partial(contrastive_loss, impl="triton")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative to the largest gradient, against float64 on the same inputs. bfloat16 is rounded twice, dL/ds and the result, by 2^-9
+# each; Triton 3.9's interpreter cuts dL/ds off instead, by up to 2^-8.
+FEATURE_ERROR = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that the kernels are given holds NaN: an element that is not written shows."""
+    empty = torch.empty
+
+    def filled(*arguments: object, **options: object) -> Tensor:
+        made = empty(*arguments, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def check(image: Tensor, text: Tensor, scale: float, **options: object) -> list[Tensor]:
+    """Loss and gradients of the kernels, which must be those of float64."""
+    meant = meaning(image, text, torch.tensor([scale]), **options)
+    found = evaluate(fused, image, text, torch.tensor([scale]), DEVICE, **options)
+    assert [value.shape for value in found] == [value.shape for value in meant]
+    for index, (ours, wanted) in enumerate(zip(found, meant, strict=True)):
+        size = wanted.abs().max().item() if wanted.numel() else 0.0
+        if index == 0:  # a logit of 100 in float32 is known to 4e-6
+            tolerance = 1e-6 * max(scale, size)
+        else:
+            tolerance = FEATURE_ERROR[image.dtype] * size if index in (1, 2) else 1e-5 * max(size, 0.1)
+        torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=tolerance + 1e-7)
+    return found
+
+
+SHAPES = [(1, 1, 1), (2, 2, 48), (63, 63, 123), (127, 203, 48), (203, 127, 1), (128, 256, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_sizes_that_divide_no_tile(shape: tuple[int, int, int], mode: str, dtype: torch.dtype) -> None:
+    rows, columns, width = shape
+    generator = torch.Generator().manual_seed(rows)
+    ids = {
+        "image_ids": torch.randint(-1, 40, (rows,), generator=generator),
+        "text_ids": torch.randint(-1, 40, (columns,), generator=generator),
+    }
+    image, text = features(rows, width, 0, dtype), features(columns, width, 1, dtype)
+    check(image, text, 20.0, mode=mode, **ids)
+    if rows == columns:
+        check(image, text, 20.0, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("excluded", [None, (150, 130), (1, 130), (150, 1)])
+def test_several_blocks(mode: str, excluded: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "SWEEP_BLOCK", (70, 90))
+    monkeypatch.setattr(tiles, "GRADIENT_BLOCK", (90, 35))
+    generator = torch.Generator().manual_seed(0)
+    options: dict = {
+        "image_ids": torch.randint(-1, 60, (150,), generator=generator),
+        "text_ids": torch.randint(-1, 60, (130,), generator=generator),
+        "row_weight": torch.rand(150, generator=generator), "col_weight": torch.rand(130, generator=generator),
+    }  # fmt: skip
+    if excluded is not None:
+        options["exclude"] = torch.rand(excluded, generator=generator) > 0.7
+    if mode == "sigmoid":
+        options["bias"] = torch.tensor([-4.0])
+    check(features(150, 24, 0, torch.float32), features(130, 24, 1, torch.float32), 10.0, mode=mode, **options)
+
+
+@pytest.mark.parametrize("rows_step", [1, 3])
+def test_exclusions_of_any_strides(rows_step: int) -> None:
+    exclude = (torch.rand(70 * rows_step, 66, generator=torch.Generator().manual_seed(0)) > 0.5)[::rows_step]
+    exclude.fill_diagonal_(False)
+    image = features(66, 8, 0, torch.float32)
+    check(image, features(66, 8, 1, torch.float32), 10.0, exclude=exclude[:66])
+    check(image, features(66, 8, 1, torch.float32), 10.0, exclude=exclude[:66].T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_errors_are_no_larger_than_eager_pytorchs(scale: float, dtype: torch.dtype) -> None:
+    """On features as after training, where eager logits of two bytes ruin the loss and its gradients."""
+    image, text = cone(130, 64, 0, dtype)
+    meant = meaning(image, text, torch.tensor(scale))
+    eager = evaluate(reference.contrastive_loss, image, text, torch.tensor(scale, dtype=dtype))
+    found = check(image, text, scale)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 3e-4}[dtype]
+    for index, (ours, theirs, wanted) in enumerate(zip(found, eager, meant, strict=True)):
+        size = wanted.norm()
+        allowed = tolerance if index in (1, 2) else 2e-6
+        assert (ours - wanted).norm() <= (theirs - wanted).norm() + allowed * size
+
+
+def far_apart() -> tuple[Tensor, Tensor]:
+    """Logits of one tile between -scale and scale: row 1 and column 1 are far below all others."""
+    image, text = torch.zeros(4, 2), torch.zeros(4, 2)
+    image[:, 0], text[:, 0] = torch.tensor([1.0, -1.0, 0.9, 0.8]), torch.tensor([1.0, 1.0, 0.95, 1.0])
+    return image, text
+
+
+@pytest.mark.parametrize("limit", ["FAINT", "SPREAD"])
+def test_rows_far_below_their_tile(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text = far_apart()
+    check(image, text, 100.0)
+    check(text, image, 100.0)
+    if not contrastive_triton.INTERPRETED:
+        return
+    # Without its branch the result is another: the branch is needed here.
+    value = 0.0 if limit == "FAINT" else float("inf")
+    monkeypatch.setattr(contrastive_triton, limit, contrastive_triton.tl.constexpr(value))
+    with pytest.raises(AssertionError):
+        check(image, text, 100.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+def test_the_common_path_needs_no_second_exponential(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tiles of trained features: the branches for far values are not taken, and not needed."""
+    monkeypatch.setattr(tiles, "sweep_tile", lambda *_, **__: tiles.Tile(64, 64, 32, 4, 2))
+    image, text = cone(128, 32, 0, torch.float32)
+    expected = check(image, text, scale)
+    if contrastive_triton.INTERPRETED and scale < 100:
+        monkeypatch.setattr(contrastive_triton, "FAINT", contrastive_triton.tl.constexpr(0.0))
+        monkeypatch.setattr(contrastive_triton, "SPREAD", contrastive_triton.tl.constexpr(float("inf")))
+        torch.testing.assert_close(check(image, text, scale), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_bit_for_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "SWEEP_BLOCK", (128, 128))
+    image, text = cone(200, 48, 0, dtype)
+    once, again = (evaluate(fused, image, text, torch.tensor(50.0), DEVICE) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_scale_and_image_gradients_agree() -> None:
+    """The logits depend on scale and image through their product alone."""
+    image, text = cone(140, 32, 0, torch.float32)
+    _, image_grad, text_grad, scale_grad = evaluate(fused, image, text, torch.tensor(40.0), DEVICE)
+    assert (image * image_grad).sum().item() == pytest.approx(40.0 * scale_grad.item(), rel=1e-4, abs=1e-6)
+    assert (text * text_grad).sum().item() == pytest.approx(40.0 * scale_grad.item(), rel=1e-4, abs=1e-6)
+
+
+def test_non_contiguous_input() -> None:
+    wide, tall = features(70, 48, 0, torch.float32), features(24, 70, 1, torch.float32)
+    found = evaluate(lambda i, t, s: fused(i[:, ::2], t.T, s), wide, tall, torch.tensor(5.0), DEVICE)
+    meant = evaluate(
+        lambda i, t, s: reference.contrastive_loss(i[:, ::2], t.T, s), wide.double(), tall.double(), torch.tensor(5.0).double()
+    )
+    for ours, wanted in zip(found, meant, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("only", [0, 1, 2])
+def test_inputs_without_gradient(only: int) -> None:
+    given_ones = [x.to(DEVICE) for x in (*cone(20, 8, 0, torch.float32), torch.tensor(9.0))]
+    wanted = evaluate(fused, *given_ones, DEVICE)
+    given_ones[only].requires_grad_()
+    fused(*given_ones).backward()
+    torch.testing.assert_close(given_ones[only].grad.cpu(), wanted[1 + only], rtol=0, atol=0)
+    assert all(x.grad is None for index, x in enumerate(given_ones) if index != only)
+
+
+def test_a_loss_scaled_for_float16_keeps_small_gradients() -> None:
+    """dL/ds is stored relative to its largest possible value: as it is, all of it would be below float16's least number."""
+    image, text = cone(64, 16, 0, torch.float16)
+    small = evaluate(lambda *x: 2.0**-12 * fused(*x, row_weight=torch.full((64,), 1e-6, device=DEVICE)), image, text,
+                     torch.tensor(10.0), DEVICE)  # fmt: skip
+    usual = evaluate(fused, image, text, torch.tensor(10.0), DEVICE)
+    assert small[3].item() == pytest.approx(usual[3].item() / 4096, rel=1e-5)
+    torch.testing.assert_close(4096 * small[1].float(), usual[1].float(), rtol=0.02, atol=4096 * 2.0**-24)
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused() -> None:
+    script = """
+import torch
+from mmclip_kernels import contrastive_loss
+contrastive_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(()), impl="triton")
+"""
+    found = subprocess.run(
+        ["env", "TRITON_INTERPRET=0", sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 1
+    assert "ValueError: impl='triton' needs CUDA tensors, found cpu; use impl='torch' there" in found.stderr
+
+
+# -- Compiled for cards that are not here ---------------------------------------------------------------------------------
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of one program at most, in bytes
+
+
+def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool) -> list[tuple[str, int, int, int]]:
+    """-> for each kernel its name, registers, bytes of them that spilled, and bytes of shared memory."""
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
+    found = []
+    for kernel, tile in (
+        (contrastive_triton._sweep_tile, tiles.sweep_tile(dtype, exclude)),
+        (contrastive_triton._gradient_tile, tiles.gradient_tile(dtype)),
+    ):
+        constants = {
+            "SIGMOID": mode == "sigmoid", "SOME_OUT": exclude, "WHOLE": True, "UPCAST": False,
+            "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "column_step": 1,
+        } | ({} if exclude else {"exclude": None})  # fmt: skip
+        numbers = dict.fromkeys(("high", "wide", "width", "row_step"), "i32")
+        features_of = dict.fromkeys(("image", "text", "slopes"), f"*{dtype_name}")
+        others = {"exclude": "*i1", "row_ids": "*i64", "column_ids": "*i64"}
+        types = numbers | features_of | others | dict.fromkeys(constants, "constexpr")
+        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+        aligned = {
+            (index,): [["tt.divisibility", 16]] for index, (name, kind) in enumerate(signature.items())
+            if kind != "constexpr" and name not in ("exclude", "high", "row_step")
+        }  # fmt: skip
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": tile.warps, "num_stages": tile.stages},
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            binary = Path(folder, "kernel.cubin")
+            binary.write_bytes(compiled.asm["cubin"])
+            command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        found.append((kernel.__name__, registers, spilled, compiled.metadata.shared))
+    return found
+
+
+def test_compiles_for_cards_without_spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # its default, named because 3.9 warns that it will change
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cases = [
+        (80, "bf16", "softmax", False), (80, "fp16", "sigmoid", True), (90, "fp32", "sigmoid", False),
+        (90, "bf16", "softmax", False), (90, "bf16", "softmax", True), (90, "fp16", "sigmoid", False),
+    ]  # fmt: skip
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.starmap(_compile, cases)
+    for case, kernels in zip(cases, found, strict=True):
+        for name, registers, spilled, shared in kernels:
+            print(*case, name, f"{registers} registers, {spilled} bytes spilled, {shared} bytes shared")
+            assert spilled == 0, (case, name, registers)
+            assert shared <= SHARED_MEMORY[case[0]], (case, name)
+
+
+# -- On a card ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@on_card
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [512, 768, 1000])
+@pytest.mark.parametrize("rows", [1000, 32771])
+def test_large_sizes_on_a_card(rows: int, width: int, dtype: torch.dtype) -> None:
+    """Against the blocks of impl="torch" in float64, which test_contrastive.py holds to the reference."""
+    image, text = (x.cuda() for x in cone(rows, width, 0, dtype))
+    scale = torch.tensor(100.0)
+    meant = evaluate(contrastive_loss, image.double(), text.double(), scale.double(), "cuda")
+    found = evaluate(fused, image, text, scale, "cuda")
+    assert found[0].item() == pytest.approx(meant[0].item(), rel=1e-5, abs=1e-5)
+    assert found[3].item() == pytest.approx(meant[3].item(), rel=1e-4)
+    for ours, wanted in zip(found[1:3], meant[1:3], strict=True):
+        assert (ours - wanted).norm() <= {torch.float32: 1e-4, torch.bfloat16: 3e-3, torch.float16: 1e-3}[dtype] * wanted.norm()
+
+
+@pytest.mark.gpu
+@on_card
+def test_memory_is_bounded_on_a_card() -> None:
+    """At most 128 MiB and the features' gradients in float32, before they are handed back in the features' type."""
+    rows, width = 65536, 512
+    image, text = (x.cuda().requires_grad_() for x in cone(rows, width, 0, torch.bfloat16))
+    scale = torch.tensor(50.0, device="cuda", requires_grad=True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fused(image, text, scale).backward()
+    handed_back = 2 * rows * width * image.element_size()
+    assert torch.cuda.max_memory_allocated() - before - handed_back <= 128 * 2**20 + 4 * 2 * rows * width
+
+
+@pytest.mark.gpu
+@on_card
+def test_compiles_into_one_graph_on_a_card() -> None:
+    given_ones = (*cone(300, 64, 0, torch.bfloat16), torch.tensor(3.0))
+
+    def step(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return fused(image, text, scale.exp()) * 2
+
+    eager, compiled = (evaluate(f, *given_ones, "cuda") for f in (step, torch.compile(step, fullgraph=True)))
+    torch.testing.assert_close(compiled, eager)
