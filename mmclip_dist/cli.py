@@ -15,7 +15,7 @@ from mmclip_shards.storage import join
 from rich.console import Console
 from rich.table import Table
 
-from mmclip_dist import set_commands
+from mmclip_dist import plan_command, set_commands
 from mmclip_dist.progress import progress_bar
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ pack_app = typer.Typer(no_args_is_help=True, help="Turn a raw data set into shar
 evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 app.add_typer(pack_app, name="pack")
 app.add_typer(evaluate_app, name="evaluate")
-for command in (set_commands.verify, set_commands.stats, set_commands.index):
+for command in (set_commands.verify, set_commands.stats, set_commands.index, plan_command.plan):
     app.command()(command)
 
 Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]

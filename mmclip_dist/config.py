@@ -215,6 +215,14 @@ class Optim(Section):
         return self.steps if self.stop_at is None else self.stop_at
 
 
+class Track(Section):
+    """Where the metrics go besides metrics.jsonl; `pip install mmclip-dist[tracking]` brings what they need."""
+
+    tensorboard: bool = False  # event files in RUN/tensorboard
+    wandb: str | None = None  # Weights & Biases: the project
+    mlflow: str | None = None  # the tracking URI, http://... or sqlite:///...
+
+
 class Checkpoint(Section):
     every: int = Field(1000, gt=0)  # steps
     keep: int = Field(2, gt=0)  # newest ones kept
@@ -241,6 +249,13 @@ class Health(Section):
     timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer hangs: the run ends
 
 
+class Evaluation(Section):
+    """Zero-shot evaluation while training, shared by all ranks."""
+
+    sets: tuple[str, ...] = ()  # packed, labelled sets that are not trained on, SET/SPLIT; none: no evaluation
+    every: int = Field(1000, gt=0)  # steps, and after the last one
+
+
 class Config(Section):
     """The whole tree. `run_dir` holds everything that a run writes."""
 
@@ -260,6 +275,8 @@ class Config(Section):
     optim: Optim
     checkpoint: Checkpoint = Checkpoint()
     health: Health = Health()
+    track: Track = Track()
+    evaluation: Evaluation = Evaluation()
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
 
     @model_validator(mode="after")

@@ -138,6 +138,8 @@ def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureF
         (["verify", "nostore://x"], "nostore"),
         (["stats", "/nowhere"], "no manifest.json in /nowhere"),
         (["index", "/nowhere"], "no *.tar in /nowhere"),
+        (["plan", "mmclip_vit_b16", "--gpu", "v100"], "the known ones are a100-40"),
+        (["plan", "mmclip_vit_b16", "--gpus", "12"], "do not fill nodes of 8"),
     ],
 )
 def test_faults_are_one_line_and_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

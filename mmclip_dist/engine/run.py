@@ -9,9 +9,9 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,27 @@ from mmclip_shards.storage import write_atomic
 from mmclip_dist.config import Config, dump_config
 from mmclip_dist.engine.orphans import ORPHAN_S
 
-METRICS = "metrics.jsonl"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+# Variables that change what a run computes or how fast; never a name that may hold a secret.
+_TELLING = ("NCCL_", "TORCH_", "PYTORCH_", "DS_", "CUDA_", "OMP_", "TRITON_", "LOCAL_WORLD_SIZE")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_README = """What lies here:
+
+config.yaml       the resolved configuration; `python -m mmclip_dist.train config.yaml` under the launcher is this run again
+deepspeed.json    what DeepSpeed was given, derived from it
+environment.json  command, versions, git state, cards and drivers, environment variables that matter
+packages.txt      every installed package and its version
+metrics.jsonl     one row a logged step; the trackers, where there are any, show the same numbers
+evaluations.jsonl one row an evaluation on held-out sets: zero-shot AUC of every class, and their mean
+checkpoints/      step-NNNNNNNN: weights, optimizer, tokenizer and configuration; whole ones only, a torn one is never named so
+quarantine-*      samples that could not be decoded, with the reason
+trouble-*         steps that were skipped or whose loss jumped, with the keys of their samples
+stopped.json      there after a stop on request: step and reason; `touch stop` here asks for one
+trackers.json     the ids under which Weights & Biases and MLflow know this run; tensorboard/: its event files
+.lock             held while the run works here
+
+Training started again with the same configuration goes on from the newest checkpoint.
+"""
 
 
 @contextmanager
@@ -50,7 +70,7 @@ def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
 
 
 def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]) -> None:
-    """Write what made this run: the resolved config, DeepSpeed's JSON, versions, git state and command.
+    """Write what made this run: the resolved config, DeepSpeed's JSON, versions, devices, variables, git state and command.
 
     ValueError if the folder holds a run of another configuration: its checkpoints would not be this run's.
     """
@@ -67,10 +87,43 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
         "world_size": world,
         "python": platform.python_version(),
         "machine": platform.platform(),
-        "versions": {name: _version(name) for name in ("mmclip-dist", "torch", "deepspeed", "transformers", "numpy")},
+        "versions": {name: _version(name) for name in ("mmclip-dist", "torch", "deepspeed", "transformers", "triton", "numpy")},
+        "devices": _devices(),
+        "variables": telling_variables(os.environ),
         "git": _git_state(),
     }
     write_atomic(str(folder / "environment.json"), json.dumps(environment, indent=2).encode())
+    write_atomic(str(folder / "packages.txt"), _packages().encode())
+    write_atomic(str(folder / "README.txt"), _README.encode())
+
+
+def telling_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change what a run computes or how fast, without any that may hold a secret."""
+    return {
+        name: value for name, value in sorted(environment.items())
+        if name.startswith(_TELLING) and not any(word in name for word in _SECRET)
+    }  # fmt: skip
+
+
+def _devices() -> dict[str, Any]:
+    """The cards that this process sees, and what drives them; no card: an empty list."""
+    import torch  # the quick start and the report read run folders without it
+
+    driver = Path("/proc/driver/nvidia/version")
+    gpu = torch.cuda.is_available()
+    return {
+        "names": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
+        "cpus": os.cpu_count(),
+    }
+
+
+def _packages() -> str:
+    found = {f"{item.metadata['Name']}=={item.version}" for item in distributions() if item.metadata["Name"]}
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
 
 
 def _differences(old: str, new: str) -> list[str]:
@@ -95,12 +148,12 @@ def _git_state() -> str | None:
 
 
 class MetricsLog:
-    """metrics.jsonl: one row a logged step. Rows after the step that a run resumes from are dropped first, so that a run
-    that was killed leaves the same rows as one that was not."""
+    """A file of rows, one a logged step. Rows after the step that a run resumes from are dropped first, so that a run that
+    was killed leaves the same rows as one that was not."""
 
-    def __init__(self, folder: Path, resumed_from: int) -> None:
-        self.path = folder / METRICS
-        kept = [row for row in read_metrics(folder) if row["step"] <= resumed_from]
+    def __init__(self, folder: Path, resumed_from: int, name: str = METRICS) -> None:
+        self.path = folder / name
+        kept = [row for row in read_metrics(folder, name) if row["step"] <= resumed_from]
         write_atomic(str(self.path), "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def write(self, row: dict[str, Any]) -> None:
@@ -108,9 +161,9 @@ class MetricsLog:
             handle.write(json.dumps(row) + "\n")
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
     """The rows of a run so far; a row that a killed run left half-written is passed over."""
-    path = folder / METRICS
+    path = folder / name
     if not path.exists():
         return []
     lines = path.read_text().split("\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["versions"]["torch"] == torch.__version__
+
+
+def test_the_folder_says_what_made_it_and_tells_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_DEBUG", "OMP_NUM_THREADS", "DS_ACCELERATOR", "NCCL_SECRET_KEY", "WANDB_API_KEY", "MMCLIP_PATIENT_KEY"):
+        monkeypatch.setenv(name, "seen" if "KEY" not in name else "hidden")
+    describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}"]), 2, {})
+    text = (tmp_path / "environment.json").read_text()
+    environment = json.loads(text)
+    assert {"NCCL_DEBUG", "OMP_NUM_THREADS", "DS_ACCELERATOR"} <= set(environment["variables"])
+    assert "hidden" not in text and socket.gethostname() not in environment["machine"]
+    assert environment["devices"]["names"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    assert f"torch=={torch.__version__}\n" in (tmp_path / "packages.txt").read_text()
+    readme = (tmp_path / "README.txt").read_text()
+    assert all(path.name in readme for path in tmp_path.iterdir() if path.name != "README.txt")
 
 
 def _hold(folder: Path, ready: multiprocessing.Queue) -> None:

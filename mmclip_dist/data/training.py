@@ -1,0 +1,61 @@
+"""The data of a training run: its sets and their order, and what makes a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Batch
+from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.join import JoinedSet
+from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
+from mmclip_dist.data.order import Order
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """trained_on: sha256 of every base shard that training may read."""
+
+    config: Config
+    sets: list[JoinedSet]
+    order: Order
+    maker: ExampleMaker
+    diseases: tuple[str, ...]
+
+    @property
+    def trained_on(self) -> tuple[str, ...]:
+        return tuple(shard.sha256 for joined in self.sets for shard in joined.manifest.shards)
+
+    def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
+        """A rank's batches of steps start, start + 1, ... without end."""
+        config = self.config
+        return build_loader(
+            self.sets, self.order, self.maker, data=config.data, global_batch=config.optim.global_batch, rank=rank,
+            world=world, start=start,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{self.config.data.sources[joined.number].url}: {joined.samples} samples, {joined.remainder} of them left out "
+            "of each epoch in turn"
+            for joined in self.order.sets
+        )
+
+
+@contextmanager
+def open_training_data(config: Config, tokenizer: PreTrainedTokenizerBase, world: int) -> Iterator[TrainingData]:
+    """Open the sets of `config.data`; what reads them ahead is stopped at the end."""
+    sets = open_sets(config.data.sources, config.data, world)
+    try:
+        diseases = config.prompts.diseases or label_names(sets)
+        maker = ExampleMaker(
+            tokenizer, diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
+            config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
+        )  # fmt: skip
+        yield TrainingData(config, sets, build_order(sets, config.data, config.seed), maker, tuple(diseases))
+    finally:
+        sets[0].chunks.close()

@@ -1,0 +1,52 @@
+"""Zero-shot scores of a run under way: every rank takes its share of the images, and all may stop between two batches."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.config import Config
+from mmclip_dist.engine import watchdog
+from mmclip_dist.engine.collective import gathered
+from mmclip_dist.engine.preemption import StopRequest
+from mmclip_dist.engine.weights import averaged
+from mmclip_dist.evaluate.metrics import per_class_auc
+from mmclip_dist.evaluate.zeroshot import Evaluation, Scored, labelled_sets
+
+
+class EvaluationDuringTraining:
+    """On the sets of `config.evaluation`. ValueError if there is none with labels, or if one is trained on."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, trained_on: tuple[str, ...]) -> None:
+        self.evaluation = Evaluation(labelled_sets(config.evaluation.sets, trained_on), config, tokenizer)
+        self.every, self.last, self.of_average = config.evaluation.every, config.optim.last_step, config.optim.ema is not None
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.last
+
+    def scores(self, engine: Any, stop: StopRequest) -> dict[str, float] | None:
+        """AUC of every class and their mean, "macro"; None if a stop came in between. A collective call.
+
+        Of the averaged weights where the run keeps them. The same numbers on any number of ranks.
+        """
+        watchdog.beat("evaluating")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        own: list[list[Scored]] = []
+        with averaged(engine) if self.of_average else nullcontext():
+            for some in self.evaluation.rounds(engine.module, rank, world):
+                own.append(some)
+                if stop.requested(torch.device(engine.device)):
+                    return None
+        rounds = zip_longest(*gathered(own), fillvalue=[])
+        scored = [batch for of_round in rounds for of_rank in of_round for batch in of_rank]  # in the order of the sets
+        aucs = per_class_auc(np.concatenate([s.scores for s in scored]), np.concatenate([s.labels for s in scored]))
+        named = {
+            name: float(auc) for name, auc in zip(self.evaluation.classes, aucs, strict=True) if not np.isnan(auc)
+        }
+        return {"macro": float(np.mean(list(named.values())))} | named if named else {}
