@@ -230,6 +230,7 @@ def evaluate_zeroshot(
     checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder for its newest one.")],
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Evaluate on a set that was trained on.")] = False,
+    average: Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")] = False,
 ) -> None:
     """Zero-shot classification by disease prompts: AUC per class, with a bootstrap interval over patients."""
     from mmclip_shards.manifest import find_split
@@ -237,7 +238,8 @@ def evaluate_zeroshot(
     from mmclip_dist.evaluate.zeroshot import save_result, zero_shot
 
     with progress_bar("zero-shot", "images") as report:
-        result = zero_shot(checkpoint, [find_split(url, "test") for url in urls], allow_leak=allow_leak, report=report)
+        sets = [find_split(url, "test") for url in urls]
+        result = zero_shot(checkpoint, sets, allow_leak=allow_leak, average=average, report=report)
     table = Table("class", "AUC")
     for name, auc in result.per_class.items():
         table.add_row(name, f"{auc:.3f}")

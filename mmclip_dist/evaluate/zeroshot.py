@@ -46,15 +46,17 @@ class ZeroShot:
 
 
 def zero_shot(
-    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, report: Callable[[int, int], None] | None = None
-) -> ZeroShot:
+    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, average: bool = False,
+    report: Callable[[int, int], None] | None = None,
+) -> ZeroShot:  # fmt: skip
     """Evaluate a checkpoint (or a run's newest) on packed, labelled sets. report(done, total) in samples.
 
-    ValueError if a set was trained on, unless allow_leak, or if no class has positives and negatives.
+    average: the exponential average of the weights, not the last ones. ValueError if the run kept none, if a set was trained
+    on, unless allow_leak, or if no class has positives and negatives.
     """
     folder = resolve_checkpoint(checkpoint)
     sets = labelled_sets(urls, () if allow_leak else read_meta(folder).trained_on)
-    model, tokenizer, config, _ = load_model(folder)
+    model, tokenizer, config, _ = load_model(folder, average=average)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     evaluation = Evaluation(sets, config, tokenizer)
     done = 0
@@ -64,7 +66,7 @@ def zero_shot(
         done += sum(len(batch.patients) + len(batch.undecodable) for batch in some)
         if report:
             report(done, evaluation.samples)
-    return evaluation.summary(scored, weights_hash(folder))
+    return evaluation.summary(scored, weights_hash(folder, average=average))
 
 
 def labelled_sets(urls: Sequence[str], trained_on: Sequence[str]) -> list[ShardReader]:

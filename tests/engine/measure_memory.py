@@ -51,6 +51,6 @@ def step(engine: Any, data: Batch, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    *_, where = start_distributed(threads=1)
+    *_, where = start_distributed(threads=1, timeout_s=600)
     print("MEASURED " + json.dumps([measured(case, where) for case in json.loads(sys.argv[1])]))
     dist.destroy_process_group()

@@ -16,53 +16,76 @@ import torch.distributed as dist
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.engine import deepspeed_engine
+from mmclip_dist.engine import deepspeed_engine, universal
 from mmclip_dist.engine.gradient_cache import forward_backward
-from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, set_average, temperature
+from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, temperature
 from mmclip_dist.model.build import build_model
 
 
-def run(folder: Path, config: Config, steps: list[list[Any]], diseases: list[str], probe: str | None) -> dict[str, Any]:
-    if probe == "fp16":
-        allow_fp16()
-    ds_json = deepspeed_engine.deepspeed_json(config, dist.get_world_size(), gpu=False)
+class Case:
+    """A configuration, and this rank's batch of each step."""
 
-    def new_engine(seed: int) -> Any:
-        tokenizer = load_tokenizer(str(config.model.text.tokenizer))
-        model = build_model(config.model_copy(update={"seed": seed}), tokenizer, diseases)
-        return deepspeed_engine.build_engine(model, config, ds_json)
+    def __init__(self, config: Config, batches: list[Any], diseases: list[str]) -> None:
+        self.config, self.batches, self.diseases = config, batches, diseases
 
-    engine = new_engine(config.seed)
-    own = [parts[dist.get_rank()] for parts in steps]
+    def engine(self, seed: int) -> Any:
+        """Other seeds start from other weights."""
+        tokenizer = load_tokenizer(str(self.config.model.text.tokenizer))
+        model = build_model(self.config.model_copy(update={"seed": seed}), tokenizer, self.diseases)
+        ds_json = deepspeed_engine.deepspeed_json(self.config, dist.get_world_size(), gpu=False)
+        return deepspeed_engine.build_engine(model, self.config, ds_json)
+
+    def train(self, engine: Any, step: int) -> list[float]:
+        deepspeed_engine.set_learning_rate(engine, step, self.config)
+        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config)
+        engine.step()
+        return means(losses)
+
+    def looked_at(self, engine: Any) -> list[float]:
+        return means(engine.module(self.batches[0]))
+
+
+def trained(case: Case, engine: Any) -> dict[str, Any]:
+    """Every step's losses, gradient norm and weights, then the average in all the ways there are to see it."""
     found: dict[str, Any] = {"losses": [], "norms": [], "clipped": None, "weights": [full_weights(engine)]}
     found["average at first"] = averaged_weights(engine)
-    for step, batch in enumerate(own):
-        deepspeed_engine.set_learning_rate(engine, step, config)
-        losses = forward_backward(engine, batch, config)
-        engine.step()
-        found["losses"].append(means(losses))
+    for step in range(len(case.batches)):
+        found["losses"].append(case.train(engine, step))
         norm = engine.get_global_grad_norm()
         found["norms"].append(None if norm is None else float(norm))  # not told at stage 0 in float32
-        found["clipped"] = found["clipped"] or clipped_norm(engine, config)
+        found["clipped"] = found["clipped"] or clipped_norm(engine, case.config)
         found["weights"].append(full_weights(engine))
     found["rates"] = sorted({group["lr"] for group in engine.optimizer.param_groups})
     found["temperature"] = temperature(engine)
     found["average"], found["weights after"] = averaged_weights(engine), full_weights(engine)
-    found["losses before"] = means(engine.module(own[0]))
+    found["losses before"] = case.looked_at(engine)
     with averaged(engine):
-        found["losses averaged"] = means(engine.module(own[0]))
-    found["losses after"] = means(engine.module(own[0]))
-    if probe == "checkpoint":
-        engine.save_checkpoint(str(folder / "checkpoint"), tag="saved", save_latest=False)
-        second = new_engine(seed=7)
-        second.load_checkpoint(str(folder / "checkpoint"), tag="saved")
-        found["loaded"], found["loaded average"] = full_weights(second), averaged_weights(second)
-        given: list[Any] = [{name: value + 1 for name, value in found["average"].items()}]
-        dist.broadcast_object_list(given)
-        set_average(second, given[0])
-        found["set average"], found["weights after setting"] = averaged_weights(second), full_weights(second)
-        second.destroy()
-    engine.destroy()
+        found["losses averaged"] = case.looked_at(engine)
+    found["losses after"] = case.looked_at(engine)
+    return found
+
+
+def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
+    engine.save_checkpoint(str(folder), tag="saved", save_latest=False, client_state=universal.CLIENT_STATE)
+    second = case.engine(seed=7)
+    second.load_checkpoint(str(folder), tag="saved")
+    found = {"loaded": full_weights(second), "loaded average": averaged_weights(second)}
+    second.destroy()
+    return found
+
+
+def converted(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
+    """One step further from DeepSpeed's universal form of what `reloaded` saved, and without the detour."""
+    if dist.get_rank() == 0:
+        universal.convert(folder / "saved", folder / "scratch")
+    dist.barrier()
+    third = case.engine(seed=7)
+    assert universal.load_converted(third, folder / "scratch" / "universal")
+    found = {"converted": full_weights(third), "converted average": averaged_weights(third)}
+    for one, name in ((engine, "next"), (third, "next of converted")):
+        case.train(one, len(case.batches))
+        found |= {name: full_weights(one), f"{name}, average": averaged_weights(one)}
+    third.destroy()
     return found
 
 
@@ -92,12 +115,21 @@ def allow_fp16() -> None:
 
 
 def main(folder: Path) -> None:
-    deepspeed_engine.start_distributed(threads=1)
+    deepspeed_engine.start_distributed(threads=1, timeout_s=600)
     cases = json.loads((folder / "cases.json").read_text())
     data = torch.load(folder / "batches.pt", weights_only=False)
     for name, (overrides, probe) in cases.items():
+        if probe == "fp16":
+            allow_fp16()
         config = load_config("quickstart", overrides)
-        found = run(folder, config, data["steps"], data["diseases"], probe)
+        case = Case(config, [parts[dist.get_rank()] for parts in data["steps"]], data["diseases"])
+        engine = case.engine(config.seed)
+        found = trained(case, engine)
+        if probe in ("checkpoint", "universal"):
+            found |= reloaded(case, engine, folder / name)
+        if probe == "universal":
+            found |= converted(case, engine, folder / name)
+        engine.destroy()
         if dist.get_rank() == 0:
             torch.save(found, folder / f"{name}.pt")
             print(f"{name} done", flush=True)

@@ -35,7 +35,7 @@ THEIRS = "{type: AdamW, params: {torch_adam: true, lr: 1, betas: [0.9, 0.95], we
 USUAL = ("optim.lr=0.01",)
 STAGES = range(4)
 CASES: dict[str, tuple[tuple[str, ...], str | None]] = {
-    **{f"zero{stage}": ((f"zero_stage={stage}", SHARDED), "checkpoint") for stage in STAGES},
+    **{f"zero{stage}": ((f"zero_stage={stage}", SHARDED), "universal" if stage > 1 else "checkpoint") for stage in STAGES},
     **{f"zero{stage}-bf16": ((f"zero_stage={stage}", SHARDED, "precision=bf16"), None) for stage in STAGES},
     **{f"zero{stage}-fp16": ((f"zero_stage={stage}", SHARDED, "precision=fp16"), "fp16") for stage in (1, 3)},
     **{f"zero{stage}-lamb": ((f"zero_stage={stage}", SHARDED, "optim.name=lamb"), None) for stage in (0, 1, 3)},
@@ -94,7 +94,7 @@ def results(sets, steps: list[list[Batch]], tmp_path_factory: pytest.TempPathFac
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [rank.communicate(timeout=240)[0] for rank in ranks]
+        said = [rank.communicate(timeout=390)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -236,8 +236,16 @@ def test_checkpoints_carry_the_average(results, stage: int) -> None:
     found = results[f"zero{stage}"]
     assert_equal(found["loaded"], found["weights"][-1])
     assert_equal(found["loaded average"], found["average"])
-    assert_equal(found["set average"], {name: value + 1 for name, value in found["average"].items()})
-    assert_equal(found["weights after setting"], found["loaded"])
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_universal_checkpoints_go_on_bit_for_bit_once_mended(results, stage: int) -> None:
+    """The average, the groups' weight decay and scales, and the step counters are what DeepSpeed loses."""
+    found = results[f"zero{stage}"]
+    assert_equal(found["converted"], found["weights"][-1])
+    assert_equal(found["converted average"], found["average"])
+    assert_equal(found["next of converted"], found["next"])
+    assert_equal(found["next of converted, average"], found["next, average"])
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.endswith(("-bf16", "-fp16"))])
@@ -274,7 +282,7 @@ def test_gradient_caching_ends_in_the_weights_of_the_whole_batch(results, by_han
     cached, whole = results[f"zero{stage}-cached"], by_hand["adamw, usual rate"]
     for name, value in whole["weights"].items():
         # The gradient of an attention key's bias is 0 but for rounding, of which Adam makes steps of full size.
-        near = 5e-6 if "key.bias" in name or "in_proj_bias" in name else 1e-6
+        near = 5e-6 if name.endswith(("key.bias", "k_proj.bias", "in_proj_bias")) else 1e-6
         assert (cached["weights"][-1][name] - value).abs().max() <= near, name
     assert cached["losses"] == [pytest.approx(step, rel=1e-5) for step in whole["losses"]]
     assert cached["weights"][-1]["log_scale"] != cached["weights"][0]["log_scale"]

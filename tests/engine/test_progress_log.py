@@ -35,6 +35,11 @@ class Clock:
         monkeypatch.setattr(progress_log, "time", types.SimpleNamespace(monotonic=lambda: self.now))
 
 
+def engine_of(model: Any) -> Any:
+    """As much of a stage-0 engine as the log asks for."""
+    return types.SimpleNamespace(module=model, optimizer=None, zero_optimization_stage=lambda: 0)
+
+
 class Rows:
     def __init__(self) -> None:
         self.rows: list[tuple[int, dict[str, float]]] = []
@@ -64,7 +69,7 @@ def test_a_row_of_two_steps(
         log.wait_for(stream)
         clock.now += 1.5
     losses = {"contrastive": torch.tensor(2.0), "image": torch.tensor(0.5)}
-    log.write(5, losses, 1e-3, types.SimpleNamespace(module=model))
+    log.write(5, losses, 1e-3, engine_of(model))
     (row,) = read_metrics(tmp_path)
     assert row["step"] == 5 and row["samples"] == 20 and row["loss"] == {"contrastive": 2.0, "image": 0.5} and row["lr"] == 1e-3
     assert row["samples_per_s"] == row["samples_per_s_per_rank"] == 2.0 and row["data_wait"] == 0.25
@@ -77,7 +82,7 @@ def test_a_row_of_two_steps(
 
     log.wait_for(stream)
     clock.now += 0.5
-    log.write(6, losses, 1e-3, types.SimpleNamespace(module=model))  # counts start anew
+    log.write(6, losses, 1e-3, engine_of(model))  # counts start anew
     assert read_metrics(tmp_path)[-1]["samples_per_s"] == 4.0
 
 
@@ -96,7 +101,7 @@ def test_mfu_is_of_the_work_that_the_batches_hold(
         data["token_mask"] = torch.nn.functional.pad(data["token_mask"], (0, 10))  # padding is no work
         log.wait_for(iter([data]))
         clock.now += seconds
-    log.write(2, {"image": torch.tensor(0.5)}, 1e-3, types.SimpleNamespace(module=model_of(config, load.prompts // 2)))
+    log.write(2, {"image": torch.tensor(0.5)}, 1e-3, engine_of(model_of(config, load.prompts // 2)))
     flops = cost.training_flops(cost.pieces(config, load, 2))
     assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(flops / seconds / peak, rel=0.01)
 

@@ -271,7 +271,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sets: Any, tokenizer: PreT
     folder = checkpoint_path(run, 7)
     folder.mkdir(parents=True)
     model = build_model(config, tokenizer, diseases)
-    write_model(folder, model, tokenizer, config, Meta(7, 1, 1, diseases, ()))
+    write_model(folder, model, tokenizer, config, Meta(7, 1, 1, diseases, ()), model.state_dict())
     return run
 
 

@@ -59,10 +59,22 @@ def run(sets, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkpoint_path(Path(config.run_dir), 3)
     folder.mkdir(parents=True)
     trained_on = tuple(shard.sha256 for shard in load_manifest(sets.paired).shards)
-    write_model(
-        folder, build_model(config, tokenizer, diseases), tokenizer, config, Meta(3, 1, 1, diseases, trained_on)
-    )
+    model = build_model(config, tokenizer, diseases)
+    write_model(folder, model, tokenizer, config, Meta(3, 1, 1, diseases, trained_on), model.state_dict())
     return Path(config.run_dir)
+
+
+def test_the_average_is_evaluated_when_asked_for(sets, tokenizer, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train with optim\.ema"):
+        zero_shot(str(run), [sets.test], average=True)
+    last, other = (build_model(sets.config(f"seed={seed}"), tokenizer, load_manifest(sets.test).labels) for seed in (0, 1))
+    meta = Meta(3, 1, 1, load_manifest(sets.test).labels, ())
+    for name, weights in (("both", (last.state_dict(), other.state_dict())), ("other", (other.state_dict(),))):
+        (tmp_path / name).mkdir()
+        write_model(tmp_path / name, last, tokenizer, sets.config(), meta, *weights)
+    of_average = zero_shot(str(tmp_path / "both"), [sets.test], average=True)
+    assert of_average == zero_shot(str(tmp_path / "other"), [sets.test])
+    assert of_average.checkpoint != zero_shot(str(tmp_path / "both"), [sets.test]).checkpoint
 
 
 def test_the_result_covers_every_image_and_class(sets, run: Path, tmp_path: Path) -> None:
