@@ -33,6 +33,8 @@ packages.txt      every installed package and its version
 metrics.jsonl     one row a logged step; the trackers, where there are any, show the same numbers
 checkpoints/      step-NNNNNNNN: weights, optimizer, tokenizer and configuration; whole ones only, a torn one is never named so
 quarantine-*      samples that could not be decoded, with the reason
+trouble-*         steps that were skipped or whose loss jumped, with the keys of their samples
+stop, stopped.json  make a file `stop` and the run saves and ends; stopped.json is there after a stop on request
 trackers.json     the ids under which Weights & Biases and MLflow know this run; tensorboard/: its event files
 .lock             held while the run works here
 
