@@ -28,10 +28,10 @@ from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.engine.health import Health
 from mmclip_dist.engine.orphans import exit_with_launcher
 from mmclip_dist.engine.preemption import StopRequest
-from mmclip_dist.engine.progress_log import ProgressLog
+from mmclip_dist.engine.progress_log import open_log
 from mmclip_dist.engine.quarantine import Quarantine
 from mmclip_dist.engine.run import describe, locked
-from mmclip_dist.engine.trackers import check_trackers, open_trackers
+from mmclip_dist.engine.trackers import check_trackers
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.model.build import build_model
 
@@ -60,9 +60,7 @@ def train(config: Config, stop: StopRequest) -> bool:
         step = checkpoints.resume(data.trained_on)
         batches = data.batches(rank, world, step)
         quarantine, health = Quarantine(run_dir, config.data.max_bad_fraction), Health(run_dir, config.health)
-        with agreed():
-            tracker = held.enter_context(open_trackers(config, step)) if first else None
-        log = ProgressLog(config, tracker, step, device)
+        log = held.enter_context(open_log(config, step, device))
         if first:
             print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
 

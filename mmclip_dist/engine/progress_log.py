@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +20,9 @@ from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.cards import Card, card_of_device
+from mmclip_dist.engine.collective import agreed
 from mmclip_dist.engine.run import EVALUATIONS, METRICS, MetricsLog, host_memory_gib
-from mmclip_dist.engine.trackers import Tracker, flat
+from mmclip_dist.engine.trackers import Tracker, flat, open_trackers
 from mmclip_dist.engine.weights import temperature
 from mmclip_dist.model import cost
 from mmclip_dist.model.mmclip import MMCLIP
@@ -116,6 +119,18 @@ class ProgressLog:
             device = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
         return now, max(now, peak), device  # the kernel's own maximum may lag behind
+
+
+@contextmanager
+def open_log(config: Config, step: int, device: torch.device) -> Iterator[ProgressLog]:
+    """The log of a run that goes on from `step`, with its trackers on the first rank; a collective call. ValueError on all ranks
+    if a tracker cannot start."""
+    with ExitStack() as held:
+        tracker = None
+        with agreed():
+            if dist.get_rank() == 0:
+                tracker = held.enter_context(open_trackers(config, step))
+        yield ProgressLog(config, tracker, step, device)
 
 
 def load_of_steps(counts: dict[str, float], model: MMCLIP, *, batch: int, world: int, steps: int) -> cost.Load:

@@ -35,7 +35,7 @@ evaluations.jsonl one row an evaluation on held-out sets: zero-shot AUC of every
 checkpoints/      step-NNNNNNNN: weights, optimizer, tokenizer and configuration; whole ones only, a torn one is never named so
 quarantine-*      samples that could not be decoded, with the reason
 trouble-*         steps that were skipped or whose loss jumped, with the keys of their samples
-stopped.json      there after a stop on request: step and reason; `touch stop` here asks for one
+stop, stopped.json  make a file `stop` and the run saves and ends; stopped.json is there after a stop on request
 trackers.json     the ids under which Weights & Biases and MLflow know this run; tensorboard/: its event files
 .lock             held while the run works here
 
