@@ -218,6 +218,10 @@ class Optim(Section):
 class Checkpoint(Section):
     every: int = Field(1000, gt=0)  # steps
     keep: int = Field(2, gt=0)  # newest ones kept
+    keep_every: int | None = Field(None, gt=0)  # steps: a checkpoint of a multiple of it is kept for good
+    keep_best: int = Field(1, ge=0)  # those with the highest score of an evaluation, if there is one
+    asynchronous: bool = False  # written while training goes on, from a copy of the state in host memory
+    url: str | None = None  # copied there, too, and fetched from there into an empty run folder: s3://BUCKET/RUN
     start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
 
 
@@ -226,6 +230,15 @@ class Offload(Section):
 
     optimizer: Literal["none", "cpu"] = "none"  # its state and the fp32 weights, stepped there; zero_stage >= 1
     parameters: Literal["none", "cpu"] = "none"  # fetched layer by layer; zero_stage 3
+
+
+class Health(Section):
+    """When a run is in trouble."""
+
+    max_bad_steps: int = Field(25, gt=0)  # steps in a row without finite gradients; fp16 needs some 16 to find its scale
+    spike: float = Field(8.0, gt=0)  # robust standard deviations of the loss above its running median
+    window: int = Field(128, ge=16)  # steps that the median is over
+    timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer hangs: the run ends
 
 
 class Config(Section):
@@ -246,6 +259,7 @@ class Config(Section):
     loss: Loss = Loss()
     optim: Optim
     checkpoint: Checkpoint = Checkpoint()
+    health: Health = Health()
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
 
     @model_validator(mode="after")

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,31 @@ from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import Batch, to_device
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
+from mmclip_dist.data.order import Order
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.engine import checkpoint
+from mmclip_dist.engine import preemption, watchdog
 from mmclip_dist.engine.checkpoint_folder import Meta
+from mmclip_dist.engine.collective import agreed, first_rank_does, sums
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
-from mmclip_dist.engine.gradient_cache import forward_backward
+from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
+from mmclip_dist.engine.health import Health
 from mmclip_dist.engine.orphans import exit_with_launcher
+from mmclip_dist.engine.preemption import StopRequest
 from mmclip_dist.engine.quarantine import Quarantine
 from mmclip_dist.engine.run import MetricsLog, describe, host_memory_gib, locked
 from mmclip_dist.engine.weights import temperature
 from mmclip_dist.model.build import build_model
 
 
-def train(config: Config) -> None:
-    """Train until `config.optim.last_step`, from the newest checkpoint of the run folder if there is one."""
+def train(config: Config, stop: StopRequest) -> bool:
+    """Train until `config.optim.last_step`, from the newest checkpoint of the run folder if there is one.
+
+    True: to the end. False: until a stop was requested; starting again goes on.
+    """
     config.check_sources()
-    rank, world, device = start_distributed(config.threads)
+    rank, world, device = start_distributed(config.threads, config.health.timeout_s)
+    from mmclip_dist.engine.checkpoints import Checkpoints  # imports DeepSpeed, which had to be set up first
+
     config.check_world(world)
     check_impl(config.loss.impl, device)
     run_dir, first = Path(config.run_dir), rank == 0
@@ -61,47 +69,50 @@ def train(config: Config) -> None:
             if first:
                 held.enter_context(locked(run_dir))
                 describe(run_dir, config, world, ds_json)
+                stop.forget_file()
+        trained_on = tuple(shard.sha256 for joined in sets for shard in joined.manifest.shards)
         engine = build_engine(build_model(config, tokenizer, diseases).to(device), config, ds_json)
-        step = checkpoint.resume(run_dir, engine, config)
+        checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
+        step = checkpoints.resume(trained_on)
         batches = build_loader(
             sets, order, maker, data=config.data, global_batch=config.optim.global_batch, rank=rank, world=world, start=step
         )  # fmt: skip
-        quarantine = Quarantine(run_dir, config.data.max_bad_fraction, device)
+        quarantine, health = Quarantine(run_dir, config.data.max_bad_fraction), Health(run_dir, config.health)
         log = ProgressLog(config, MetricsLog(run_dir, step) if first else None, step)
-        trained_on = tuple(shard.sha256 for joined in sets for shard in joined.manifest.shards)
         if first:
             print(f"kernels: {config.loss.impl} on {device.type}", flush=True)
-            for joined in order.sets:
-                print(f"{config.data.sources[joined.number].url}: {joined.samples} samples, "
-                      f"{joined.remainder} of them left out of each epoch in turn", flush=True)  # fmt: skip
+            print_sets(order, config)
 
-        while step < config.optim.last_step:
+        while step < config.optim.last_step and not stop.agreed:
+            watchdog.beat("waiting for data", step + 1)
             batch = log.wait_for(batches)
             rate = set_learning_rate(engine, step, config)
             losses = forward_backward(engine, to_device(batch, device), config)
-            engine.step()
+            engine.step()  # none, on all ranks, if a gradient of any is not finite
             step += 1
-            quarantine.count(batch, step)
+            told = sums(
+                device, stop=stop.wanted(), writing=checkpoints.writing, loss=weighted_sum(losses, config.loss).detach(),
+                replaced=len(batch["replaced"]), seen=len(batch["keys"]),
+            )  # fmt: skip
+            stop.agreed = told["stop"] > 0
+            quarantine.count(batch, step, replaced=told["replaced"], seen=told["seen"])
+            health.check(step, batch["keys"], told["loss"] / world, applied=engine.was_step_applied())
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
                 log.write(step, losses, rate, engine)
-            if step % config.checkpoint.every == 0 or step == config.optim.last_step:
-                meta = Meta(step, world, config.zero_stage, tuple(diseases), trained_on)
-                checkpoint.save(run_dir, engine, tokenizer, config, meta)
+            if not told["writing"]:
+                checkpoints.publish()
+            if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
+                checkpoints.save(Meta(step, world, config.zero_stage, tuple(diseases), trained_on))
+        checkpoints.finish()
+        if step < config.optim.last_step:
+            first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
+        return step >= config.optim.last_step
 
 
-@contextmanager
-def agreed() -> Iterator[None]:
-    """What one rank refuses, all refuse: a ValueError inside is raised on every rank, so that none waits for another."""
-    refused = None
-    try:
-        yield
-    except ValueError as error:
-        refused = str(error)
-    refusals: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(refusals, refused)
-    for refusal in refusals:
-        if refusal is not None:
-            raise ValueError(refusal)
+def print_sets(order: Order, config: Config) -> None:
+    for joined in order.sets:
+        print(f"{config.data.sources[joined.number].url}: {joined.samples} samples, "
+              f"{joined.remainder} of them left out of each epoch in turn", flush=True)  # fmt: skip
 
 
 class ProgressLog:
@@ -116,6 +127,7 @@ class ProgressLog:
         started = time.monotonic()
         batch: Batch = next(batches)
         self.waited += time.monotonic() - started
+        watchdog.beat("forward, backward or optimizer step")
         self.read.add(batch["reading"])
         return batch
 
@@ -154,13 +166,15 @@ class ProgressLog:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2 with one line for what a user can mend."""
+    """Exit code 2 with one line for what a user can mend, `preemption.EXIT_CODE` after a stop on request."""
     arguments = [word for word in arguments if not word.startswith("--local_rank")]
     try:
         if not arguments:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
-        exit_with_launcher()
-        train(load_config(arguments[0], arguments[1:]))
+        config = load_config(arguments[0], arguments[1:])
+        stop = StopRequest(Path(config.run_dir))
+        exit_with_launcher(stop.ask)
+        return 0 if train(config, stop) else preemption.EXIT_CODE
     except (ValueError, MissingSidecar) as error:
         if "MMCLIP_DEBUG" in os.environ:
             raise
@@ -170,7 +184,6 @@ def main(arguments: list[str]) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

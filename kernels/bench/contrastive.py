@@ -1,6 +1,6 @@
 """The contrastive loss, forward and backward, side by side with every peer that is installed: time, memory, error.
 
-    python kernels/bench/contrastive.py [--quick]
+    python kernels/bench/contrastive.py [--quick] [--rows 4096] [--threads 1]
 
 On a CUDA card impl="triton" in bfloat16, for at most five minutes; else impl="torch" in float32 on the CPU, at sizes that a
 laptop can do. Random features shaped as after training: all within one cone, those of a pair closer to each other.
@@ -32,13 +32,20 @@ OURS = 'ours, impl="triton"' if CUDA else 'ours, impl="torch"'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small size, three rounds, nothing written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--rows", type=int, nargs="*", help="only these N = M")
+    parser.add_argument("--threads", type=int, help="of the CPU: one says more than all, where others use the machine too")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    sizes = [size for size in (QUICK if quick else SIZES) if not arguments.rows or size[0] in arguments.rows]
     absent = skipped()
     print(*absent, sep="\n")
-    rows = [row for size in (QUICK if quick else SIZES) for row in compare(*size, 3 if quick else ROUNDS)]
+    rows = [row for size in sizes for row in compare(*size, 3 if quick else ROUNDS)]
     packages = list(PACKAGES.values())
     notes = [
-        f"N = M, {DTYPE}, forward and backward. Medians of the rounds; the ratio is the median of the rounds' own ratios.",
+        f"N = M, {DTYPE}, forward and backward, {torch.get_num_threads()} CPU threads.",
+        "Medians of the rounds; the ratio is the median of the rounds' own ratios.",
         "Memory: at the peak, above what the inputs take.", *absent,
     ]  # fmt: skip
     write_results("contrastive", rows, packages, notes, keep=not quick)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_STOP_WAIT_S = 3  # nothing that we start saves on SIGTERM; a Ray head would take half a minute
+_STOP_WAIT_S = 3  # the ranks of a training run save by themselves when their launcher ends; a Ray head would take half a minute
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

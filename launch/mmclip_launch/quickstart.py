@@ -25,6 +25,7 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.loader import build_order
 from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
 from mmclip_dist.engine.orphans import OWNER
+from mmclip_dist.engine.preemption import EXIT_CODE
 from mmclip_dist.engine.run import locked, read_metrics
 from mmclip_launch.deepspeed_command import accelerator_environment, check_ranks, local_ranks, train_command
 from mmclip_launch.processes import child, environment, last_lines
@@ -293,6 +294,8 @@ def _train(job: Job, phase: str, first_step: int) -> None:
             rows = read_metrics(job.phase(phase))
             report(rows[-1]["step"] - first_step if rows else 0, total)
             time.sleep(_POLL_S)
+        if process.returncode == EXIT_CODE:
+            raise OSError("training was asked to stop, and has saved: run the same command again to go on")
         if process.returncode:
             raise OSError(f"training failed with code {process.returncode}; the end of {log}:\n{last_lines(log)}")
         report(total, total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -23,6 +24,7 @@ from mmclip_dist.data.order import Order
 
 T = TypeVar("T")
 _MAX_RETRIES = 16  # replacements tried for one undecodable sample before its block is given up
+_LAST_BATCHES_S = 60  # that a loader process goes on for after SIGTERM
 _CHUNKS = MIB // 4, 8 * MIB  # bytes of one request: below, the store's latency rules; above, nothing is gained
 
 
@@ -150,6 +152,12 @@ class StreamShare(IterableDataset):
         )
 
 
+def outlive_sigterm(worker: int) -> None:
+    """For a loader process: the launcher sends SIGTERM to it, too, but its rank needs batches until all ranks have stopped."""
+    # It ends with its rank. Should that fail, an alarm ends it.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_BATCHES_S))
+
+
 def build_loader(
     sets: Sequence[JoinedSet],
     order: Order,
@@ -169,7 +177,7 @@ def build_loader(
     parts = max(1, data.workers)
     loader = DataLoader(
         share, batch_size=None, num_workers=data.workers, prefetch_factor=data.prefetch if data.workers else None,
-        pin_memory=False, collate_fn=as_it_is,
+        pin_memory=False, collate_fn=as_it_is, worker_init_fn=outlive_sigterm,
     )  # fmt: skip
     # The DataLoader takes its workers in turn, so `parts` items in a row are the parts of one step, in stream order.
     items = iter(loader)

@@ -1,16 +1,28 @@
-"""The folders of checkpoints: their names, the newest one, and what one says of itself. Light: nothing here needs torch."""
+"""The folders of checkpoints: their names, which are whole, which to keep, and what one says of itself.
+
+Light: nothing here needs torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+from mmclip_shards.storage import write_atomic
+
 _NAME = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGED_WEIGHTS, CONFIG, META = "model.safetensors", "ema.safetensors", "config.yaml", "meta.json"
+MANIFEST = "checkpoint.json"
+"""Sizes and hashes of all other files, written last: what lacks it, or differs from it, is torn."""
+_BLOCK = 1 << 22
+_READERS = 8  # files read at once: one reader does not saturate a parallel file system
 
 
 @dataclass(frozen=True)
@@ -22,16 +34,40 @@ class Meta:
     zero_stage: int
     diseases: tuple[str, ...]
     trained_on: tuple[str, ...]
+    score: float | None = None  # of an evaluation; the higher, the better
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a checkpoint. xxh3: 128 bits, hexadecimal."""
+
+    bytes: int
+    xxh3: str
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    return run_dir / "checkpoints" / checkpoint_name(step)
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's name; None for other names, such as those of copies under way."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run that carry a final name, oldest first."""
+    folder = run_dir / "checkpoints"
+    return sorted(path for path in folder.glob("step-*") if step_of(path.name) is not None)
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest whole checkpoint of a run; a torn one never carries the final name."""
-    found = [path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return max(found, default=None)
+    """The newest checkpoint of a run. A save that was torn never got the final name; later damage `fault` finds."""
+    return max(checkpoints_of(run_dir), default=None)
 
 
 def resolve_checkpoint(path: str) -> Path:
@@ -46,7 +82,11 @@ def resolve_checkpoint(path: str) -> Path:
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    values: dict[str, Any] = json.loads((checkpoint / META).read_text())
+    return parse_meta((checkpoint / META).read_bytes())
+
+
+def parse_meta(data: bytes) -> Meta:
+    values: dict[str, Any] = json.loads(data)
     return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
 
 
@@ -54,3 +94,62 @@ def weights_hash(checkpoint: Path, *, average: bool = False) -> str:
     """sha256 of the weights (or of their average): the identity of a checkpoint for what is made with it."""
     with (checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+# -- Whole or torn ----------------------------------------------------------------------------------------------------
+
+
+def entry_of(path: Path) -> Entry:
+    """Size and hash of a file as it is on the disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return Entry(size, digest.hexdigest())
+
+
+def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
+    rows = {name: vars(entry) for name, entry in sorted(files.items())}
+    write_atomic(str(folder / MANIFEST), json.dumps({"files": rows}, indent=1).encode())
+
+
+def parse_manifest(data: bytes) -> dict[str, Entry]:
+    """ValueError for what is no manifest."""
+    try:
+        return {name: Entry(**row) for name, row in json.loads(data)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a manifest: {error!r}") from error
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, short or changed. None: it is whole. Reads all of it."""
+    try:
+        files = parse_manifest((checkpoint / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+
+    def fault_of(item: tuple[str, Entry]) -> str | None:
+        name, wanted = item
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != wanted.bytes:
+                return f"{name} has {size} bytes instead of {wanted.bytes}"
+            return None if entry_of(checkpoint / name) == wanted else f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return next((found for found in pool.map(fault_of, files.items()) if found), None)
+
+
+def to_keep(scores: Mapping[int, float | None], *, newest: int, every: int | None, best: int) -> set[int]:
+    """Of checkpoints {step: score}, the steps to keep: the newest, those of a multiple of `every`, those with the best scores."""
+    steps = sorted(scores)
+    periodic = {step for step in steps if every and step % every == 0}
+    scored = sorted(((score, step) for step, score in scores.items() if score is not None), reverse=True)
+    return {*steps[-newest:], *periodic, *(step for _, step in scored[:best])}
+
+
+def scores_of(checkpoints: Collection[Path]) -> dict[int, float | None]:
+    return {step: read_meta(path).score for path in checkpoints if (step := step_of(path.name)) is not None}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from mmclip_dist.config import Config
+from mmclip_dist.engine import watchdog
+from mmclip_dist.engine.health import skip_non_finite
 from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
@@ -62,8 +65,11 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
-    """Join the launcher's process group -> rank, world size, device. Needs the `deepspeed` launcher's environment."""
+def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, torch.device]:
+    """Join the launcher's process group -> rank, world size, device. Needs the `deepspeed` launcher's environment.
+
+    timeout_s: of a collective call, and of anything else that shows no progress.
+    """
     if "RANK" not in os.environ:
         raise ValueError(
             "training runs under a launcher: deepspeed --module mmclip_dist.train RECIPE key=value "
@@ -85,7 +91,8 @@ def start_distributed(threads: int | None) -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+    watchdog.start(torch.distributed.get_rank(), timeout_s)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
@@ -98,14 +105,14 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
     if config.model.checkpoint_activations:
         checkpoint_activations(model)
     optim = config.optim
-    groups = parameter_groups(model, optim, layer_scales(model, optim.layer_decay))
-    settings = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in groups]
+    scales = layer_scales(model, optim.layer_decay) if optim.layer_decay < 1 else {}
+    groups = parameter_groups(model, optim, scales)
     ours = None
     if optim.name == "deepspeed":
         refuse_stale_locks()
     else:
         offloaded = config.offload.optimizer != "none"
-        fused = offloaded or model.log_scale.device.type == "cuda"
+        fused = offloaded or next(model.parameters()).device.type == "cuda"
         ours = build_optimizer(groups, optim, fused=fused, sharded=config.zero_stage > 0)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=ours, model_parameters=groups if ours is None else None, config=json
@@ -116,7 +123,8 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
         ours.state.clear()
     elif optim.layer_decay < 1 and any("lr_scale" not in group for group in engine.optimizer.param_groups):
         raise ValueError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
-    engine.group_settings = settings  # for `mend_universal_load`
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: none of DeepSpeed's own
+        skip_non_finite(engine.optimizer)
     return engine
 
 

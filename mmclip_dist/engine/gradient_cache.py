@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mmclip_dist.config import Config, Loss
 from mmclip_dist.data.batch import Batch, split_batch
+from mmclip_dist.engine.health import poisoned
+from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part, sum_over_ranks
 
 
@@ -25,11 +27,11 @@ def forward_backward(engine: Any, batch: Batch, config: Config) -> dict[str, Ten
     parts = split_batch(batch, size)
     if len(parts) == 1:
         losses: dict[str, Tensor] = engine(batch)
-        engine.backward(weighted_sum(losses, config.loss))
+        engine.backward(poisoned(weighted_sum(losses, config.loss)))
         return losses
     states, embedded = [], []
     for part in parts:
-        states.append(_random_state())
+        states.append(random_state())
         if config.loss.contrastive:
             with torch.no_grad():
                 embedded.append(engine(part, embed_only=True))
@@ -41,7 +43,7 @@ def forward_backward(engine: Any, batch: Batch, config: Config) -> dict[str, Ten
         engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
         with _replayed(state):
             losses = engine(part, Part(len(parts), hidden, gradient))
-        engine.backward(weighted_sum(losses, config.loss), scale_wrt_gas=False)
+        engine.backward(poisoned(weighted_sum(losses, config.loss)), scale_wrt_gas=False)
         shares.append({name: value.detach() for name, value in losses.items()})
     totals = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
     return totals if contrastive is None else totals | {"contrastive": contrastive}
@@ -68,23 +70,12 @@ def _contrast(model: MMCLIP, embedded: list[Embedded], batch: Batch) -> tuple[Te
     return loss.detach(), [Embedded(of_image, of_report, prompt, scale) for of_image, of_report in pairs]
 
 
-def _random_state() -> tuple[Tensor, Tensor | None]:
-    """Of the CPU's generator and the current GPU's."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-
 @contextmanager
-def _replayed(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+def _replayed(state: dict[str, Any]) -> Iterator[None]:
     """Draw what was drawn after `state`; the generators go on afterwards as if nothing had been drawn."""
-    now = _random_state()
-    _set_random_state(state)
+    now = random_state()
+    set_random_state(state)
     try:
         yield
     finally:
-        _set_random_state(now)
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
+        set_random_state(now)

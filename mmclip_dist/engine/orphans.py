@@ -7,11 +7,14 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 EXIT_CODE = 143
+ORPHAN_S = 25.0
+"""How long an orphan may take to save."""
 OWNER = "MMCLIP_OWNER_PID"
 """Environment variable: process id of the job that this one works for, beyond the launcher; the quick start sets it."""
 
@@ -32,8 +35,9 @@ def _is_launcher(process: psutil.Process) -> bool:
     return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words)
 
 
-def exit_with_launcher(interval_s: float = 0.5) -> None:
-    """Watch the launchers from a thread and end this process, hard, when one is gone."""
+def exit_with_launcher(ask: Callable[[str], None], interval_s: float = 0.5) -> None:
+    """Watch the launchers from a thread. When one is gone, ask for a stop, as after SIGTERM: of which the outer one of
+    DeepSpeed's two launchers dies without a word to the ranks. Who has not stopped after `ORPHAN_S` is ended, hard."""
     try:
         watched = _watched()
     except psutil.NoSuchProcess:
@@ -42,6 +46,8 @@ def exit_with_launcher(interval_s: float = 0.5) -> None:
     def watch() -> None:
         while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
             time.sleep(interval_s)
+        ask("its launcher is gone")
+        time.sleep(ORPHAN_S)
         os._exit(EXIT_CODE)  # a rank may hang in a collective, where no exception reaches it
 
     threading.Thread(target=watch, name="exit-with-launcher", daemon=True).start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from mmclip_dist.data.batch import Batch
@@ -14,21 +13,19 @@ from mmclip_dist.data.batch import Batch
 class Quarantine:
     """Counts replaced samples over all ranks; this rank's go to quarantine-RANK.jsonl in the run folder."""
 
-    def __init__(self, run_dir: Path, max_fraction: float, device: torch.device) -> None:
+    def __init__(self, run_dir: Path, max_fraction: float) -> None:
         self.path = run_dir / f"quarantine-{dist.get_rank()}.jsonl"
-        self.max_fraction, self.device = max_fraction, device
+        self.max_fraction = max_fraction
         self.bad = self.seen = 0
 
-    def count(self, batch: Batch, step: int) -> None:
-        """A collective call. ValueError, on all ranks alike, above the allowed fraction."""
+    def count(self, batch: Batch, step: int, *, replaced: float, seen: float) -> None:
+        """replaced, seen: samples of this step on all ranks. ValueError, on all ranks alike, above the allowed fraction."""
         if batch["replaced"]:
             with self.path.open("a") as handle:
                 handle.writelines(
                     json.dumps({"step": step, "key": key, "reason": reason}) + "\n" for key, reason in batch["replaced"]
                 )
-        counts = torch.tensor([len(batch["replaced"]), len(batch["keys"])], device=self.device)
-        dist.all_reduce(counts)
-        self.bad, self.seen = self.bad + int(counts[0]), self.seen + int(counts[1])
+        self.bad, self.seen = self.bad + int(replaced), self.seen + int(seen)
         # A bad sample or two in the first batches measure no fraction, unless none at all is allowed.
         if self.bad > (max(2.0, self.max_fraction * self.seen) if self.max_fraction else 0):
             raise ValueError(

@@ -18,16 +18,21 @@ from typing import Any
 from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.config import Config, dump_config
+from mmclip_dist.engine.orphans import ORPHAN_S
 
 METRICS = "metrics.jsonl"
 
 
 @contextmanager
-def locked(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
-    """Own a run folder. ValueError if another run does; a killed run lets go within the wait."""
-    folder.mkdir(parents=True, exist_ok=True)
+def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
+    """Own a run folder. ValueError if another run does; one whose launcher was killed saves and lets go within the wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ValueError(f"run_dir={folder} cannot be written to: {error.strerror}; name another folder") from error
     with (folder / ".lock").open("a") as handle:
-        deadline = time.monotonic() + wait_s
+        deadline, told = time.monotonic() + wait_s, False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -37,6 +42,9 @@ def locked(folder: Path, wait_s: float = 10.0) -> Iterator[None]:
                     raise ValueError(
                         f"another run is working in {folder}; wait for it or name another folder"
                     ) from None
+                if not told:
+                    print(f"waiting for another run in {folder} to end", file=sys.stderr, flush=True)
+                told = True
                 time.sleep(0.2)
         yield
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -64,52 +64,6 @@ def averaged(engine: Any) -> Iterator[None]:
         _refresh(engine)
 
 
-def set_average(engine: Any, weights: dict[str, Tensor]) -> None:
-    """Set the average to whole weights, which every rank gives: for checkpoints that lose it, as DeepSpeed's universal ones do.
-
-    ValueError if the optimizer holds no state yet: load the checkpoint first.
-    """
-    states = engine.basic_optimizer.state
-    if not states:
-        raise ValueError("the average of the weights is set after the optimizer's state is loaded, and none is loaded yet")
-    kept = {weight: weight.detach().clone() for weight in states}
-    masters = _masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        _set_whole(parameter, masters, weights[name])
-    for weight, state in states.items():
-        state[AVERAGE] = weight.detach().clone()
-        weight.data.copy_(kept[weight])
-
-
-def mend_universal_load(engine: Any, average: dict[str, Tensor] | None) -> None:
-    """Put right what a load of DeepSpeed's universal checkpoints breaks (0.19.8), right after it.
-
-    Its converter drops every state but Adam's, so the average goes (give it whole, on every rank, where optim.ema is on). At
-    stage 3 every group gets the settings of the first one (weight decay!), and all groups share one step counter, which then
-    counts one for each group (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3).
-    """
-    for group, settings in zip(engine.optimizer.param_groups, engine.group_settings, strict=True):
-        group.update(settings)
-    for state in engine.basic_optimizer.state.values():
-        state["step"] = torch.as_tensor(state["step"]).clone()
-    if average is not None:
-        set_average(engine, average)
-
-
-def _set_whole(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor], value: Tensor) -> None:
-    from deepspeed.utils import safe_get_local_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    if hasattr(parameter, "ds_id"):
-        # ZeRO-3: DeepSpeed's setter of a whole weight fails where the ranks do not divide it (stage3.py, set_full_hp_param).
-        length = safe_get_local_fp32_param(parameter).numel()
-        padded = nn.functional.pad(value.float().flatten(), (0, length * dist.get_world_size() - value.numel()))
-        safe_set_local_fp32_param(parameter, padded.narrow(0, length * dist.get_rank(), length))
-    elif hasattr(parameter, "_hp_mapping"):
-        safe_set_full_fp32_param(parameter, value.float())
-    else:
-        masters.get(parameter, parameter).data.copy_(value)
-
-
 def _exchange(engine: Any) -> None:
     """Swap weights and averages where the optimizer keeps them; no communication."""
     for weight, state in engine.basic_optimizer.state.items():
@@ -136,8 +90,11 @@ def _refresh(engine: Any) -> None:
 
 
 def temperature(engine: Any) -> float:
-    """The model's temperature; ZeRO-3 may have put its one number on another rank."""
-    import deepspeed
+    """The model's temperature, from the optimizer's float32 weight.
 
-    with deepspeed.zero.GatheredParameters([engine.module.log_scale]):
-        return 1 / float(engine.module.scale().detach().float())
+    Not by gathering the model's own: at stage 3 that would cut a weight that DeepSpeed keeps whole between steps, and the next
+    backward pass would fail.
+    """
+    model = engine.module
+    learned = float(_whole(model.log_scale, _masters(engine)).detach())
+    return math.exp(-min(learned, math.log(model.config.model.max_scale)))

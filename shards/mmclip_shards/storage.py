@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -159,6 +160,34 @@ def write_atomic(url: Url, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def upload(source: Path, url: Url) -> None:
+    """Publish a local file whole or not at all, in parts where it is large; FileNotFoundError when missing, OSError otherwise."""
+    path, size = local_path(url), source.stat().st_size
+    if path is None:
+        patience = PATIENCE.stall_s + size / _SLOWEST
+        _surely(url, lambda filesystem, name: _call(filesystem, patience, "put_file", str(source), name))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def download(url: Url, target: Path) -> None:
+    """Fetch a whole file, whose folder is made. What is there after an error, or if this is killed, may be half of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = local_path(url)
+    if path is not None:
+        shutil.copyfile(path, target)
+        return
+    patience = PATIENCE.stall_s + file_size(url) / _SLOWEST
+    _surely(url, lambda filesystem, name: _call(filesystem, patience, "get_file", name, str(target)))
 
 
 def remove(url: Url) -> None:

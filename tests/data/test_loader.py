@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from mmclip_shards import storage
@@ -57,6 +58,20 @@ def test_ranks_workers_and_seeking_do_not_change_a_batch(sets, tokenizer) -> Non
         for ours, theirs in zip(islice(loader(parallel, tokenizer), 5), alone, strict=False):
             assert_equal(ours, theirs)
     assert_equal(next(loader(config, tokenizer, start=9)), alone[9])
+
+
+def test_workers_go_on_after_the_launchers_sigterm_and_end_with_the_loader(sets, tokenizer) -> None:
+    """The launcher ends all processes of a rank; the rank itself needs batches until all ranks have stopped."""
+    batches = loader(sets.config("data.workers=2", "data.prefetch=1"), tokenizer)
+    next(batches)
+    workers = [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    for worker in workers:
+        worker.terminate()
+    assert [next(batches)["step"] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    batches.close()
+    gone, alive = psutil.wait_procs(workers, timeout=30)
+    assert len(gone) == 2 and not alive
 
 
 def test_epochs_change_the_augmentation_and_seeds_the_masks(sets, tokenizer) -> None:

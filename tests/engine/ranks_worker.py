@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import torch.distributed as dist
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.engine import deepspeed_engine
+from mmclip_dist.engine import deepspeed_engine, universal
 from mmclip_dist.engine.gradient_cache import forward_backward
-from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, mend_universal_load, temperature
+from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, temperature
 from mmclip_dist.model.build import build_model
 
 
@@ -29,12 +28,12 @@ class Case:
     def __init__(self, config: Config, batches: list[Any], diseases: list[str]) -> None:
         self.config, self.batches, self.diseases = config, batches, diseases
 
-    def engine(self, seed: int, **more: Any) -> Any:
-        """Other seeds start from other weights; more: sections of DeepSpeed's JSON."""
+    def engine(self, seed: int) -> Any:
+        """Other seeds start from other weights."""
         tokenizer = load_tokenizer(str(self.config.model.text.tokenizer))
         model = build_model(self.config.model_copy(update={"seed": seed}), tokenizer, self.diseases)
         ds_json = deepspeed_engine.deepspeed_json(self.config, dist.get_world_size(), gpu=False)
-        return deepspeed_engine.build_engine(model, self.config, ds_json | more)
+        return deepspeed_engine.build_engine(model, self.config, ds_json)
 
     def train(self, engine: Any, step: int) -> list[float]:
         deepspeed_engine.set_learning_rate(engine, step, self.config)
@@ -67,8 +66,7 @@ def trained(case: Case, engine: Any) -> dict[str, Any]:
 
 
 def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
-    state = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-    engine.save_checkpoint(str(folder), tag="saved", save_latest=False, client_state=state)
+    engine.save_checkpoint(str(folder), tag="saved", save_latest=False, client_state=universal.CLIENT_STATE)
     second = case.engine(seed=7)
     second.load_checkpoint(str(folder), tag="saved")
     found = {"loaded": full_weights(second), "loaded average": averaged_weights(second)}
@@ -77,15 +75,12 @@ def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
 
 
 def converted(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
-    """One step further from DeepSpeed's universal form of what `reloaded` saved, and without the detour."""
-    average = [averaged_weights(engine)]
-    dist.broadcast_object_list(average)
+    """One step further from the universal form of what `reloaded` saved, and without the detour."""
     if dist.get_rank() == 0:
-        convert(folder)
+        universal.convert(folder / "saved", folder / "scratch")
     dist.barrier()
-    third = case.engine(seed=7, checkpoint={"load_universal": True})
-    third.load_checkpoint(str(folder), tag="converted")
-    mend_universal_load(third, average[0])
+    third = case.engine(seed=7)
+    assert universal.load_converted(third, folder / "scratch" / "universal")
     found = {"converted": full_weights(third), "converted average": averaged_weights(third)}
     for one, name in ((engine, "next"), (third, "next of converted")):
         case.train(one, len(case.batches))
@@ -99,19 +94,6 @@ def means(losses: dict[str, Any]) -> list[float]:
     values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
     dist.all_reduce(values)
     return (values / dist.get_world_size()).tolist()
-
-
-def convert(checkpoint: Path) -> None:
-    """checkpoint/saved -> checkpoint/converted, DeepSpeed's universal form."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(checkpoint / "saved"), output_folder=str(checkpoint / "converted"), num_extract_workers=1,
-            num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=False,
-        )
-    )  # fmt: skip
-    (checkpoint / "latest_universal").write_text("converted")
 
 
 def clipped_norm(engine: Any, config: Config) -> float:
@@ -133,7 +115,7 @@ def allow_fp16() -> None:
 
 
 def main(folder: Path) -> None:
-    deepspeed_engine.start_distributed(threads=1)
+    deepspeed_engine.start_distributed(threads=1, timeout_s=600)
     cases = json.loads((folder / "cases.json").read_text())
     data = torch.load(folder / "batches.pt", weights_only=False)
     for name, (overrides, probe) in cases.items():

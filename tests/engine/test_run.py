@@ -154,17 +154,21 @@ def batch_with(bad: int) -> dict:
 
 
 def test_too_many_undecodable_samples_stop_the_run(tmp_path: Path, one_rank: None) -> None:
-    quarantine = Quarantine(tmp_path, 0.01, torch.device("cpu"))
-    quarantine.count(batch_with(2), 1)  # two in the first batch are no measure
-    quarantine.count(batch_with(0), 2)
-    quarantine.count(batch_with(0), 3)
-    quarantine.count(batch_with(2), 4)  # 4 of 400 is the limit
+    quarantine = Quarantine(tmp_path, 0.01)
+
+    def count(bad: int, step: int) -> None:
+        quarantine.count(batch_with(bad), step, replaced=bad, seen=100)
+
+    count(2, 1)  # two in the first batch are no measure
+    count(0, 2)
+    count(0, 3)
+    count(2, 4)  # 4 of 400 is the limit
     with pytest.raises(ValueError, match=r"6 of 500 .*/quarantine-"):
-        quarantine.count(batch_with(2), 5)
+        count(2, 5)
     listed = [json.loads(line) for line in (tmp_path / "quarantine-0.jsonl").read_text().splitlines()]
     assert len(listed) == 6 and listed[0] == {"step": 1, "key": "k0", "reason": "cut"}
 
 
 def test_none_allowed_means_none(tmp_path: Path, one_rank: None) -> None:
     with pytest.raises(ValueError, match="1 of 100"):
-        Quarantine(tmp_path, 0.0, torch.device("cpu")).count(batch_with(1), 1)
+        Quarantine(tmp_path, 0.0).count(batch_with(1), 1, replaced=1, seen=100)

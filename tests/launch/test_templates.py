@@ -1,0 +1,88 @@
+"""The sbatch template: what it does with the exit codes of a run, with stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mmclip_dist.engine.preemption import EXIT_CODE, STOP_FILE, STOPPED
+from tests.conftest import wait_for
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "launch" / "templates" / "train.sbatch"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """An environment whose srun runs the command here, and whose scontrol writes down what it is asked."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "scontrol": f'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >>"{tmp_path}/asked"; fi',
+        "deepspeed": f'echo "$@" >>"{tmp_path}/started"',
+    }.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    return {
+        **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "RUN_DIR": str(tmp_path / "run"), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "8", "SLURM_PROCID": "1",
+    }  # fmt: skip
+
+
+def run(slurm: dict[str, str], command: str) -> int:
+    return subprocess.run(["bash", str(TEMPLATE), "recipe", "key=value"], env=slurm | {"TRAIN_COMMAND": command}).returncode
+
+
+def asked(tmp_path: Path) -> str:
+    return (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "requeued"),
+    [
+        ("true", 0, False),
+        (f"exit {EXIT_CODE};", 0, True),
+        ("exit 2;", 2, False),  # what a user has to mend would only fail again
+        (f"touch $RUN_DIR/{STOPPED}; exit 1;", 0, True),  # the launcher was sent SIGTERM itself
+        ("exit 1;", 1, False),
+    ],
+)
+def test_only_a_run_that_stopped_on_request_is_queued_again(
+    slurm: dict[str, str], tmp_path: Path, command: str, code: int, requeued: bool
+) -> None:
+    time.sleep(0.01)
+    assert run(slurm, command) == code
+    assert asked(tmp_path) == ("requeue 7\n" if requeued else "")
+
+
+def test_the_mark_of_an_earlier_stop_does_not_count(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STOPPED).touch()
+    os.utime(tmp_path / "run" / STOPPED, (1, 1))
+    assert run(slurm, "exit 1;") == 1 and asked(tmp_path) == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_job_asks_the_run_to_stop(slurm: dict[str, str], tmp_path: Path, number: int) -> None:
+    stop = tmp_path / "run" / STOP_FILE
+    waiting = f"touch {tmp_path}/begun; while [[ ! -e {stop} ]]; do sleep 0.05; done; sleep 0.3; exit {EXIT_CODE};"
+    job = subprocess.Popen(["bash", str(TEMPLATE), "recipe"], env=slurm | {"TRAIN_COMMAND": waiting})
+    wait_for((tmp_path / "begun").exists)
+    job.send_signal(number)
+    assert job.wait(timeout=30) == 0 and asked(tmp_path) == "requeue 7\n"
+
+
+def test_every_node_starts_the_launcher_with_its_number(slurm: dict[str, str], tmp_path: Path) -> None:
+    assert subprocess.run(["bash", str(TEMPLATE), "recipe", "key=a b"], env=slurm).returncode == 0
+    hosts = tmp_path / "run" / "hostfile-7"
+    assert hosts.read_text() == "node1 slots=8\nnode2 slots=8\n"
+    started = (tmp_path / "started").read_text()
+    assert started == (
+        f"--hostfile {hosts} --no_ssh --node_rank 1 --master_addr node1 --master_port 20007 --module mmclip_dist.train "
+        f"recipe run_dir={tmp_path}/run key=a b\n"
+    )
