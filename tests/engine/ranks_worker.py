@@ -75,7 +75,7 @@ def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
 
 
 def converted(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
-    """One step further from the universal form of what `reloaded` saved, and without the detour."""
+    """One step further from DeepSpeed's universal form of what `reloaded` saved, and without the detour."""
     if dist.get_rank() == 0:
         universal.convert(folder / "saved", folder / "scratch")
     dist.barrier()

@@ -239,8 +239,8 @@ def test_checkpoints_carry_the_average(results, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_converted_checkpoints_go_on_bit_for_bit(results, stage: int) -> None:
-    """The average, the groups' weight decay and scales, and the step counters are what DeepSpeed's conversion loses."""
+def test_universal_checkpoints_go_on_bit_for_bit_once_mended(results, stage: int) -> None:
+    """The average, the groups' weight decay and scales, and the step counters are what DeepSpeed loses."""
     found = results[f"zero{stage}"]
     assert_equal(found["converted"], found["weights"][-1])
     assert_equal(found["converted average"], found["average"])
