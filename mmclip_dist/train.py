@@ -50,11 +50,11 @@ def train(config: Config, stop: StopRequest) -> bool:
     with ExitStack() as held:
         data = held.enter_context(open_training_data(config, tokenizer, world))
         with agreed():
+            evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
             if first:
                 held.enter_context(locked(run_dir))
                 describe(run_dir, config, world, ds_json)
                 stop.forget_file()
-            evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
         engine = build_engine(build_model(config, tokenizer, data.diseases).to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)

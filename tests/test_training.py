@@ -21,8 +21,9 @@ from mmclip_shards.writer import ShardWriter
 from safetensors.torch import load_file
 
 from mmclip_dist.engine.checkpoint import load_model
-from mmclip_dist.engine.checkpoint_folder import checkpoint_path
-from mmclip_dist.engine.run import read_metrics
+from mmclip_dist.engine.checkpoint_folder import checkpoint_path, read_meta
+from mmclip_dist.engine.run import EVALUATIONS, read_metrics
+from mmclip_dist.evaluate.zeroshot import zero_shot
 from tests.conftest import TRAIN, wait_for
 
 pytestmark = pytest.mark.slow
@@ -151,6 +152,18 @@ def test_zero3_trains_alike_and_writes_the_average(sets, unbroken: Path, tmp_pat
         load_model(checkpoint_path(unbroken, 4), average=True)
 
 
+def test_evaluation_during_training_is_that_of_the_checkpoint(sets, tmp_path: Path) -> None:
+    """On two ranks of ZeRO-3, of which the second has no batch of its own, and of the averaged weights."""
+    run = tmp_path / "run"
+    evaluation = [f"evaluation={{sets: [{sets.test}], every: 3}}", "checkpoint.keep_best=1", "checkpoint.keep=1"]
+    run_training([*sets.overrides(run), *TRAIN, *evaluation, "zero_stage=3", "optim.ema=0.5", "optim.stop_at=8"])
+    rows = read_metrics(run, EVALUATIONS)
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    alone = zero_shot(str(checkpoint_path(run, 8)), [sets.test], average=True)
+    assert rows[-1]["auc"] == pytest.approx({"macro": alone.auc_macro, **alone.per_class}, abs=1e-9)
+    assert read_meta(checkpoint_path(run, 8)).score == rows[-1]["auc"]["macro"]
+
+
 def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_training([*sets.overrides(run), *TRAIN, "attmim.mode=split", "precision=bf16", "optim.stop_at=4"])
@@ -164,11 +177,13 @@ def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
         (["optim.lr=0.2"], "another configuration (differs in lr)"),
         (["model.image.dept=3"], "did you mean model.image.depth"),
         (["data.streams=3"], "does not divide over 2 ranks"),
+        (["evaluation.sets=[TRAINED]"], "was trained on"),
         (["data.streams=512", "optim.global_batch=512"], "samples cannot fill data.streams=512"),
         (["data.sources=[{url: /nowhere, entities: /nowhere}]"], "/nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, overrides: list[str], message: str) -> None:
+    overrides = [override.replace("TRAINED", sets.paired) for override in overrides]
     found = run_training([*sets.overrides(unbroken), *TRAIN, *overrides], check=False)
     assert found.returncode == 2, found.stderr[-2000:]
     lines = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
