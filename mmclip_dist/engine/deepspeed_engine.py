@@ -14,6 +14,8 @@ from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.health import skip_non_finite
 from mmclip_dist.engine.schedule import learning_rate
 
+_AFTER_WATCHDOG_S = 30.0  # that the process group waits longer: its message names neither rank nor step
+
 
 def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration, derived; `config.deepspeed` adds to it and wins."""
@@ -84,7 +86,9 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s + _AFTER_WATCHDOG_S)
+    )
     watchdog.start(torch.distributed.get_rank(), timeout_s)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
