@@ -17,6 +17,8 @@ from mmclip_dist.engine.stale_locks import refuse_stale_locks
 from mmclip_dist.model.layers import checkpoint_activations, compile_encoders
 from mmclip_dist.model.mmclip import MMCLIP
 
+_AFTER_WATCHDOG_S = 30.0  # that the process group waits longer: its message names neither rank nor step
+
 
 def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     """DeepSpeed's configuration, derived; `config.deepspeed` adds to it and wins.
@@ -91,7 +93,9 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s + _AFTER_WATCHDOG_S)
+    )
     watchdog.start(torch.distributed.get_rank(), timeout_s)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 

