@@ -96,5 +96,5 @@ def temperature(engine: Any) -> float:
     backward pass would fail.
     """
     model = engine.module
-    learned = float(_whole(model.log_scale, _masters(engine)).detach())
-    return math.exp(-min(learned, math.log(model.config.model.max_scale)))
+    learned = _whole(model.log_scale, _masters(engine)).detach().float().clamp(max=math.log(model.config.model.max_scale))
+    return float(learned.neg().exp())
