@@ -152,4 +152,13 @@ def to_keep(scores: Mapping[int, float | None], *, newest: int, every: int | Non
 
 
 def scores_of(checkpoints: Collection[Path]) -> dict[int, float | None]:
-    return {step: read_meta(path).score for path in checkpoints if (step := step_of(path.name)) is not None}
+    """{step: score}. One that is damaged has none: an old one, that nothing was resumed from, shall not stop a run."""
+    scores: dict[int, float | None] = {}
+    for path in checkpoints:
+        step = step_of(path.name)
+        assert step is not None, path
+        try:
+            scores[step] = read_meta(path).score
+        except (OSError, ValueError, TypeError, KeyError):
+            scores[step] = None
+    return scores

@@ -17,6 +17,7 @@ from mmclip_dist.engine.checkpoint_folder import (
     entry_of,
     fault,
     read_meta,
+    scores_of,
     to_keep,
     write_manifest,
 )  # fmt: skip
@@ -95,6 +96,12 @@ def test_the_newest_every_nth_and_the_best_are_kept() -> None:
     assert to_keep(scores, newest=1, every=None, best=1) == {60, 100}  # of equals, the newer
     assert to_keep(scores, newest=1, every=None, best=3) == {20, 30, 60, 100}
     assert to_keep({}, newest=1, every=10, best=1) == set()
+
+
+def test_scores_are_read_and_a_damaged_checkpoint_has_none(tmp_path: Path) -> None:
+    paths = [make(tmp_path, 4, 0.5), make(tmp_path, 8, 0.7), make(tmp_path, 12)]
+    (paths[1] / META).unlink()
+    assert scores_of(paths) == {4: 0.5, 8: None, 12: None}
 
 
 @pytest.fixture(params=["s3", "folder"])
