@@ -151,7 +151,7 @@ def _check_packing(encoder: ReportEncoder, name: str) -> None:
     alone = [encoder.bert(input_ids=tokens[row : row + 1, : mask[row].sum()]).last_hidden_state[0] for row in range(3)]
     try:
         packed = encoder(tokens, mask)[mask]
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"model.text.pretrained={name}: {_CANNOT_PACK.format(type(encoder.bert).__name__)}") from error
     if not torch.allclose(packed, torch.cat(alone), rtol=1e-2, atol=1e-3):
         raise ValueError(f"model.text.pretrained={name}: {_CANNOT_PACK.format(type(encoder.bert).__name__)}")
