@@ -83,12 +83,16 @@ class ReportEncoder(nn.Module):
         packing: that of the mask, if it is at hand. Without a single token, one row of padding runs through the encoder, with no
         gradient but 0: see `with_a_row`.
         """
-        packing = packing or Packing.of(mask)
+        packing = packing or self.pack(mask)
         features: Tensor = self.bert(
             input_ids=packing.pack(tokens), position_ids=packing.column + self.first_position,
             attention_mask=packing.blocks(self.bert.dtype),
         ).last_hidden_state  # fmt: skip
         return packing.unpack(features)
+
+    def pack(self, mask: Tensor) -> Packing:
+        """mask [N, T] bool -> how its texts share rows, for every pass over them."""
+        return Packing.of(mask, self.width)
 
     @property
     def embeddings(self) -> nn.Module:
@@ -112,12 +116,12 @@ def with_a_row(module: nn.Module, *inputs: Tensor | None) -> Tensor:
     other ranks: under ZeRO-3 they gather each module's weights together, and one that stays away would hang the rest. The
     row is present in every mask (attention over nothing is NaN), and no gradient but 0 comes back from it.
     """
-    features: Tensor = module.forward(*(None if value is None else _pad_row(value) for value in inputs))
+    features: Tensor = module.forward(*(None if value is None else pad_row(value) for value in inputs))
     assert inputs[0] is not None
     return features[:0, : inputs[0].shape[1]]
 
 
-def _pad_row(value: Tensor) -> Tensor:
+def pad_row(value: Tensor) -> Tensor:
     """[0, L, ...] -> [1, max(L, 1), ...], still part of the graph that `value` comes from."""
     padding = (0, 0) * (value.ndim - 2) + (0, int(value.shape[1] == 0), 0, 1)
     return nn.functional.pad(value, padding, value=value.dtype == torch.bool)

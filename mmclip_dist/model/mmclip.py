@@ -136,7 +136,7 @@ class MMCLIP(nn.Module):
         """
         weights = self.config.loss
         paired = batch["report_id"] >= 0
-        packing = Packing.of(batch["token_mask"][paired])
+        packing = self.text.pack(batch["token_mask"][paired])
         reports = self.text(batch["tokens"][paired], batch["token_mask"][paired], packing)  # [n, T, D]
         prompts = self._prompt_features(batch["step"])  # [2C, D]
         if embed_only:
@@ -179,7 +179,7 @@ class MMCLIP(nn.Module):
 
     def _rebuild_image(self, batch: Batch, memory: TextMemory, query: Tensor, masked: Tensor) -> Tensor:
         """AttMIM: normalised pixels of the masked patches, from the rest and the text."""
-        features = self.image_decoder(query, None, memory.features, memory.present)
+        features = self.image_decoder(query, memory.features, memory.present)
         target = patch_pixels(batch["image"], self.vision.patch)
         return masked_mean_square(self.image_decoder.head(features), target, masked)
 
@@ -188,8 +188,8 @@ class MMCLIP(nn.Module):
     ) -> Tensor:
         """EntMLM: the masked entities, from the rest of the report and the image. hidden_tokens []: of the global batch."""
         mask, target = batch["token_mask"][paired], batch["target_tokens"][paired]
-        query = self.text(batch["masked_tokens"][paired], mask, packing)
-        features = self.text_decoder(query, mask, images.seen[paired], None)
+        query = packing.pack(self.text(batch["masked_tokens"][paired], mask, packing))
+        features = packing.unpack(self.text_decoder(query, images.seen[paired], None, packing))
         hidden = target >= 0
         return masked_cross_entropy(self.text_decoder.head(features[hidden]), target[hidden], hidden_tokens / _world_size())
 
