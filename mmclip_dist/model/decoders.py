@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from mmclip_dist.config import Decoder
-from mmclip_dist.model.encoders import with_a_row
+from mmclip_dist.model.encoders import pad_row, with_a_row
+from mmclip_dist.model.packing import Packing
 
 
 class CrossDecoder(nn.Module):
@@ -21,32 +23,71 @@ class CrossDecoder(nn.Module):
         self.position = nn.Parameter(torch.randn(1, max_length, config.width) * 0.02)
         # One memory slot is always visible: a sample without any text (or image) still has something to attend to.
         self.nothing = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.layers = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                config.width,
-                config.heads,
-                4 * config.width,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(config.depth)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, output_width)
 
-    def forward(self, query: Tensor, query_mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
-        """query [B, L, Dq], memory [B, K, Dm], masks [B, L] and [B, K] bool (True: present) -> features [B, L, width]."""
-        if len(query) == 0:
-            return with_a_row(self, query, query_mask, memory, memory_mask)
-        hidden = self.query(query) + self.position[:, : query.shape[1]]
+    def forward(
+        self, query: Tensor, memory: Tensor, memory_mask: Tensor | None, packing: Packing | None = None
+    ) -> Tensor:
+        """query [B, L, Dq], memory [B, K, Dm], memory_mask [B, K] bool (True: present) -> features [B, L, width].
+
+        packing: the queries are of texts that share rows [R, L, Dq], each with a memory of its own -> features [R, L, width].
+        """
+        if packing is None and len(query) == 0:
+            return with_a_row(self, query, memory, memory_mask)
+        position = self.position[:, : query.shape[1]] if packing is None else self.position[0, packing.column]
+        if packing is not None and packing.texts == 0:  # the one row that packing leaves, over one row of padding
+            packing, memory = None, pad_row(memory)
+        hidden = self.query(query) + position
         seen = torch.cat([self.nothing.expand(len(memory), -1, -1).to(memory.dtype), self.memory(memory)], dim=1)
-        ignored = (
-            None if memory_mask is None else torch.cat([memory_mask.new_zeros(len(memory), 1), ~memory_mask], dim=1)
-        )
-        padding = None if query_mask is None else ~query_mask
+        visible = None
+        if memory_mask is not None:
+            visible = torch.cat([memory_mask.new_ones(len(memory), 1), memory_mask], dim=1)[:, None, None]
+        blocks = None if packing is None else packing.blocks(hidden.dtype)
         for layer in self.layers:
-            hidden = layer(hidden, seen, tgt_key_padding_mask=padding, memory_key_padding_mask=ignored)
+            hidden = layer(hidden, seen, visible, blocks, packing)
         features: Tensor = self.norm(hidden)
         return features
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the memory, MLP; each normalises its input and adds its output."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.self_in, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.cross_query, self.cross_memory = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, hidden: Tensor, memory: Tensor, visible: Tensor | None, blocks: Tensor | None, packing: Packing | None
+    ) -> Tensor:
+        """hidden [R, L, W], memory [n, K, W], visible [n, 1, 1, K] bool, blocks [R, 1, L, L] -> [R, L, W].
+
+        packing: how n texts share the R rows. Only the product of queries and memory is computed text by text; without it, R = n.
+        """
+        query, key, value = self.self_in(self.self_norm(hidden)).chunk(3, dim=-1)
+        hidden = hidden + self.self_out(_attention(query, key, value, self.heads, blocks))
+        query = self.cross_query(self.cross_norm(hidden))
+        key, value = self.cross_memory(memory).chunk(2, dim=-1)
+        if packing is None:
+            crossed = _attention(query, key, value, self.heads, visible)
+        else:
+            crossed = packing.pack(_attention(packing.unpack(query), key, value, self.heads, visible))
+        hidden = hidden + self.cross_out(crossed)
+        added: Tensor = self.mlp(self.mlp_norm(hidden))
+        return hidden + added
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """query [n, L, W], key and value [n, K, W], mask broadcast to [n, heads, L, K] -> [n, L, W]."""
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2)

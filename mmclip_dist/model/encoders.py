@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, ViTConfig, ViTModel
 
 from mmclip_dist.config import ImageEncoder, TextEncoder
+from mmclip_dist.model.packing import Packing
 
 
 class VisionEncoder(nn.Module):
@@ -53,7 +54,7 @@ class VisionEncoder(nn.Module):
 
 
 class ReportEncoder(nn.Module):
-    """BERT-family encoder of reports and prompts."""
+    """BERT-family encoder of reports and prompts, several of which share a row: padding is not computed."""
 
     def __init__(self, config: TextEncoder, vocabulary: int, stored: Path | None = None) -> None:
         """vocabulary: tokens of the tokenizer. stored: as in `VisionEncoder`."""
@@ -72,13 +73,26 @@ class ReportEncoder(nn.Module):
         else:
             self.bert = BertModel(_bert_config(config, vocabulary), add_pooling_layer=False)
         self.width: int = self.bert.config.hidden_size
+        self.first_position = _first_position(self.bert)
+        if config.pretrained and not stored:
+            _check_packing(self, config.pretrained)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens [N, T] int64, mask [N, T] bool (True: a token) -> features [N, T, D]."""
-        if len(tokens) == 0:
-            return with_a_row(self, tokens, mask)
-        features: Tensor = self.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-        return features
+    def forward(self, tokens: Tensor, mask: Tensor, packing: Packing | None = None) -> Tensor:
+        """tokens [N, T] int64, mask [N, T] bool (True: a token) -> features [N, T, D], 0 where there is no token.
+
+        packing: that of the mask, if it is at hand. Without a single token, one row of padding runs through the encoder, with no
+        gradient but 0: see `with_a_row`.
+        """
+        packing = packing or self.pack(mask)
+        features: Tensor = self.bert(
+            input_ids=packing.pack(tokens), position_ids=packing.column + self.first_position,
+            attention_mask=packing.blocks(self.bert.dtype),
+        ).last_hidden_state  # fmt: skip
+        return packing.unpack(features)
+
+    def pack(self, mask: Tensor) -> Packing:
+        """mask [N, T] bool -> how its texts share rows, for every pass over them."""
+        return Packing.of(mask, self.width)
 
     @property
     def embeddings(self) -> nn.Module:
@@ -102,12 +116,12 @@ def with_a_row(module: nn.Module, *inputs: Tensor | None) -> Tensor:
     other ranks: under ZeRO-3 they gather each module's weights together, and one that stays away would hang the rest. The
     row is present in every mask (attention over nothing is NaN), and no gradient but 0 comes back from it.
     """
-    features: Tensor = module.forward(*(None if value is None else _pad_row(value) for value in inputs))
+    features: Tensor = module.forward(*(None if value is None else pad_row(value) for value in inputs))
     assert inputs[0] is not None
     return features[:0, : inputs[0].shape[1]]
 
 
-def _pad_row(value: Tensor) -> Tensor:
+def pad_row(value: Tensor) -> Tensor:
     """[0, L, ...] -> [1, max(L, 1), ...], still part of the graph that `value` comes from."""
     padding = (0, 0) * (value.ndim - 2) + (0, int(value.shape[1] == 0), 0, 1)
     return nn.functional.pad(value, padding, value=value.dtype == torch.bool)
@@ -117,6 +131,34 @@ def pool(features: Tensor, mask: Tensor) -> Tensor:
     """Mean of the features that count. [N, T, D], [N, T] bool -> [N, D]."""
     weight = mask[:, :, None].to(features.dtype)
     return (features * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _first_position(bert: nn.Module) -> int:
+    """The position id of a text's first token: 0 for BERT, past the padding's id for RoBERTa and its kin."""
+    positions = getattr(getattr(bert, "embeddings", None), "position_embeddings", None)
+    if not isinstance(positions, nn.Embedding):
+        raise ValueError(f"model.text.pretrained: {_CANNOT_PACK.format(type(bert).__name__)}")
+    return 0 if positions.padding_idx is None else positions.padding_idx + 1
+
+
+_CANNOT_PACK = (
+    "in a {} a token's features depend on where in a row its report lies, or on the other reports there; use an encoder "
+    "with learned absolute positions and full attention, as in BERT or RoBERTa"
+)
+
+
+@torch.no_grad()
+def _check_packing(encoder: ReportEncoder, name: str) -> None:
+    """ValueError if texts in one row are not encoded as each is alone: sliding windows, mixing without attention, ..."""
+    tokens = encoder.bert.config.vocab_size - 1 - torch.arange(5).expand(3, -1)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
+    alone = [encoder.bert(input_ids=tokens[row : row + 1, : mask[row].sum()]).last_hidden_state[0] for row in range(3)]
+    try:
+        packed = encoder(tokens, mask)[mask]
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"model.text.pretrained={name}: {_CANNOT_PACK.format(type(encoder.bert).__name__)}") from error
+    if not torch.allclose(packed, torch.cat(alone), rtol=1e-2, atol=1e-3):
+        raise ValueError(f"model.text.pretrained={name}: {_CANNOT_PACK.format(type(encoder.bert).__name__)}")
 
 
 def _resolve(name: str) -> str:

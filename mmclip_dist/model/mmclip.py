@@ -34,6 +34,7 @@ from mmclip_dist.model.decoders import CrossDecoder
 from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder, pool
 from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
 from mmclip_dist.model.masking import patch_pixels, ranked_or_drawn
+from mmclip_dist.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ class MMCLIP(nn.Module):
         """
         weights = self.config.loss
         paired = batch["report_id"] >= 0
-        reports = self.text(batch["tokens"][paired], batch["token_mask"][paired])  # [n, T, D]
+        packing = self.text.pack(batch["token_mask"][paired])
+        reports = self.text(batch["tokens"][paired], batch["token_mask"][paired], packing)  # [n, T, D]
         prompts = self._prompt_features(batch["step"])  # [2C, D]
         if embed_only:
             return self._embed(batch, reports, prompts, self._contrastive_view(batch))
@@ -153,7 +155,7 @@ class MMCLIP(nn.Module):
             losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
         if weights.entity:
             hidden = sum_over_ranks((batch["target_tokens"] >= 0).sum()) if part is None else part.hidden_tokens
-            losses["entity"] = self._rebuild_entities(batch, paired, images, hidden)
+            losses["entity"] = self._rebuild_entities(batch, paired, packing, images, hidden)
         return losses
 
     def _embed(self, batch: Batch, reports: Tensor, prompts: Tensor, image: Tensor) -> Embedded:
@@ -177,15 +179,17 @@ class MMCLIP(nn.Module):
 
     def _rebuild_image(self, batch: Batch, memory: TextMemory, query: Tensor, masked: Tensor) -> Tensor:
         """AttMIM: normalised pixels of the masked patches, from the rest and the text."""
-        features = self.image_decoder(query, None, memory.features, memory.present)
+        features = self.image_decoder(query, memory.features, memory.present)
         target = patch_pixels(batch["image"], self.vision.patch)
         return masked_mean_square(self.image_decoder.head(features), target, masked)
 
-    def _rebuild_entities(self, batch: Batch, paired: Tensor, images: ImageFeatures, hidden_tokens: Tensor) -> Tensor:
+    def _rebuild_entities(
+        self, batch: Batch, paired: Tensor, packing: Packing, images: ImageFeatures, hidden_tokens: Tensor
+    ) -> Tensor:
         """EntMLM: the masked entities, from the rest of the report and the image. hidden_tokens []: of the global batch."""
         mask, target = batch["token_mask"][paired], batch["target_tokens"][paired]
-        query = self.text(batch["masked_tokens"][paired], mask)
-        features = self.text_decoder(query, mask, images.seen[paired], None)
+        query = packing.pack(self.text(batch["masked_tokens"][paired], mask, packing))
+        features = packing.unpack(self.text_decoder(query, images.seen[paired], None, packing))
         hidden = target >= 0
         return masked_cross_entropy(self.text_decoder.head(features[hidden]), target[hidden], hidden_tokens / _world_size())
 
