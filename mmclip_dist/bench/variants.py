@@ -49,8 +49,8 @@ class Shape:
 
 
 SHAPES = {
-    "vit_b16": Shape("mmclip_vit_b16", (), 28996, 256, "ViT-B/16 at 224, BERT-base, decoders as in the recipe"),
-    "vit_l16": Shape("mmclip_vit_l16", ("attmim.unmasked_last_steps=0",), 28996, 128, "ViT-L/16 at 224, BERT-base, decoders as in the recipe"),
+    "vit_b16": Shape("mmclip_vit_b16", (), 28996, 256, "ViT-B/16 at 224, BERT-base, the recipe's decoders"),
+    "vit_l16": Shape("mmclip_vit_l16", (), 28996, 128, "ViT-L/16 at 224, BERT-base, the recipe's decoders"),
     # Both encoders and both decoders at a third of ViT-B/16's width and half of its depth.
     "small": Shape(
         "mmclip_vit_b16",
@@ -124,7 +124,7 @@ def make_sample(model: MMCLIP, shape: Shape, count: int, unpaired: float, seed: 
     lengths[: round(unpaired * count)] = 0
     examples = [_example(row, int(length), config, shape.vocabulary, random) for row, length in enumerate(lengths)]
     batch = collate(examples, 0, 0)
-    tokens, mask = (F.pad(batch[name], (0, longest - batch["tokens"].shape[1])) for name in ("tokens", "token_mask"))  # type: ignore[literal-required]
+    tokens, mask = (F.pad(batch[name], (0, longest - batch["tokens"].shape[1])) for name in ("tokens", "token_mask"))
     room = (0, longest - model.prompt_tokens.shape[2])
     prompt, prompt_mask = F.pad(model.prompt_tokens[0].cpu(), room), F.pad(model.prompt_mask[0].cpu(), room)
     bare, which = ~mask.any(1), torch.arange(count) % (2 * DISEASES)
