@@ -58,14 +58,16 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.self_in, self.self_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.cross_query, self.cross_memory = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        # No biases before attention: softmax cancels a key's, and a value's goes over into the output's.
+        self.self_in, self.self_out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.cross_query, self.cross_memory = (nn.Linear(width, times * width, bias=False) for times in (1, 2))
         self.cross_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(
         self, hidden: Tensor, memory: Tensor, visible: Tensor | None, blocks: Tensor | None, packing: Packing | None

@@ -1,0 +1,131 @@
+"""What the engine costs: a step of the training loop beside the bare model and optimizer, in turn on the same batches."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmclip_dist.bench.variants import SHAPES, AdamW, Sample, build, loss_of, make_sample
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Batch, to_device
+from mmclip_dist.engine.collective import sums
+from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
+from mmclip_dist.engine.health import Health
+from mmclip_dist.engine.preemption import StopRequest
+from mmclip_dist.engine.quarantine import Quarantine
+from mmclip_dist.engine.run import MetricsLog
+
+VARIANT = "MMCLIP feature"
+SAMPLES = 4
+
+
+def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[str, str | int | float]:
+    """One row, in milliseconds. Joins a process group of its own and starts the watchdog: run it in a process of its own."""
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
+        os.environ[key] = value
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
+
+    start_distributed(None, 600.0)
+    model, bare = (build(SHAPES[name], VARIANT, device, batch) for _ in range(2))
+    config = model.config
+    engine = build_engine(model, config, deepspeed_json(config, 1, gpu=device.type == "cuda"))
+    optimizer = AdamW(list(bare.parameters()))
+    samples = [make_sample(bare, SHAPES[name], batch, 0.0, seed, torch.device("cpu")) for seed in range(SAMPLES)]
+    bare_times: list[list[float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        loop = _Loop(engine, config, Path(folder), device)
+        for turn in range(rounds + 1):
+            sample = samples[turn % SAMPLES]
+            loop.step(iter([sample.batch]))
+            bare_times.append(_bare_step(bare, optimizer, sample, config, device))
+    torch.distributed.destroy_process_group()
+    return _row(name, batch, loop.times[1:], bare_times[1:])  # the first round warms up
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _row(name: str, batch: int, loop: list[list[float]], bare: list[list[float]]) -> dict[str, str | int | float]:
+    """loop: data wait, forward and backward, optimizer, the rest. bare: forward and backward, optimizer."""
+    wait, model, optimizer, rest = (1000 * statistics.median(column) for column in zip(*loop, strict=True))
+    bare_model, bare_optimizer = (1000 * statistics.median(column) for column in zip(*bare, strict=True))
+    more = [sum(ours[1:]) / sum(theirs) - 1 for ours, theirs in zip(loop, bare, strict=True)]
+    figures = {
+        "bare model": bare_model, "bare optimizer": bare_optimizer, "loop: model": model, "loop: optimizer": optimizer,
+        "loop: the rest": rest, "data wait": wait,
+    }  # fmt: skip
+    told = {key: round(value, 1) for key, value in figures.items()}
+    return {"shape": name, "batch": batch, **told, "overhead": f"{100 * statistics.median(more):.1f}%"}
+
+
+def _bare_step(model: Any, optimizer: AdamW, sample: Sample, config: Config, device: torch.device) -> list[float]:
+    """Seconds of forward and backward, and of clipping and AdamW."""
+    batch = to_device(sample.batch, device)
+    marks = [_now(device)]
+    loss_of(model, VARIANT, sample._replace(batch=batch)).backward()
+    marks.append(_now(device))
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    optimizer.step()
+    marks.append(_now(device))
+    return [end - start for start, end in pairwise(marks)]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class _Loop:
+    """The loop's body of `train.py`, with a clock between its parts."""
+
+    def __init__(self, engine: Any, config: Config, folder: Path, device: torch.device) -> None:
+        from mmclip_dist.train import ProgressLog  # which imports DeepSpeed's engine
+
+        self.engine, self.config, self.device = engine, config, device
+        self.quarantine = Quarantine(folder, config.data.max_bad_fraction)
+        self.health, self.stop = Health(folder, config.health), StopRequest(folder)
+        self.log = ProgressLog(config, MetricsLog(folder, 0), 0)
+        self.times: list[list[float]] = []
+
+    def step(self, batches: Iterator[Batch]) -> None:
+        from mmclip_dist.engine import watchdog
+        from mmclip_dist.engine.deepspeed_engine import set_learning_rate
+
+        engine, config, device, step = self.engine, self.config, self.device, len(self.times)
+        marks = [_now(device)]
+        watchdog.beat("waiting for data", step + 1)
+        batch = self.log.wait_for(batches)
+        marks.append(_now(device))
+        rate = set_learning_rate(engine, step, config)
+        losses = forward_backward(engine, to_device(batch, device), config)
+        marks.append(_now(device))
+        engine.step()
+        marks.append(_now(device))
+        step += 1
+        told = sums(
+            device, stop=self.stop.wanted(), writing=0, loss=weighted_sum(losses, config.loss).detach(),
+            replaced=len(batch["replaced"]), seen=len(batch["keys"]),
+        )  # fmt: skip
+        self.quarantine.count(batch, step, replaced=told["replaced"], seen=told["seen"])
+        self.health.check(step, batch["keys"], told["loss"], applied=engine.was_step_applied())
+        if step % config.log_every == 0 or step == 1:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.log.write(step, losses, rate, engine)
+        marks.append(_now(device))
+        self.times.append([end - start for start, end in pairwise(marks)])
