@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,47 +18,37 @@ from typing import Any
 import torch
 
 from mmclip_dist import train
-from mmclip_dist.engine import checkpoint_writer
-from mmclip_dist.engine.preemption import StopRequest
+from mmclip_dist.engine import checkpoint_writer, gradient_cache
+from mmclip_dist.engine.progress_log import ProgressLog
+from mmclip_dist.evaluate import zeroshot
 
 STEP_S = 0.2
-EVALUATE_AT, BATCHES = 6, 600
+ROUND_S = 2.5  # of an evaluation, which then takes 30 s
 
-write = train.ProgressLog.write
-stops: list[StopRequest] = []
+write, rounds = ProgressLog.write, zeroshot.Evaluation.rounds
 
 
-def slowly(self: train.ProgressLog, step: int, *rest: Any) -> None:
+def slowly(self: ProgressLog, step: int, *rest: Any) -> None:
     write(self, step, *rest)
     time.sleep(STEP_S)
 
 
-def evaluating(self: train.ProgressLog, step: int, losses: dict[str, torch.Tensor], rate: float, engine: Any) -> None:
-    """An evaluation on all ranks, of 30 s, that heeds stop requests as one inside training shall."""
-    slowly(self, step, losses, rate, engine)
-    if step >= EVALUATE_AT and not stops[0].agreed:
-        (Path(self.config.run_dir) / "evaluating").touch()
-        for batch in range(BATCHES):
-            if stops[0].requested(torch.device(engine.device)):
-                print(f"evaluation ended after batch {batch} of {BATCHES}", flush=True)
-                return
-            time.sleep(0.05)
-
-
-class Noted(StopRequest):
-    def __init__(self, run_dir: Path) -> None:
-        super().__init__(run_dir)
-        stops.append(self)
-
-
 def main(arguments: list[str]) -> int:
     fault, *arguments = [word for word in arguments if not word.startswith("--local_rank")]
-    train.ProgressLog.write = slowly  # type: ignore[method-assign]
+    ProgressLog.write = slowly  # type: ignore[method-assign]
     if fault == "evaluation":
-        train.StopRequest, train.ProgressLog.write = Noted, evaluating  # type: ignore[misc,method-assign]
+        (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
+
+        def slow_rounds(*of: Any) -> Iterator[list[zeroshot.Scored]]:
+            (Path(run_dir) / "evaluating").touch()
+            for some in rounds(*of):
+                time.sleep(ROUND_S)
+                yield some
+
+        zeroshot.Evaluation.rounds, zeroshot._BATCH = slow_rounds, 1  # type: ignore[method-assign]
     if fault == "bad loss" and os.environ["RANK"] == "1":  # from step 5 on
-        weighted_sum, calls = train.weighted_sum, count(1)
-        train.weighted_sum = lambda *sums: weighted_sum(*sums) + (torch.inf if next(calls) >= 5 else 0.0)
+        weighted_sum, calls = gradient_cache.weighted_sum, count(1)
+        gradient_cache.weighted_sum = lambda *sums: weighted_sum(*sums) + (torch.inf if next(calls) >= 5 else 0.0)
     if fault == "slow save" and os.environ["RANK"] == "1":
         read_back = checkpoint_writer.read_back
 

@@ -163,8 +163,8 @@ def _forward(
     everything = len(pairs.column_ids)
     columns = LogSums.empty(everything + 1, precise, image.device)  # and one for the padding
     rows = LogSums.empty(len(image), precise, image.device)
-    total = torch.zeros(2, dtype=precise, device=image.device)
-    total += _poison(image, text, precise)
+    # In float64: the loss is a small difference of two large means, the log-sum-exps' and the positives'.
+    total = _poison(image, text, torch.float64).repeat(2)
     for texts, place in zip(shards.gather(text), shards.columns, strict=True):
         part = kernels.sweep(image, texts, _columns(pairs, place), mode)
         total += part.total
@@ -172,16 +172,16 @@ def _forward(
             rows.merge(slice(None), part.rows.peak, part.rows.total)
             columns.merge(place, part.columns.peak, part.columns.total)
     if mode == "sigmoid":
-        total = all_reduce(total, group)
+        total = all_reduce(total, group).to(precise)
         return total, rows.peak.new_zeros(2, len(image)), rows.peak.new_zeros(2, everything)
     column_peak, column_total = columns.peak[:everything], columns.total[:everything]
     peak = all_reduce(column_peak, group, dist.ReduceOp.MAX)
     column_lse = _log_sum(peak, all_reduce(column_total * (column_peak - finite(peak)).exp(), group))
     row_lse = _log_sum(rows.peak, rows.total)
-    total[0] += _dot(pairs.row_mean, row_lse[0])
+    total[0] += _dot(pairs.row_mean, row_lse)
     total = all_reduce(total, group)
-    total[1] += _dot(pairs.column_mean, column_lse[0])
-    return total, row_lse, column_lse
+    total[1] += _dot(pairs.column_mean, column_lse)
+    return total.to(precise), row_lse, column_lse
 
 
 def _backward(
@@ -338,9 +338,9 @@ def _log_sum(peak: Tensor, total: Tensor) -> Tensor:
     return torch.stack([whole, torch.where(whole.isfinite(), rest, 0)])
 
 
-def _dot(weight: Tensor, value: Tensor) -> Tensor:
-    """Weighted sum in which weight 0 silences even an infinite value (a row without any pair)."""
-    return torch.where(weight > 0, weight * value, 0).sum()
+def _dot(weight: Tensor, sums: Tensor) -> Tensor:
+    """Weighted sum of `_log_sum`s [2, n] in float64; weight 0 silences even an infinite one (a row without any pair)."""
+    return torch.where(weight > 0, weight.double() * sums.double().sum(0), 0).sum()
 
 
 def _capturing(value: Tensor) -> bool:

@@ -18,7 +18,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     precise = pairs.factor.dtype
     rows = LogSums.empty(len(image), precise, image.device)
     columns = LogSums.empty(len(text), precise, image.device)
-    total = torch.zeros(2, dtype=precise, device=image.device)
+    total = torch.zeros(2, dtype=torch.float64, device=image.device)
     for here, there in _blocks(len(image), len(text)):
         logits = pairs.factor * (image[here].to(precise) @ text[there].to(precise).T)
         positive, out = _relation(pairs, here, there)
@@ -33,7 +33,8 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
         rows.add(here, logits, 1)
         columns.add(there, logits, 0)
         pull = torch.where(positive, logits, 0)
-        total -= torch.stack([pairs.row_share[here] @ pull.sum(1), pairs.column_share[there] @ pull.sum(0)])
+        total[0] -= pairs.row_share[here].double() @ pull.sum(1).double()
+        total[1] -= pairs.column_share[there].double() @ pull.sum(0).double()
     return Partials(rows, columns, total)
 
 

@@ -33,7 +33,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     tile = tiles.sweep_tile(image.dtype, pairs.exclude is not None)
     device = image.device
     rows, columns = (LogSums.empty(len(x), torch.float32, device) for x in (image, text))
-    total = torch.zeros(2, device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     for here, there in _blocks(len(image), len(text), tiles.SWEEP_BLOCK):
         high, wide = here.stop - here.start, there.stop - there.start
         down, across = triton.cdiv(high, tile.rows), triton.cdiv(wide, tile.columns)
@@ -47,7 +47,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
             by_row, by_column, by_tile, high, wide, image.shape[1], row_step, column_step,
             **_options(tile, image.shape[1], pairs, mode),
         )  # fmt: skip
-        total += by_tile.sum(0)
+        total += by_tile.sum(0, dtype=torch.float64)
         if mode == "softmax":
             rows.merge(here, *_together(*by_row))
             columns.merge(there, *_together(*by_column))

@@ -60,7 +60,7 @@ class LogSums:
 
 
 class Partials(NamedTuple):
-    """What one sweep leaves. total [2]: the loss's part outside the log-sum-exps, for rows and for columns."""
+    """What one sweep leaves. total [2] float64: the loss's part outside the log-sum-exps, for rows and for columns."""
 
     rows: LogSums
     columns: LogSums
