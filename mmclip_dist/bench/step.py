@@ -56,7 +56,7 @@ def main(words: Sequence[str]) -> None:
     gpu = torch.cuda.is_available()
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["vit_b16", "vit_l16"] if gpu else ["small"])
     parser.add_argument("--batch", type=int, help="samples of a step; default: the shape's own")
-    parser.add_argument("--rounds", type=int, default=20 if gpu else 9)
+    parser.add_argument("--rounds", type=int, default=20 if gpu else 7)
     parser.add_argument("--unpaired", type=float, default=0.0, help="share of images without a report")
     parser.add_argument("--print-only", action="store_true", help="write no results")
     options = parser.parse_args(words)
@@ -66,7 +66,7 @@ def main(words: Sequence[str]) -> None:
         batch = options.batch or SHAPES[name].batch
         peaks = {variant: peak(name, variant, batch, options.unpaired, device) for variant in VARIANTS}
         rows += in_a_process(compare, name, batch, options.rounds, options.unpaired, device, peaks)
-        engine.append(in_a_process(overhead.measure, name, batch, 2 * options.rounds, device))
+        engine.append(in_a_process(overhead.measure, name, batch, options.rounds, device))
     publish(rows, engine, words, options)
 
 
@@ -240,9 +240,9 @@ def _page(about: dict[str, Any], rows: list[Row], engine: list[Row], shapes: Seq
         f"(the benchmark's own included), Python {about['python']}, {versions}.", "",
         *(f"`{name}`: {SHAPES[name].told}." for name in shapes), "",
         "One step is forward, backward and AdamW. Times are medians over rounds, a ratio is the median of the rounds' own ratios "
-        "to plain CLIP; operations are those of matrix products and attention, forward and backward, as torch counts them while a step runs. "
-        "Tokens are per sample: what enters the layers, with padding, prompts and room left in packed rows; MMCLIP encodes each "
-        "report twice, as it is and with its entities masked.", "",
+        "to plain CLIP. Operations are those of matrix products and attention, forward and backward, as torch counts them while "
+        "a step runs. Tokens are per sample: what enters the layers, with padding, prompts and room left in packed rows; MMCLIP "
+        "encodes each report twice, as it is and with its entities masked.", "",
         *_table(rows), "",
         "Our loop (DeepSpeed ZeRO-1 on one rank, as `train.py` runs it) beside the bare model and optimizer, both for `MMCLIP "
         "feature`, in turn on the same batches; milliseconds, medians.", "",

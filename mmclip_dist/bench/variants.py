@@ -58,7 +58,7 @@ SHAPES = {
             "model.image={width: 256, depth: 6, heads: 4}", "model.text={width: 256, depth: 6, heads: 4}",
             "attmim.decoder={width: 176, depth: 2, heads: 4}", "entmlm.decoder={width: 176, depth: 1, heads: 4}",
         ),
-        8192, 16, "width 256, depth 6, 4 heads for ViT (224/16) and BERT; decoders of width 176, depth 2 (image) and 1 (text)",
+        8192, 8, "width 256, depth 6, 4 heads for ViT (224/16) and BERT; decoders of width 176, depth 2 (image) and 1 (text)",
     ),
     "tiny": Shape(
         "mmclip_vit_b16",
