@@ -70,7 +70,10 @@ class Job:
 
     @property
     def family(self) -> list[psutil.Process]:
-        return [*psutil.Process(self.runner.pid).children(recursive=True), psutil.Process(self.runner.pid)]
+        """Runner, launcher and ranks: those that still are."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [*psutil.Process(self.runner.pid).children(recursive=True), psutil.Process(self.runner.pid)]
+        return []
 
 
 MARKS = {"kill in save": "saving", "stop in evaluation": "evaluating"}

@@ -62,9 +62,11 @@ def test_ranks_workers_and_seeking_do_not_change_a_batch(sets, tokenizer) -> Non
 
 def test_workers_go_on_after_the_launchers_sigterm_and_end_with_the_loader(sets, tokenizer) -> None:
     """The launcher ends all processes of a rank; the rank itself needs batches until all ranks have stopped."""
+    before = set(psutil.Process().children())
     batches = loader(sets.config("data.workers=2", "data.prefetch=1"), tokenizer)
     next(batches)
-    workers = [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+    new = set(psutil.Process().children()) - before
+    workers = [child for child in new if "resource_tracker" not in " ".join(child.cmdline())]
     assert len(workers) == 2
     for worker in workers:
         worker.terminate()

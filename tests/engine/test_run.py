@@ -129,7 +129,7 @@ def test_layers_further_from_the_loss_learn_more_slowly(sets, tokenizer) -> None
         of_layer = {scale for name, scale in scales.items() if f".{layer}." in name and name.startswith(("vision", "text.bert"))}
         assert of_layer == {0.5 ** (3 - layer)}
     full = {name for name, scale in scales.items() if scale == 1.0}
-    assert {"vision.vit.layernorm.weight", "image_head.weight", "log_scale", "image_decoder.layers.0.norm1.bias"} <= full
+    assert {"vision.vit.layernorm.weight", "image_head.weight", "log_scale", "image_decoder.layers.0.self_norm.bias"} <= full
     groups = parameter_groups(model, Optim(steps=1), layer_scales(model, 0.5))
     assert len(groups) == 2 * 5 and sum(len(group["params"]) for group in groups) == len(scales)
     alone = parameter_groups(model, Optim(steps=1, name="lamb"), layer_scales(model, 0.5))
