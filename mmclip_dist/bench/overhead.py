@@ -64,12 +64,17 @@ def _row(name: str, batch: int, loop: list[list[float]], bare: list[list[float]]
     wait, model, optimizer, rest = (1000 * statistics.median(column) for column in zip(*loop, strict=True))
     bare_model, bare_optimizer = (1000 * statistics.median(column) for column in zip(*bare, strict=True))
     more = [sum(ours[1:]) / sum(theirs) - 1 for ours, theirs in zip(loop, bare, strict=True)]
+    own = [ours[3] / sum(theirs) for ours, theirs in zip(loop, bare, strict=True)]
     figures = {
         "bare model": bare_model, "bare optimizer": bare_optimizer, "loop: model": model, "loop: optimizer": optimizer,
         "loop: the rest": rest, "data wait": wait,
     }  # fmt: skip
     told = {key: round(value, 1) for key, value in figures.items()}
-    return {"shape": name, "batch": batch, **told, "overhead": f"{100 * statistics.median(more):.1f}%"}
+    return {"shape": name, "batch": batch, **told, "overhead": _percent(more), "ours": _percent(own)}
+
+
+def _percent(shares: list[float]) -> str:
+    return f"{100 * statistics.median(shares):.2f}%"
 
 
 def _bare_step(model: Any, optimizer: AdamW, sample: Sample, config: Config, device: torch.device) -> list[float]:

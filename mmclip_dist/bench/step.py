@@ -228,13 +228,15 @@ def _page(about: dict[str, Any], rows: list[Row], engine: list[Row], shapes: Seq
         f"(the benchmark's own included), Python {about['python']}, {versions}.", "",
         *(f"`{name}`: {SHAPES[name].told}." for name in shapes), "",
         f"One step is forward, backward and AdamW{', on one thread, in processor time' if about['device'] == 'CPU' else ''}. "
-        "Times are medians over rounds, a ratio is the median of the rounds' own ratios to plain CLIP. Operations are those of matrix "
-        "products and attention, forward and backward, as torch counts them while a step runs: what a step should cost. Tokens "
-        "are per sample: what enters the layers, with padding, prompts and room left in packed rows. MMCLIP encodes each report "
-        "twice, as it is and with its entities masked, and 28 prompts of 6 to 10 tokens a step, whatever its batch.", "",
+        "Times are medians over rounds, a ratio is the median of the rounds' own ratios to plain CLIP. Operations are those of "
+        "matrix products and attention, forward and backward, as torch counts them while a step runs: what a step should cost. "
+        "Tokens are per sample: what enters the layers, with padding, prompts and room left in packed rows. MMCLIP encodes each "
+        "report twice, as it is and with its entities masked, and 28 prompts of 6 to 10 tokens a step, whatever its batch.", "",
         *_table(rows), "",
         "Our loop (DeepSpeed ZeRO-1 on one rank, as `train.py` runs it) beside the bare model and optimizer, both for `MMCLIP "
-        "feature`, in turn on the same batches; milliseconds, medians.", "",
+        "feature`, in turn on the same batches; milliseconds, medians. Clipping belongs to the optimizer. Overhead is all that "
+        "the loop costs above the bare step, less the data wait; ours is the part of it outside DeepSpeed's engine: stop flags, "
+        "sums over ranks, health, quarantine, watchdog, log.", "",
         *_table(engine),
     ]  # fmt: skip
 
