@@ -8,7 +8,6 @@ import os
 import socket
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmclip_dist.bench.variants import SHAPES, AdamW, Sample, build, loss_of, make_sample
+from mmclip_dist.bench.variants import SHAPES, AdamW, Sample, build, loss_of, make_sample, seconds
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch, to_device
 from mmclip_dist.engine.collective import sums
@@ -37,7 +36,7 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())
     from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
 
-    start_distributed(None, 600.0)
+    start_distributed(1, 600.0)  # one thread on a CPU
     model, bare = (build(SHAPES[name], VARIANT, device, batch) for _ in range(2))
     config = model.config
     engine = build_engine(model, config, deepspeed_json(config, 1, gpu=device.type == "cuda"))
@@ -65,30 +64,29 @@ def _row(name: str, batch: int, loop: list[list[float]], bare: list[list[float]]
     wait, model, optimizer, rest = (1000 * statistics.median(column) for column in zip(*loop, strict=True))
     bare_model, bare_optimizer = (1000 * statistics.median(column) for column in zip(*bare, strict=True))
     more = [sum(ours[1:]) / sum(theirs) - 1 for ours, theirs in zip(loop, bare, strict=True)]
+    own = [ours[3] / sum(theirs) for ours, theirs in zip(loop, bare, strict=True)]
     figures = {
         "bare model": bare_model, "bare optimizer": bare_optimizer, "loop: model": model, "loop: optimizer": optimizer,
         "loop: the rest": rest, "data wait": wait,
     }  # fmt: skip
     told = {key: round(value, 1) for key, value in figures.items()}
-    return {"shape": name, "batch": batch, **told, "overhead": f"{100 * statistics.median(more):.1f}%"}
+    return {"shape": name, "batch": batch, **told, "overhead": _percent(more), "ours": _percent(own)}
+
+
+def _percent(shares: list[float]) -> str:
+    return f"{100 * statistics.median(shares):.2f}%"
 
 
 def _bare_step(model: Any, optimizer: AdamW, sample: Sample, config: Config, device: torch.device) -> list[float]:
     """Seconds of forward and backward, and of clipping and AdamW."""
     batch = to_device(sample.batch, device)
-    marks = [_now(device)]
+    marks = [seconds(device)]
     loss_of(model, VARIANT, sample._replace(batch=batch)).backward()
-    marks.append(_now(device))
+    marks.append(seconds(device))
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
     optimizer.step()
-    marks.append(_now(device))
+    marks.append(seconds(device))
     return [end - start for start, end in pairwise(marks)]
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class _Loop:
@@ -108,15 +106,15 @@ class _Loop:
         from mmclip_dist.engine.deepspeed_engine import set_learning_rate
 
         engine, config, device, step = self.engine, self.config, self.device, len(self.times)
-        marks = [_now(device)]
+        marks = [seconds(device)]
         watchdog.beat("waiting for data", step + 1)
         batch = self.log.wait_for(batches)
-        marks.append(_now(device))
+        marks.append(seconds(device))
         rate = set_learning_rate(engine, step, config)
         losses = forward_backward(engine, to_device(batch, device), config)
-        marks.append(_now(device))
+        marks.append(seconds(device))
         engine.step()
-        marks.append(_now(device))
+        marks.append(seconds(device))
         step += 1
         told = sums(
             device, stop=self.stop.wanted(), writing=0, loss=weighted_sum(losses, config.loss).detach(),
@@ -127,5 +125,5 @@ class _Loop:
         if step % config.log_every == 0 or step == 1:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.log.write(step, losses, rate, engine)
-        marks.append(_now(device))
+        marks.append(seconds(device))
         self.times.append([end - start for start, end in pairwise(marks)])

@@ -3,10 +3,10 @@
     python -m mmclip_dist.bench.step [--shape small|vit_b16|vit_l16 ...] [--batch N] [--rounds N] [--unpaired SHARE]
 
 Forward, backward and AdamW's step of the four variants of `variants.py`. Every round measures each variant once, in turn, on the
-same batch, so that a busy moment of the machine meets all of them; the table holds medians, and the ratio to plain CLIP is the
-median of the rounds' own ratios. On a CUDA card ViT-B/16 and ViT-L/16 in bf16 with Triton kernels, on a CPU a small shape in
-fp32. Peak memory is that of a step of each variant alone, with its weights, gradients and optimizer state. The second table is
-that of `overhead.py`.
+same batch; the table holds medians, and the ratio to plain CLIP is the median of the rounds' own ratios. On a CUDA card ViT-B/16
+and ViT-L/16 in bf16 with Triton kernels, by the wall clock; on a CPU a small shape in fp32 on one thread, by the processor's
+time, in which other work on the machine shows little. Peak memory is that of a step of each variant alone, with its weights,
+gradients and optimizer state. The second table is that of `overhead.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import platform
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +41,7 @@ from mmclip_dist.bench.variants import (
     loss_of,
     make_sample,
     run_step,
+    seconds,
     without_idle_parts,
 )
 from mmclip_dist.model.mmclip import MMCLIP
@@ -74,6 +74,7 @@ def compare(
     name: str, batch: int, rounds: int, unpaired: float, device: torch.device, peaks: dict[str, int]
 ) -> list[Row]:
     """One row a variant; peaks: bytes of each."""
+    torch.set_num_threads(1)
     shape = SHAPES[name]
     configs = {variant: config_of(shape, variant, device, batch) for variant in VARIANTS}
     model = build(shape, "MMCLIP feature", device, batch)
@@ -83,9 +84,10 @@ def compare(
     for turn in range(rounds + 1):
         for variant in VARIANTS:
             model.config = configs[variant]
-            elapsed = milliseconds(lambda v=variant, t=turn: run_step(model, optimizer, v, samples[t % SAMPLES]), device)  # type: ignore[misc]
+            started = seconds(device)
+            run_step(model, optimizer, variant, samples[turn % SAMPLES])
             if turn:  # the first round warms up
-                times[variant].append(elapsed)
+                times[variant].append(1000 * (seconds(device) - started))
     rows: list[Row] = []
     plain = 0.0
     for variant in VARIANTS:
@@ -99,20 +101,6 @@ def compare(
             "operations, ratio": round(operations / plain, 3), "peak MiB": round(peaks[variant] / 2**20), **tokens,
         })  # fmt: skip
     return rows
-
-
-def milliseconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - started)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 # -- Tokens and operations ----------------------------------------------------------------------------------------------
@@ -239,13 +227,16 @@ def _page(about: dict[str, Any], rows: list[Row], engine: list[Row], shapes: Seq
         f"`{about['command']}`, {about['date']}, {about['device']}, {about['cores']} CPU cores, load {about['load']} at the end "
         f"(the benchmark's own included), Python {about['python']}, {versions}.", "",
         *(f"`{name}`: {SHAPES[name].told}." for name in shapes), "",
-        "One step is forward, backward and AdamW. Times are medians over rounds, a ratio is the median of the rounds' own ratios "
-        "to plain CLIP. Operations are those of matrix products and attention, forward and backward, as torch counts them while "
-        "a step runs. Tokens are per sample: what enters the layers, with padding, prompts and room left in packed rows; MMCLIP "
-        "encodes each report twice, as it is and with its entities masked.", "",
+        f"One step is forward, backward and AdamW{', on one thread, in processor time' if about['device'] == 'CPU' else ''}. "
+        "Times are medians over rounds, a ratio is the median of the rounds' own ratios to plain CLIP. Operations are those of "
+        "matrix products and attention, forward and backward, as torch counts them while a step runs: what a step should cost. "
+        "Tokens are per sample: what enters the layers, with padding, prompts and room left in packed rows. MMCLIP encodes each "
+        "report twice, as it is and with its entities masked, and 28 prompts of 6 to 10 tokens a step, whatever its batch.", "",
         *_table(rows), "",
         "Our loop (DeepSpeed ZeRO-1 on one rank, as `train.py` runs it) beside the bare model and optimizer, both for `MMCLIP "
-        "feature`, in turn on the same batches; milliseconds, medians.", "",
+        "feature`, in turn on the same batches; milliseconds, medians. Clipping belongs to the optimizer. Overhead is all that "
+        "the loop costs above the bare step, less the data wait; ours is the part of it outside DeepSpeed's engine: stop flags, "
+        "sums over ranks, health, quarantine, watchdog, log.", "",
         *_table(engine),
     ]  # fmt: skip
 

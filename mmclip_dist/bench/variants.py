@@ -10,6 +10,7 @@ All variants train the same encoders on the same images and reports:
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ SHAPES = {
             "model.image={width: 256, depth: 6, heads: 4}", "model.text={width: 256, depth: 6, heads: 4}",
             "attmim.decoder={width: 176, depth: 2, heads: 4}", "entmlm.decoder={width: 176, depth: 1, heads: 4}",
         ),
-        8192, 8, "width 256, depth 6, 4 heads for ViT (224/16) and BERT; decoders of width 176, depth 2 (image) and 1 (text)",
+        8192, 16, "width 256, depth 6, 4 heads for ViT (224/16) and BERT; decoders of width 176, depth 2 (image) and 1 (text)",
     ),
     "tiny": Shape(
         "mmclip_vit_b16",
@@ -197,6 +198,14 @@ def plain_clip_loss(model: MMCLIP, sample: Sample) -> Tensor:
     logits = (model.scale() * model.embed_images(sample.batch["image"]) @ text.T).float()
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def seconds(device: torch.device) -> float:
+    """A clock: of the wall once a card is done, of the processor's time of this process on a CPU."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def run_step(model: MMCLIP, optimizer: AdamW, variant: str, sample: Sample) -> None:

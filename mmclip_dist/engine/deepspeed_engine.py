@@ -115,9 +115,7 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
     if optim.name == "deepspeed":
         refuse_stale_locks()
     else:
-        offloaded = config.offload.optimizer != "none"
-        fused = offloaded or next(model.parameters()).device.type == "cuda"
-        ours = build_optimizer(groups, optim, fused=fused, sharded=config.zero_stage > 0)
+        ours = build_optimizer(groups, optim, sharded=config.zero_stage > 0)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=ours, model_parameters=groups if ours is None else None, config=json
     )

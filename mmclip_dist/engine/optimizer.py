@@ -51,10 +51,10 @@ def layer_scales(model: MMCLIP, layer_decay: float) -> dict[nn.Parameter, float]
 # -- Optimizers -------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: Optim, *, fused: bool, sharded: bool) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], optim: Optim, *, sharded: bool) -> torch.optim.Optimizer:
     """AdamW or LAMB at learning rate 0: every step is given its own.
 
-    fused: torch's one-pass AdamW, for CUDA tensors and CPU ones alike. DeepSpeed's own FusedAdam and CPUAdam are built at first
+    AdamW is torch's one-pass one, for CUDA tensors and CPU ones alike. DeepSpeed's own FusedAdam and CPUAdam are built at first
     use by a C++ compiler, and a killed build leaves a lock that every later run waits on without end; torch's come built.
     sharded: ZeRO hands each rank its part of every tensor.
     """
@@ -62,7 +62,7 @@ def build_optimizer(groups: list[dict[str, Any]], optim: Optim, *, fused: bool, 
     if optim.name == "lamb":
         optimizer = Lamb(groups, betas=optim.betas, sharded=sharded)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
     if optim.ema is not None:
         keep_average(optimizer, optim.ema)
     return optimizer

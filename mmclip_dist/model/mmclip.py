@@ -137,8 +137,8 @@ class MMCLIP(nn.Module):
         weights = self.config.loss
         paired = batch["report_id"] >= 0
         packing = self.text.pack(batch["token_mask"][paired])
+        prompts = self._prompt_features(batch["step"])  # [2C, D]; packed, too, before a GPU has other work to wait for
         reports = self.text(batch["tokens"][paired], batch["token_mask"][paired], packing)  # [n, T, D]
-        prompts = self._prompt_features(batch["step"])  # [2C, D]
         if embed_only:
             return self._embed(batch, reports, prompts, self._contrastive_view(batch))
         memory = self._text_memory(batch, paired, reports, prompts)

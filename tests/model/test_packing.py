@@ -183,6 +183,6 @@ def test_a_step_computes_fewer_tokens_than_padding_has(sets, tokenizer, batch: B
         layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     model(Batch(**(batch | cut)))
     real, whole = int(mask[paired].sum()), len(paired) * int(mask.sum(1).max())
-    plain, prompts, masked, decoded = (rows * columns for rows, columns in seen)
+    prompts, plain, masked, decoded = (rows * columns for rows, columns in seen)
     assert real <= plain == masked == decoded <= 0.8 * whole
     assert prompts <= model.prompt_tokens[0].numel()
