@@ -22,8 +22,8 @@ from mmclip_dist.engine.collective import sums
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.engine.health import Health
 from mmclip_dist.engine.preemption import StopRequest
+from mmclip_dist.engine.progress_log import ProgressLog
 from mmclip_dist.engine.quarantine import Quarantine
-from mmclip_dist.engine.run import MetricsLog
 
 VARIANT = "MMCLIP feature"
 SAMPLES = 4
@@ -93,12 +93,10 @@ class _Loop:
     """The loop's body of `train.py`, with a clock between its parts."""
 
     def __init__(self, engine: Any, config: Config, folder: Path, device: torch.device) -> None:
-        from mmclip_dist.train import ProgressLog  # which imports DeepSpeed's engine
-
         self.engine, self.config, self.device = engine, config, device
         self.quarantine = Quarantine(folder, config.data.max_bad_fraction)
         self.health, self.stop = Health(folder, config.health), StopRequest(folder)
-        self.log = ProgressLog(config, MetricsLog(folder, 0), 0)
+        self.log = ProgressLog(config.model_copy(update={"run_dir": str(folder)}), None, 0, device)
         self.times: list[list[float]] = []
 
     def step(self, batches: Iterator[Batch]) -> None:
