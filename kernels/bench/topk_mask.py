@@ -137,8 +137,8 @@ def measure(shape: Shape, count: int, seconds: float) -> Iterator[Row]:
         yield {
             "images": shape.images, "patches": shape.patches, "width": shape.width, "type": str(shape.dtype).split(".")[1],
             "mode": shape.mode, "scores": "one text vector" if shape.scored else "given", "implementation": name,
-            "forward ms": round(statistics.median(of_forward[name]), 3), "x first": round(relative[0][name], 2),
-            "backward ms": round(statistics.median(of_backward[name]), 3), "x first ": round(relative[1][name], 2),
+            "forward ms": round(statistics.median(of_forward[name]), 3), "forward x": round(relative[0][name], 2),
+            "backward ms": round(statistics.median(of_backward[name]), 3), "backward x": round(relative[1][name], 2),
             "extra MiB": round(extra_memory(prepare, name, shape, small=(name, small)) / 2**20, 1),
         }  # fmt: skip
 
@@ -155,7 +155,7 @@ def main() -> None:
         rows += measure(Shape(images, patches, 768, dtype, mode, scored), arguments.rounds, arguments.seconds)
     write_results(
         "topk_mask", rows,
-        notes=["`extra MiB`: the peak of forward and backward above the inputs. `x first`: median of the rounds' own ratios."],
+        notes=["`extra MiB`: the peak of forward and backward above the inputs. `x`: the median of the rounds' own ratios to the first."],
     )  # fmt: skip
 
 
