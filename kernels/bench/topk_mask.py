@@ -155,7 +155,8 @@ def main() -> None:
         rows += measure(Shape(images, patches, 768, dtype, mode, scored), arguments.rounds, arguments.seconds)
     write_results(
         "topk_mask", rows,
-        notes=["`extra MiB`: the peak of forward and backward above the inputs. `x`: the median of the rounds' own ratios to the first."],
+        notes=["`extra MiB`: the peak of forward and backward above the inputs.",
+               "`x`: the median of the rounds' own ratios to the first implementation."],
     )  # fmt: skip
 
 

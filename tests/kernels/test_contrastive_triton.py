@@ -4,22 +4,20 @@ Without a card they run in Triton's interpreter; the tests marked `gpu` need one
 test_contrastive.py.
 """
 
-import re
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
+from ahead_of_time import NAMED, Resources, compile_all, resources
 from contrastive_cases import cone, device_of, evaluate, features, meaning
 from mmclip_kernels import contrastive_loss, contrastive_triton, reference, tiles
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-on_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICE = device_of("triton")
 fused = partial(contrastive_loss, impl="triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -210,17 +208,13 @@ contrastive_loss(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(()), impl="tri
 
 # -- Compiled for cards that are not here ---------------------------------------------------------------------------------
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of one program at most, in bytes
 
-
-def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool) -> list[tuple[str, int, int, int]]:
-    """-> for each kernel its name, registers, bytes of them that spilled, and bytes of shared memory."""
-    import triton
-    from triton import knobs
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype_name]
+def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool) -> list[Resources]:
+    """The two sweeps."""
+    dtype = NAMED[dtype_name]
+    types = dict.fromkeys(("high", "wide", "width", "row_step"), "i32")
+    types |= dict.fromkeys(("image", "text", "slopes"), f"*{dtype_name}")
+    types |= {"exclude": "*i1", "row_ids": "*i64", "column_ids": "*i64"}
     found = []
     for kernel, tile in (
         (contrastive_triton._sweep_tile, tiles.sweep_tile(dtype, exclude)),
@@ -230,51 +224,27 @@ def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool) -> li
             "SIGMOID": mode == "sigmoid", "SOME_OUT": exclude, "WHOLE": True, "UPCAST": False,
             "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "column_step": 1,
         } | ({} if exclude else {"exclude": None})  # fmt: skip
-        numbers = dict.fromkeys(("high", "wide", "width", "row_step"), "i32")
-        features_of = dict.fromkeys(("image", "text", "slopes"), f"*{dtype_name}")
-        others = {"exclude": "*i1", "row_ids": "*i64", "column_ids": "*i64"}
-        types = numbers | features_of | others | dict.fromkeys(constants, "constexpr")
-        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-        aligned = {
-            (index,): [["tt.divisibility", 16]] for index, (name, kind) in enumerate(signature.items())
-            if kind != "constexpr" and name not in ("exclude", "high", "row_step")
-        }  # fmt: skip
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": tile.warps, "num_stages": tile.stages},
-        )  # fmt: skip
-        with tempfile.TemporaryDirectory() as folder:
-            binary = Path(folder, "kernel.cubin")
-            binary.write_bytes(compiled.asm["cubin"])
-            command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-        found.append((kernel.__name__, registers, spilled, compiled.metadata.shared))
+        found.append(resources(
+            kernel, types, constants, architecture, unaligned=("exclude", "high", "row_step"),
+            num_warps=tile.warps, num_stages=tile.stages,
+        ))  # fmt: skip
     return found
 
 
 def test_compiles_for_cards_without_spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # its default, named because 3.9 warns that it will change
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     cases = [
         (80, "bf16", "softmax", False), (80, "fp16", "sigmoid", True), (90, "fp32", "sigmoid", False),
         (90, "bf16", "softmax", False), (90, "bf16", "softmax", True), (90, "fp16", "sigmoid", False),
     ]  # fmt: skip
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.starmap(_compile, cases)
-    for case, kernels in zip(cases, found, strict=True):
-        for name, registers, spilled, shared in kernels:
-            print(*case, name, f"{registers} registers, {spilled} bytes spilled, {shared} bytes shared")
-            assert spilled == 0, (case, name, registers)
-            assert shared <= SHARED_MEMORY[case[0]], (case, name)
+    for case, kernels in zip(cases, compile_all(_compile, cases, tmp_path, monkeypatch), strict=True):
+        for kernel in kernels:
+            assert kernel.spilled == 0, (case, kernel)
 
 
 # -- On a card ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
-@on_card
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [512, 768, 1000])
 @pytest.mark.parametrize("rows", [1000, 32771])
@@ -291,7 +261,6 @@ def test_large_sizes_on_a_card(rows: int, width: int, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.gpu
-@on_card
 def test_memory_is_bounded_on_a_card() -> None:
     """At most 128 MiB and the features' gradients in float32, before they are handed back in the features' type."""
     rows, width = 65536, 512
@@ -306,7 +275,6 @@ def test_memory_is_bounded_on_a_card() -> None:
 
 
 @pytest.mark.gpu
-@on_card
 def test_compiles_into_one_graph_on_a_card() -> None:
     given_ones = (*cone(300, 64, 0, torch.bfloat16), torch.tensor(3.0))
 
