@@ -78,14 +78,14 @@ def memory(setup: Setup, choice: Choice) -> Memory:
     inside = cost.fullest(found, number, most_gradients=growing)
     inside = replace(inside, gradients=inside.gradients + held)
     end = cost.Moment(0.0, 0.0, reduced, held + growing)
-    # Gradients of the step in float32, and what an unfused Adam computes beside them.
+    # Gradients of the step in float32; AdamW itself steps in one pass, with nothing beside them.
     cast = 4.0 * (0 if choice.zero_stage == 0 and number == 4 else 1) * sharded
-    unfused = 0.0 if setup.fused or choice.zero_stage == 0 else 8.0 * sharded
     if choice.offload_optimizer:
-        cast = unfused = 0.0
-    flattened = cost.Moment(0.0, 0.0, cast, number * sharded)
+        cast = 0.0
+    # In half precision they are laid end to end first, and made float32 then.
+    flattened = cost.Moment(0.0, 0.0, cast + (number * sharded if cast and number == 2 else 0.0), number * sharded)
     # Stage 1 has let go of the gradients themselves by then.
-    updated = cost.Moment(0.0, 0.0, cast + unfused, 0.0 if choice.zero_stage == 1 else number * sharded)
+    updated = cost.Moment(0.0, 0.0, cast, 0.0 if choice.zero_stage == 1 else number * sharded)
     # ZeRO-3 lets go of gathered weights before it steps.
     moments = (inside, weights + gathered), (end, weights + gathered), (flattened, weights), (updated, weights)
     most, weights = max(moments, key=lambda moment: moment[0].total + moment[1])

@@ -51,7 +51,7 @@ class Choice:
 @dataclass(frozen=True)
 class Setup:
     """A run and its machines. bucket: parameters that DeepSpeed reduces together. overlap: communication beside backward work,
-    None: DeepSpeed's default (stage 3 alone). fused: AdamW in one kernel, as on every GPU."""
+    None: DeepSpeed's default (stage 3 alone)."""
 
     config: Config
     corpus: Corpus
@@ -61,7 +61,6 @@ class Setup:
     mfu: float
     bucket: float = BUCKET
     overlap: bool | None = None
-    fused: bool = True
 
     @property
     def nodes(self) -> int:

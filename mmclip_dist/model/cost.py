@@ -15,6 +15,7 @@ tests/model/test_cost.py against what is really allocated:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -264,20 +265,30 @@ class Moment:
 
 
 def fullest(found: tuple[Piece, ...], number: int, *, most_gradients: float) -> Moment:
-    """Walk the backward pass: what is kept shrinks layer by layer while gradients appear, up to `most_gradients` bytes."""
+    """Walk the backward pass: what is kept shrinks layer by layer while gradients appear, up to `most_gradients` bytes.
+
+    Beyond those lie the gradients of weights that serve several passes (the text encoder, the ViT in split mode): they wait
+    whole for the last of them, and nothing can be reduced before.
+    """
     kept = {"activations": 0.0, "loss": 0.0}
     for piece in found:
         kept[piece.kind] += piece.saved * piece.layers
-    gradients, top = 0.0, Moment(0.0, 0.0, 0.0, 0.0)
+    left = Counter(piece.shares or piece.name for piece in found)
+    gradients = waiting = 0.0
+    top = Moment(0.0, 0.0, 0.0, 0.0)
     seen: set[str] = set()
     for piece in reversed(found):
         weights = piece.shares or piece.name
+        left[weights] -= 1
         for _ in range(piece.layers):
-            moment = Moment(kept["activations"], kept["loss"], piece.work, min(gradients, most_gradients))
-            top = max(top, moment, key=lambda m: m.total)
+            there = waiting + min(gradients - waiting, most_gradients)
+            top = max(top, Moment(kept["activations"], kept["loss"], piece.work, there), key=lambda m: m.total)
             kept[piece.kind] -= piece.saved
-            gradients += 0 if weights in seen else piece.parameters * number
+            if weights not in seen:
+                gradients += piece.parameters * number
+                waiting += piece.parameters * number if left[weights] else 0.0
+            elif not left[weights]:
+                waiting -= piece.parameters * number
         seen.add(weights)
     end = Moment(0.0, 0.0, 0.0, min(gradients, most_gradients))
     return max(top, end, key=lambda m: m.total)
-

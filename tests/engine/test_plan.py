@@ -68,15 +68,15 @@ def allocated(cases: list[dict[str, Any]], ranks: int, devices: str = "") -> lis
     return values
 
 
-def planned(case: dict[str, Any], ranks: int, *, fused: bool = False) -> float:
+def planned(case: dict[str, Any], ranks: int) -> float:
     config = config_of(*case["overrides"], batch=case["batch"] * ranks, precision=case["precision"])
     corpus = Corpus(case["tokens"], case["masked"], 1.0, load_of(config).prompts // 2, PROMPT_TOKENS, VOCABULARY)
-    setup = Setup(config, corpus, card_named("h100"), ranks, 8, 0.2, bucket=BUCKET, overlap=False, fused=fused)
+    setup = Setup(config, corpus, card_named("h100"), ranks, 8, 0.2, bucket=BUCKET, overlap=False)
     return memory(setup, replace(configured(config, ranks), zero_stage=case["stage"])).allocated
 
 
-def check(cases: list[dict[str, Any]], found: list[int], ranks: int, *, fused: bool = False) -> None:
-    ratios = [planned(case, ranks, fused=fused) / size for case, size in zip(cases, found, strict=True)]
+def check(cases: list[dict[str, Any]], found: list[int], ranks: int) -> None:
+    ratios = [planned(case, ranks) / size for case, size in zip(cases, found, strict=True)]
     for ratio, case in zip(ratios, cases, strict=True):
         print(f"planned / allocated {ratio:.3f} on {ranks} ranks: {case}")
     assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
@@ -102,7 +102,7 @@ def test_memory_is_what_a_gpu_allocates() -> None:
         "batch": 64, "tokens": 40, "masked": 10, "precision": "bf16",
     }  # fmt: skip
     cases = [big | {"stage": stage} for stage in range(4)]
-    check(cases, allocated(cases, 1, devices="0"), 1, fused=True)
+    check(cases, allocated(cases, 1, devices="0"), 1)
 
 
 BIG = ("optim.global_batch=4096", "data.streams=4096")
