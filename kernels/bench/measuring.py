@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -77,8 +78,9 @@ def extra_memory(prepare: Callable[..., Case], *arguments: object, small: Sequen
         case(0)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_resident, (torch.get_num_threads(), prepare, arguments, small))
+    # Not a Pool: it waits without end for a worker that died.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_resident, torch.get_num_threads(), prepare, arguments, small).result()
 
 
 def _resident(threads: int, prepare: Callable[..., Case], arguments: Sequence[object], small: Sequence[object]) -> int:

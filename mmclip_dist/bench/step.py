@@ -21,6 +21,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -193,8 +194,9 @@ def _resident(field: str) -> int:
 
 def in_a_process(call: Callable[..., Any], *arguments: object) -> Any:
     """call(*arguments) in a process of its own: memory, process groups and watchdogs end with it."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(call, arguments)
+    # Not a Pool: that ends its workers by SIGTERM, which one that ran our loop takes for a request to stop, and stays.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 # -- Results ------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_the_command_writes_both_tables(tmp_path: Path) -> None:
         "import pathlib, sys; from mmclip_dist.bench import step; step.RESULTS = pathlib.Path(sys.argv[1]); "
         "step.main(['--shape', 'tiny', '--rounds', '1'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=os.environ, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     (found,) = tmp_path.glob("*.json")
     result = json.loads(found.read_text())
