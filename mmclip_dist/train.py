@@ -15,25 +15,24 @@ import torch
 import torch.distributed as dist
 from mmclip_kernels import check_impl
 
+from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import to_device
 from mmclip_dist.data.example import MissingSidecar
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.data.training import open_training_data
-from mmclip_dist.engine import preemption, watchdog
-from mmclip_dist.engine.checkpoint_folder import Meta
-from mmclip_dist.engine.collective import agreed, first_rank_does, sums
+from mmclip_dist.engine import watchdog
+from mmclip_dist.engine.collective import agreed, first_rank_does
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
-from mmclip_dist.engine.health import Health
-from mmclip_dist.engine.orphans import exit_with_launcher
-from mmclip_dist.engine.preemption import StopRequest
-from mmclip_dist.engine.progress_log import open_log
-from mmclip_dist.engine.quarantine import Quarantine
-from mmclip_dist.engine.run import describe, locked
-from mmclip_dist.engine.trackers import check_trackers
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.model.build import build_model
+from mmclip_dist.run.folder import describe, locked
+from mmclip_dist.run.guard import Guard
+from mmclip_dist.run.log import open_log
+from mmclip_dist.run.orphans import exit_with_launcher
+from mmclip_dist.run.stop import EXIT_CODE, StopRequest
+from mmclip_dist.run.trackers import check_trackers
 
 
 def train(config: Config, stop: StopRequest) -> bool:
@@ -42,7 +41,7 @@ def train(config: Config, stop: StopRequest) -> bool:
     True: to the end. False: until a stop was requested; starting again goes on.
     """
     rank, world, device = join_ranks(config)
-    from mmclip_dist.engine.checkpoints import Checkpoints  # imports DeepSpeed, which had to be set up first
+    from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which had to be set up first
 
     run_dir, first = Path(config.run_dir), rank == 0
     ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
@@ -59,7 +58,7 @@ def train(config: Config, stop: StopRequest) -> bool:
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)
         batches = data.batches(rank, world, step)
-        quarantine, health = Quarantine(run_dir, config.data.max_bad_fraction), Health(run_dir, config.health)
+        guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
         log = held.enter_context(open_log(config, step, device))
         if first:
             print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
@@ -71,20 +70,15 @@ def train(config: Config, stop: StopRequest) -> bool:
             losses = forward_backward(engine, to_device(batch, device), config)
             engine.step()  # none, on all ranks, if a gradient of any is not finite
             step += 1
-            told = sums(
-                device, stop=stop.wanted(), writing=checkpoints.writing, loss=weighted_sum(losses, config.loss).detach(),
-                replaced=len(batch["replaced"]), seen=len(batch["keys"]),
-            )  # fmt: skip
-            stop.agreed = told["stop"] > 0
-            quarantine.count(batch, step, replaced=told["replaced"], seen=told["seen"])
-            health.check(step, batch["keys"], told["loss"] / world, applied=engine.was_step_applied())
+            loss = weighted_sum(losses, config.loss)
+            guard.after_step(step, batch, loss, applied=engine.was_step_applied(), writing=checkpoints.writing)
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
                 log.write(step, losses, rate, engine)
             scores = None
             if evaluation and evaluation.due(step) and not stop.agreed:
                 scores = evaluation.scores(engine, stop)
                 log.evaluated(step, scores)
-            if not told["writing"]:
+            if not guard.writing:
                 checkpoints.publish()
             if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
                 score = scores.get("macro") if scores else None
@@ -106,7 +100,7 @@ def join_ranks(config: Config) -> tuple[int, int, torch.device]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2 with one line for what a user can mend, `preemption.EXIT_CODE` after a stop on request."""
+    """Exit code 2 with one line for what a user can mend, `stop.EXIT_CODE` after a stop on request."""
     arguments = [word for word in arguments if not word.startswith("--local_rank")]
     try:
         if not arguments:
@@ -114,7 +108,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(arguments[0], arguments[1:])
         stop = StopRequest(Path(config.run_dir))
         exit_with_launcher(stop.ask)
-        return 0 if train(config, stop) else preemption.EXIT_CODE
+        return 0 if train(config, stop) else EXIT_CODE
     except (ValueError, MissingSidecar) as error:
         if "MMCLIP_DEBUG" in os.environ:
             raise

@@ -16,16 +16,16 @@ import torch
 # stands before every import that may lead there; processes that tests start inherit it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from mmclip_shards.datasets.synthetic_set import pack_synthetic
+from mmclip_shards.datasets.synthetic.set import pack_synthetic
 from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import encode_npy
 from mmclip_shards.writer import write_shard
-from object_store.fixtures import faulty, s3  # noqa: F401 (fixtures)
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
+from tests.object_store import faulty, s3  # noqa: F401 (fixtures)
 
 REAL_DATA = Path(os.environ.get("MMCLIP_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from mmclip_dist import train
-from mmclip_dist.engine import checkpoint_writer, gradient_cache
-from mmclip_dist.engine.progress_log import ProgressLog
+from mmclip_dist.checkpoint import writer
+from mmclip_dist.engine import gradient_cache
 from mmclip_dist.evaluate import zeroshot
+from mmclip_dist.run.log import ProgressLog
 
 STEP_S = 0.2
 ROUND_S = 2.5  # of an evaluation, which then takes 30 s
@@ -50,24 +51,24 @@ def main(arguments: list[str]) -> int:
         weighted_sum, calls = gradient_cache.weighted_sum, count(1)
         gradient_cache.weighted_sum = lambda *sums: weighted_sum(*sums) + (torch.inf if next(calls) >= 5 else 0.0)
     if fault == "slow save" and os.environ["RANK"] == "1":
-        read_back = checkpoint_writer.read_back
+        read_back = writer.read_back
 
         def forever(path: Path, wanted: Any = None) -> Any:
             (path.parent.parent.parent / "saving").touch()
             time.sleep(600)
             return read_back(path, wanted)
 
-        checkpoint_writer.read_back = forever
+        writer.read_back = forever
     if fault == "full disk":  # from the second checkpoint on, no file may be larger
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        save = checkpoint_writer.save_verified
+        save = writer.save_verified
 
         def full(state: Any, path: Path) -> Any:
             if "step-00000004" not in str(path) and os.environ["RANK"] == "1":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
             return save(state, path)
 
-        checkpoint_writer.save_verified = full
+        writer.save_verified = full
     return train.main(arguments)
 
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from mmclip_launch.quickstart import Job, Synthetic, quickstart
 
+from mmclip_dist.checkpoint.folder import checkpoint_path, newest_checkpoint
 from mmclip_dist.config import load_config
-from mmclip_dist.engine.checkpoint_folder import checkpoint_path, newest_checkpoint
-from mmclip_dist.engine.run import read_metrics
+from mmclip_dist.run.metrics import read_metrics
 from tests.conftest import TINY, TRAIN, wait_for
 
 pytestmark = pytest.mark.slow

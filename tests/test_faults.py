@@ -20,10 +20,10 @@ from mmclip_launch.deepspeed_command import accelerator_environment, train_comma
 from mmclip_launch.processes import environment
 from safetensors.torch import load_file
 
-from mmclip_dist.engine.checkpoint_folder import checkpoint_path, checkpoints_of, fault
-from mmclip_dist.engine.preemption import EXIT_CODE, STOP_FILE, STOPPED
+from mmclip_dist.checkpoint.folder import checkpoint_path, checkpoints_of, fault
+from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
 from tests.conftest import wait_for
-from tests.test_training import final_weights, last_step, losses, run_training
+from tests.launched import final_weights, last_step, losses, run_training
 
 pytestmark = pytest.mark.slow
 

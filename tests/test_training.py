@@ -18,31 +18,15 @@ from mmclip_launch.processes import environment
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
 from mmclip_shards.writer import ShardWriter
-from safetensors.torch import load_file
 
-from mmclip_dist.engine.checkpoint import load_model
-from mmclip_dist.engine.checkpoint_folder import checkpoint_path, read_meta
-from mmclip_dist.engine.run import EVALUATIONS, read_metrics
+from mmclip_dist.checkpoint.folder import checkpoint_path, read_meta
+from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.evaluate.zeroshot import zero_shot
+from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
 from tests.conftest import TRAIN, wait_for
+from tests.launched import final_weights, last_step, losses, run_training
 
 pytestmark = pytest.mark.slow
-
-
-def run_training(
-    overrides: list[str], ranks: int = 2, check: bool = True, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    env = environment(accelerator_environment() | variables)
-    found = subprocess.run(
-        train_command("quickstart", overrides, ranks), env=env, capture_output=True, text=True, timeout=240
-    )
-    assert not check or found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    return found
-
-
-def final_weights(run: Path, step: int = 12) -> dict[str, bytes]:
-    weights = load_file(checkpoint_path(run, step) / "model.safetensors")
-    return {name: value.numpy().tobytes() for name, value in weights.items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +34,6 @@ def unbroken(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("unbroken") / "run"
     run_training([*sets.overrides(run), *TRAIN])
     return run
-
-
-def losses(run: Path) -> list[dict]:
-    return [{"step": row["step"], **row["loss"]} for row in read_metrics(run)]
 
 
 def test_resume_equals_no_interruption_bit_for_bit(sets, unbroken: Path, tmp_path: Path) -> None:
@@ -92,11 +72,6 @@ def test_killed_again_and_again_it_ends_in_the_same_weights(sets, tmp_path: Path
     run_training([*sets.overrides(run), *often])
     assert final_weights(run, steps) == final_weights(whole, steps)
     assert losses(run) == losses(whole)
-
-
-def last_step(run: Path) -> int:
-    rows = read_metrics(run)
-    return rows[-1]["step"] if rows else 0
 
 
 def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:

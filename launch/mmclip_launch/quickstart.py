@@ -15,18 +15,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmclip_shards.datasets.synthetic_set import pack_synthetic
+from mmclip_shards.datasets.synthetic.set import pack_synthetic
 from mmclip_shards.manifest import find_split, load_manifest
 from mmclip_shards.storage import exists, list_folder, read_bytes, write_atomic
 
-from mmclip_dist.cli import progress_bar
+from mmclip_dist.commands.progress import progress_bar
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.loader import build_order
 from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
-from mmclip_dist.engine.orphans import OWNER
-from mmclip_dist.engine.preemption import EXIT_CODE
-from mmclip_dist.engine.run import locked, read_metrics
+from mmclip_dist.run.folder import locked
+from mmclip_dist.run.metrics import read_metrics
+from mmclip_dist.run.orphans import OWNER
+from mmclip_dist.run.stop import EXIT_CODE
 from mmclip_launch.deepspeed_command import accelerator_environment, check_ranks, local_ranks, train_command
 from mmclip_launch.processes import child, environment, last_lines
 from mmclip_launch.ray_jobs import cores, local_cluster, run_jobs

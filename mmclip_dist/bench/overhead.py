@@ -18,12 +18,10 @@ import torch
 from mmclip_dist.bench.variants import SHAPES, AdamW, Sample, build, loss_of, make_sample, seconds
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch, to_device
-from mmclip_dist.engine.collective import sums
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
-from mmclip_dist.engine.health import Health
-from mmclip_dist.engine.preemption import StopRequest
-from mmclip_dist.engine.progress_log import ProgressLog
-from mmclip_dist.engine.quarantine import Quarantine
+from mmclip_dist.run.guard import Guard
+from mmclip_dist.run.log import ProgressLog
+from mmclip_dist.run.stop import StopRequest
 
 VARIANT = "MMCLIP feature"
 SAMPLES = 4
@@ -94,8 +92,7 @@ class _Loop:
 
     def __init__(self, engine: Any, config: Config, folder: Path, device: torch.device) -> None:
         self.engine, self.config, self.device = engine, config, device
-        self.quarantine = Quarantine(folder, config.data.max_bad_fraction)
-        self.health, self.stop = Health(folder, config.health), StopRequest(folder)
+        self.guard = Guard(folder, StopRequest(folder), config.health, config.data.max_bad_fraction, device)
         self.log = ProgressLog(config.model_copy(update={"run_dir": str(folder)}), None, 0, device)
         self.times: list[list[float]] = []
 
@@ -114,12 +111,8 @@ class _Loop:
         engine.step()
         marks.append(seconds(device))
         step += 1
-        told = sums(
-            device, stop=self.stop.wanted(), writing=0, loss=weighted_sum(losses, config.loss).detach(),
-            replaced=len(batch["replaced"]), seen=len(batch["keys"]),
-        )  # fmt: skip
-        self.quarantine.count(batch, step, replaced=told["replaced"], seen=told["seen"])
-        self.health.check(step, batch["keys"], told["loss"], applied=engine.was_step_applied())
+        loss = weighted_sum(losses, config.loss)
+        self.guard.after_step(step, batch, loss, applied=engine.was_step_applied(), writing=False)
         if step % config.log_every == 0 or step == 1:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.log.write(step, losses, rate, engine)

@@ -113,7 +113,7 @@ def counted(model: MMCLIP, variant: str, samples: Sequence[Sample]) -> tuple[dic
     Prompts, padding where there is any, and room left in packed rows are counted like any other token.
     """
     stacks: dict[str, nn.ModuleList] = {
-        "image tokens": model.vision.layers, "text tokens": model.text.layers,
+        "image tokens": model.image.layers, "text tokens": model.text.layers,
         "image decoder tokens": model.image_decoder.layers, "text decoder tokens": model.text_decoder.layers,
     }  # fmt: skip
     tokens = dict.fromkeys(stacks, 0)

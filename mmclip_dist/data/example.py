@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, EntMLM
 from mmclip_dist.data.batch import Example
+from mmclip_dist.data.entity_mask import masked_tokens
 from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, decode_image, random_crop
-from mmclip_dist.model.masking import masked_tokens
 
 _UNKNOWN = -1
 

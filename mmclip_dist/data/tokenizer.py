@@ -15,7 +15,7 @@ from mmclip_shards.reader import iterate
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mmclip_dist.model.prompts import load_prompts
+from mmclip_dist.data.prompts import load_prompts
 
 _SPECIAL = {
     "pad_token": "[PAD]",

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from mmclip_dist.config import Config
-from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.health import skip_non_finite
+from mmclip_dist.engine import deepspeed_inside, watchdog
+from mmclip_dist.engine.finite import skip_non_finite
+from mmclip_dist.engine.layer_execution import checkpoint_activations, compile_encoders
 from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
-from mmclip_dist.model.layers import checkpoint_activations, compile_encoders
 from mmclip_dist.model.mmclip import MMCLIP
 
 _AFTER_WATCHDOG_S = 30.0  # that the process group waits longer: its message names neither rank nor step
@@ -28,7 +28,7 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     optim, offload = config.optim, config.offload
     share = optim.global_batch // world
     micro = min(optim.micro_batch or share, share)
-    if config.precision == "fp16" and not (gpu or _multiplies_fp16()):
+    if config.precision == "fp16" and not (gpu or deepspeed_inside.multiplies_fp16()):
         raise ValueError(
             "precision=fp16 on a CPU needs AVX512-FP16 (oneDNN multiplies float16 with nothing less, and DeepSpeed refuses "
             "without), which this one lacks: set precision=bf16 or fp32, or train on a GPU"
@@ -54,11 +54,6 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     return _merge(derived, config.deepspeed)
 
 
-def _multiplies_fp16() -> bool:
-    """What DeepSpeed asks of a CPU before it takes fp16 (cpu_accelerator.py, is_fp16_supported)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-
-
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
@@ -82,14 +77,10 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+    deepspeed_inside.check_version()
     import deepspeed
-    import deepspeed.ops
 
-    # DeepSpeed's shared-memory op serves inference on CPUs alone. Joining would compile it (a compiler for nothing, and a
-    # killed build leaves a lock file that every later run waits on without end) and map 66 MiB of /dev/shm per rank that
-    # no process ever removes, killed or not. Marked as not available, it is left out (DeepSpeed 0.19, comm/torch.py).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
+    deepspeed_inside.leave_out_shared_memory_op()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)

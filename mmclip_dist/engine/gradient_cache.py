@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmclip_dist.config import Config, Loss
 from mmclip_dist.data.batch import Batch, split_batch
-from mmclip_dist.engine.health import poisoned
+from mmclip_dist.engine.finite import poisoned
 from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part, sum_over_ranks
 

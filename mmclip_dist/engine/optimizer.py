@@ -42,7 +42,7 @@ def layer_scales(model: MMCLIP, layer_decay: float) -> dict[nn.Parameter, float]
     """
     return {
         parameter: layer_decay ** (len(encoder.layers) + 1 - depth)
-        for encoder in (model.vision, model.text)
+        for encoder in (model.image, model.text)
         for depth, module in enumerate([encoder.embeddings, *encoder.layers])
         for parameter in module.parameters()
     }

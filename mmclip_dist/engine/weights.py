@@ -10,12 +10,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmclip_dist.engine import deepspeed_inside
 from mmclip_dist.engine.optimizer import AVERAGE
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """The optimizer's own float32 weights, and buffers, by their names in `state_dict`: on the first rank's CPU, {} elsewhere."""
-    first, masters = dist.get_rank() == 0, _masters(engine)
+    first, masters = dist.get_rank() == 0, deepspeed_inside.masters(engine)
     parameters = dict(engine.module.named_parameters())
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -26,14 +27,6 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
         state = engine.module.state_dict()
         found |= {name: value.detach().float().cpu().contiguous() for name, value in state.items() if name not in parameters}
     return found
-
-
-def _masters(engine: Any) -> dict[nn.Parameter, Tensor]:
-    """At stage 0 in half precision: the float32 weight of each parameter. ZeRO keeps its own account of them."""
-    if engine.zero_optimization_stage() > 0 or not hasattr(engine.optimizer, "fp32_groups"):
-        return {}
-    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-    return {half: master for halves, masters in pairs for half, master in zip(halves, masters, strict=True)}
 
 
 def _whole(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tensor:
@@ -54,14 +47,14 @@ def averaged_weights(engine: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def averaged(engine: Any) -> Iterator[None]:
-    """The model computes with the average of the weights inside, and with the very weights of before after it."""
+    """Use averaged weights inside the block; restore the originals exactly afterwards."""
     _exchange(engine)
-    _refresh(engine)
+    deepspeed_inside.refresh_weights(engine)
     try:
         yield
     finally:
         _exchange(engine)
-        _refresh(engine)
+        deepspeed_inside.refresh_weights(engine)
 
 
 def _exchange(engine: Any) -> None:
@@ -73,22 +66,6 @@ def _exchange(engine: Any) -> None:
             state[AVERAGE].copy_(held)
 
 
-def _refresh(engine: Any) -> None:
-    """Bring the weights that the model computes with up to date with the optimizer's, as DeepSpeed does after a step."""
-    optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
-    if stage == 3:
-        optimizer._partition_all_parameters()
-        for number in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(number)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-    elif stage > 0:
-        optimizer.update_lp_params()
-    else:
-        for half, master in _masters(engine).items():
-            half.data.copy_(master)
-
-
 def temperature(engine: Any) -> float:
     """The model's temperature, from the optimizer's float32 weight.
 
@@ -96,5 +73,6 @@ def temperature(engine: Any) -> float:
     backward pass would fail.
     """
     model = engine.module
-    learned = _whole(model.log_scale, _masters(engine)).detach().float().clamp(max=math.log(model.config.model.max_scale))
+    learned = _whole(model.log_scale, deepspeed_inside.masters(engine)).detach().float()
+    learned = learned.clamp(max=math.log(model.config.model.max_scale))
     return float(learned.neg().exp())

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from mmclip_dist.config import Config
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import gathered
-from mmclip_dist.engine.preemption import StopRequest
 from mmclip_dist.engine.weights import averaged
 from mmclip_dist.evaluate.metrics import per_class_auc
 from mmclip_dist.evaluate.zeroshot import Evaluation, Scored, labelled_sets
+from mmclip_dist.run.stop import StopRequest
 
 
 class EvaluationDuringTraining:

@@ -18,14 +18,14 @@ from mmclip_shards.storage import write_atomic
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mmclip_dist.checkpoint.folder import read_meta, resolve_checkpoint, weights_hash
+from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Example, collate
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.engine.checkpoint import load_model
-from mmclip_dist.engine.checkpoint_folder import read_meta, resolve_checkpoint, weights_hash
+from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
 from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc
 from mmclip_dist.model.mmclip import MMCLIP
-from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
 
 _BATCH = 128
 

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config
+from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
 from mmclip_dist.model.mmclip import MMCLIP
-from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
 
 
 def build_model(

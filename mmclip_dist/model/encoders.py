@@ -13,7 +13,7 @@ from mmclip_dist.config import ImageEncoder, TextEncoder
 from mmclip_dist.model.packing import Packing
 
 
-class VisionEncoder(nn.Module):
+class ImageTower(nn.Module):
     """ViT over single-channel radiographs. It has no use for a [CLS] token: features are pooled over patches, so that a
     patch and a whole image live in one space and attention scores need no training of their own."""
 
@@ -53,11 +53,11 @@ class VisionEncoder(nn.Module):
         return layers
 
 
-class ReportEncoder(nn.Module):
+class TextTower(nn.Module):
     """BERT-family encoder of reports and prompts, several of which share a row: padding is not computed."""
 
     def __init__(self, config: TextEncoder, vocabulary: int, stored: Path | None = None) -> None:
-        """vocabulary: tokens of the tokenizer. stored: as in `VisionEncoder`."""
+        """vocabulary: tokens of the tokenizer. stored: as in `ImageTower`."""
         super().__init__()
         if stored:
             self.bert = AutoModel.from_config(AutoConfig.from_pretrained(stored), add_pooling_layer=False)
@@ -148,7 +148,7 @@ _CANNOT_PACK = (
 
 
 @torch.no_grad()
-def _check_packing(encoder: ReportEncoder, name: str) -> None:
+def _check_packing(encoder: TextTower, name: str) -> None:
     """ValueError if texts in one row are not encoded as each is alone: sliding windows, mixing without attention, ..."""
     tokens = encoder.bert.config.vocab_size - 1 - torch.arange(5).expand(3, -1)
     mask = torch.arange(5) < torch.tensor([[5], [2], [3]])

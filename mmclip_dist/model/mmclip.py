@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.model.decoders import CrossDecoder
-from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder, pool
+from mmclip_dist.model.encoders import ImageTower, TextTower, pool
 from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
 from mmclip_dist.model.masking import patch_pixels, ranked_or_drawn
 from mmclip_dist.model.packing import Packing
@@ -39,7 +39,7 @@ from mmclip_dist.model.packing import Packing
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the vision encoder made of a batch, and what AttMIM hid of it.
+    """What the image encoder made of a batch, and what AttMIM hid of it.
 
     seen [B, K, D]: features of every encoded patch. embedding [B, E]: of the contrastive view.
     query [B, P, D], masked [B, P]: the decoder's input and what it must rebuild; None without AttMIM.
@@ -101,20 +101,20 @@ class MMCLIP(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.vision = VisionEncoder(config.model.image, stored and stored / "image")
-        self.text = ReportEncoder(config.model.text, vocabulary, stored and stored / "text")
-        self.image_head = nn.Linear(self.vision.width, config.model.embed, bias=False)
+        self.image = ImageTower(config.model.image, stored and stored / "image")
+        self.text = TextTower(config.model.text, vocabulary, stored and stored / "text")
+        self.image_head = nn.Linear(self.image.width, config.model.embed, bias=False)
         self.text_head = nn.Linear(self.text.width, config.model.embed, bias=False)
         # Shape [1]: ZeRO cannot partition a 0-dim parameter in bf16 under gloo.
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / config.model.temperature)))
-        self.mask_token = nn.Parameter(torch.randn(1, 1, self.vision.width) * 0.02)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, self.image.width) * 0.02)
         patches, patch = config.model.image.grid**2, config.model.image.patch
         self.image_decoder = CrossDecoder(
-            config.attmim.decoder, query_width=self.vision.width, memory_width=self.text.width,
+            config.attmim.decoder, query_width=self.image.width, memory_width=self.text.width,
             output_width=patch**2, max_length=patches,
         )  # fmt: skip
         self.text_decoder = CrossDecoder(
-            config.entmlm.decoder, query_width=self.text.width, memory_width=self.vision.width,
+            config.entmlm.decoder, query_width=self.text.width, memory_width=self.image.width,
             output_width=vocabulary, max_length=config.model.text.max_tokens,
         )  # fmt: skip
         self.register_buffer("prompt_tokens", prompt_tokens, persistent=False)
@@ -122,7 +122,7 @@ class MMCLIP(nn.Module):
 
     def save_shapes(self, folder: Path) -> None:
         """Write what `stored` needs: a checkpoint must not depend on the folder or hub that its encoders came from."""
-        self.vision.vit.config.save_pretrained(folder / "image")
+        self.image.vit.config.save_pretrained(folder / "image")
         self.text.bert.config.save_pretrained(folder / "text")
 
     # -- The objective --------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class MMCLIP(nn.Module):
     def _rebuild_image(self, batch: Batch, memory: TextMemory, query: Tensor, masked: Tensor) -> Tensor:
         """AttMIM: normalised pixels of the masked patches, from the rest and the text."""
         features = self.image_decoder(query, memory.features, memory.present)
-        target = patch_pixels(batch["image"], self.vision.patch)
+        target = patch_pixels(batch["image"], self.image.patch)
         return masked_mean_square(self.image_decoder.head(features), target, masked)
 
     def _rebuild_entities(
@@ -199,7 +199,7 @@ class MMCLIP(nn.Module):
         patches = self._patches(batch)
         if self._splits(batch["step"]):
             return self._encode_views(batch, patches)
-        seen = self.vision.encode(patches)
+        seen = self.image.encode(patches)
         unmasked = self.config.attmim.mode == "split"
         if not self.config.loss.image or unmasked:
             return ImageFeatures(seen, self._embed_image(seen.mean(1)), None, None)
@@ -209,7 +209,7 @@ class MMCLIP(nn.Module):
     def _encode_views(self, batch: Batch, patches: Tensor) -> ImageFeatures:
         """Split mode: each patch enters the encoder once at most, in one of two views."""
         views = self._views(batch, patches)
-        salient, context = self.vision.encode(views.salient), self.vision.encode(views.context)
+        salient, context = self.image.encode(views.salient), self.image.encode(views.context)
         query = self.mask_token.expand_as(patches).scatter(1, views.ids_context[:, :, None].expand_as(context), context)
         return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, views.mask)
 
@@ -218,10 +218,10 @@ class MMCLIP(nn.Module):
         patches = self._patches(batch)
         if self._splits(batch["step"]):
             patches = self._views(batch, patches).salient
-        return self._embed_image(self.vision.encode(patches).mean(1))
+        return self._embed_image(self.image.encode(patches).mean(1))
 
     def _patches(self, batch: Batch) -> Tensor:
-        return self.vision.embed(batch["image"].to(self.mask_token.dtype))
+        return self.image.embed(batch["image"].to(self.mask_token.dtype))
 
     def _splits(self, step: int) -> bool:
         """Whether this step encodes two views: in split mode, but for the unmasked steps at the end."""
@@ -305,7 +305,7 @@ class MMCLIP(nn.Module):
 
     def embed_images(self, image: Tensor) -> Tensor:
         """image [B, 1, S, S] -> embeddings of whole images [B, E], L2-normalised."""
-        return self._embed_image(self.vision.encode(self.vision.embed(image.to(self.mask_token.dtype))).mean(1))
+        return self._embed_image(self.image.encode(self.image.embed(image.to(self.mask_token.dtype))).mean(1))
 
     def embed_texts(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> embeddings [N, E], L2-normalised."""
@@ -316,7 +316,7 @@ class MMCLIP(nn.Module):
         paired = batch["report_id"] >= 0
         reports = self.text(batch["tokens"][paired], batch["token_mask"][paired])
         memory = self._text_memory(batch, paired, reports, self._prompt_features(0))
-        seen = self.vision.encode(self.vision.embed(batch["image"]))
+        seen = self.image.encode(self.image.embed(batch["image"]))
         side = self.config.model.image.grid
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))
 

@@ -38,7 +38,7 @@ class Packing:
         """The packing of texts with mask [N, T] bool (True: a token) for an encoder of `width`. On a GPU it waits for the mask:
         call it before the model's own work is queued, and use it for every pass over the same texts.
 
-        A text without a token takes no place. One row is left where no text has any: see `ReportEncoder`.
+        A text without a token takes no place. One row is left where no text has any: see `TextTower`.
         """
         present = mask.cpu().numpy()
         lengths = present.sum(1)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from mmclip_dist.checkpoint.folder import resolve_checkpoint, weights_hash
 from mmclip_dist.config import config_hash
-from mmclip_dist.engine.checkpoint_folder import resolve_checkpoint, weights_hash
 from mmclip_dist.offline.stage import Maker, Stage
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from mmclip_shards.schema import encode_npy
 
+from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.batch import Example, collate, to_device
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.engine.checkpoint import load_model
 from mmclip_dist.offline.stage import Maker, Members
 
 

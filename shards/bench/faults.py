@@ -28,13 +28,10 @@ from mmclip_shards.chunks import ChunkReader, Reading
 from mmclip_shards.faults import Patience
 from mmclip_shards.manifest import MANIFEST_NAME, load_index, load_manifest
 from mmclip_shards.reader import ShardReader
+from mmclip_shards.testing.fault_proxy import Fault, FaultProxy, on_reads
+from mmclip_shards.testing.s3_faults import Places, faults, places
+from mmclip_shards.testing.s3_server import S3Server
 from mmclip_shards.writer import Sample, ShardWriter
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))  # the server and the proxy are the tests' own
-
-from object_store.faults import Places, faults, places
-from object_store.proxy import Fault, FaultProxy, on_reads
-from object_store.server import S3Server
 
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = Patience(budget_s=3.0, stall_s=1.0)

@@ -14,25 +14,13 @@ import torch
 from mmclip_shards import storage
 from mmclip_shards.chunks import MIB
 from mmclip_shards.manifest import load_manifest, save_manifest
-from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.config import Config, Reading, Source
+from mmclip_dist.config import Reading, Source
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.loader import build_loader, build_order, chunk_reading, label_names, open_sets
-
-
-def loader(config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world: int = 1, start: int = 0):
-    joined = open_sets(config.data.sources, config.data, world)
-    maker = ExampleMaker(
-        tokenizer, label_names(joined), config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
-        config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
-    )  # fmt: skip
-    order = build_order(joined, config.data, config.seed)
-    return build_loader(
-        joined, order, maker, data=config.data, global_batch=config.optim.global_batch, rank=rank, world=world, start=start
-    )  # fmt: skip
+from mmclip_dist.data.loader import chunk_reading, open_sets
+from tests.batches import loader
 
 
 def assert_equal(ours: Batch, theirs: Batch, rows: slice = slice(None)) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mmclip_dist.checkpoint import conversion
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.engine import deepspeed_engine, universal
+from mmclip_dist.engine import deepspeed_engine, deepspeed_inside
 from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, temperature
 from mmclip_dist.model.build import build_model
@@ -66,7 +67,7 @@ def trained(case: Case, engine: Any) -> dict[str, Any]:
 
 
 def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
-    engine.save_checkpoint(str(folder), tag="saved", save_latest=False, client_state=universal.CLIENT_STATE)
+    engine.save_checkpoint(str(folder), tag="saved", save_latest=False, client_state=conversion.CLIENT_STATE)
     second = case.engine(seed=7)
     second.load_checkpoint(str(folder), tag="saved")
     found = {"loaded": full_weights(second), "loaded average": averaged_weights(second)}
@@ -77,10 +78,10 @@ def reloaded(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
 def converted(case: Case, engine: Any, folder: Path) -> dict[str, Any]:
     """One step further from DeepSpeed's universal form of what `reloaded` saved, and without the detour."""
     if dist.get_rank() == 0:
-        universal.convert(folder / "saved", folder / "scratch")
+        conversion.convert(folder / "saved", folder / "scratch")
     dist.barrier()
     third = case.engine(seed=7)
-    assert universal.load_converted(third, folder / "scratch" / "universal")
+    assert conversion.load_converted(third, folder / "scratch" / "universal")
     found = {"converted": full_weights(third), "converted average": averaged_weights(third)}
     for one, name in ((engine, "next"), (third, "next of converted")):
         case.train(one, len(case.batches))
@@ -111,7 +112,7 @@ def allow_fp16() -> None:
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    deepspeed_engine._multiplies_fp16 = lambda: True
+    deepspeed_inside.multiplies_fp16 = lambda: True
 
 
 def main(folder: Path) -> None:

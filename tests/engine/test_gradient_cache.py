@@ -12,9 +12,7 @@ from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch, split_batch
 from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.model.build import build_model
-from tests.data.test_loader import loader
-
-DISEASES = ("Atelectasis", "Cardiomegaly", "Consolidation", "Nodule", "Pleural Effusion", "Pneumothorax")
+from tests.batches import DISEASES, mixed_batch
 
 
 class PlainEngine:
@@ -45,17 +43,11 @@ def step(config: Config, tokenizer: Any, batch: Batch, dropout: float = 0.0) -> 
     return {name: value.detach() for name, value in losses.items()}, gradients, engine
 
 
-def batch_of(sets, tokenizer) -> Batch:
-    found = next(loader(sets.config(), tokenizer))
-    assert 0 < int((found["report_id"] >= 0).sum()) < 8
-    return found
-
-
 @pytest.mark.parametrize("mode", ["feature", "split"])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("weights", [(), ("loss.contrastive=0",), ("loss.image=0", "loss.entity=0"), ("loss.contrastive=0.5",)])
 def test_parts_add_up_to_the_whole(sets, tokenizer, mode: str, micro: int, weights: tuple[str, ...]) -> None:
-    batch = batch_of(sets, tokenizer)
+    batch = mixed_batch(sets, tokenizer)
     options = [f"attmim.mode={mode}", *weights]
     whole_losses, whole, _ = step(sets.config(*options), tokenizer, batch)
     losses, parts, engine = step(sets.config(*options, f"optim.micro_batch={micro}"), tokenizer, batch)
@@ -67,7 +59,7 @@ def test_parts_add_up_to_the_whole(sets, tokenizer, mode: str, micro: int, weigh
 
 
 def test_the_temperature_is_counted_once(sets, tokenizer) -> None:
-    batch = batch_of(sets, tokenizer)
+    batch = mixed_batch(sets, tokenizer)
     whole = step(sets.config(), tokenizer, batch)[1]["log_scale"]
     for micro in (1, 2, 4):
         ratio = step(sets.config(f"optim.micro_batch={micro}"), tokenizer, batch)[1]["log_scale"] / whole
@@ -76,7 +68,7 @@ def test_the_temperature_is_counted_once(sets, tokenizer) -> None:
 
 def test_dropout_is_the_same_in_both_passes(sets, tokenizer) -> None:
     """The cached gradient fits only the embeddings that it was made for."""
-    batch = batch_of(sets, tokenizer)
+    batch = mixed_batch(sets, tokenizer)
     config = sets.config("optim.micro_batch=2", "loss.image=0", "loss.entity=0")
     seen: dict[bool, list[Tensor]] = {False: [], True: []}
 
@@ -99,7 +91,7 @@ def test_dropout_is_the_same_in_both_passes(sets, tokenizer) -> None:
 
 
 def test_a_part_holds_the_samples_of_its_place(sets, tokenizer) -> None:
-    batch = batch_of(sets, tokenizer)
+    batch = mixed_batch(sets, tokenizer)
     parts = split_batch(batch, 2)
     assert [key for part in parts for key in part["keys"]] == batch["keys"]
     assert torch.equal(torch.cat([part["image"] for part in parts]), batch["image"])
@@ -129,7 +121,7 @@ def test_memory_follows_the_part_not_the_batch(sets, tokenizer) -> None:
             forward_backward(Engine(model), batch, config)
         return peak
 
-    batch = batch_of(sets, tokenizer)
+    batch = mixed_batch(sets, tokenizer)
     large = Batch(**{name: value.repeat(4, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * 4
                      if isinstance(value, list) else value for name, value in batch.items()})  # fmt: skip
     whole = kept(sets.config(), batch)

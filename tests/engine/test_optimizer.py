@@ -19,7 +19,7 @@ from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.loader import label_names, open_sets
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.model.build import build_model
-from tests.data.test_loader import loader
+from tests.batches import loader
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +155,7 @@ def expected_scale(name: str) -> float:
     """Encoders of one layer at a layer_decay of 0.5."""
     if ".embeddings." in name:
         return 0.25
-    return 0.5 if name.startswith(("vision.", "text.")) and ".layer" in name and ".layernorm." not in name else 1.0
+    return 0.5 if name.startswith(("image.", "text.")) and ".layer" in name and ".layernorm." not in name else 1.0
 
 
 def whole(parts: list[Batch]) -> Batch:

@@ -17,8 +17,8 @@ from mmclip_launch.processes import environment
 from mmclip_dist.config import load_config
 from mmclip_dist.engine import collective
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
-from mmclip_dist.engine.health import poisoned
-from mmclip_dist.engine.preemption import StopRequest
+from mmclip_dist.engine.finite import poisoned
+from mmclip_dist.run.stop import StopRequest
 
 Finished = subprocess.CompletedProcess[str]
 

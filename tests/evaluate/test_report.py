@@ -21,11 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from mmclip_dist.checkpoint.folder import Meta, checkpoint_path, weights_hash
+from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.config import dump_config, load_config
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.engine.checkpoint import write_model
-from mmclip_dist.engine.checkpoint_folder import Meta, checkpoint_path, weights_hash
 from mmclip_dist.evaluate.report import build_report
 from mmclip_dist.evaluate.report.charts import LEFT, RIGHT
 from mmclip_dist.evaluate.report.examples import build_gallery, heat_map

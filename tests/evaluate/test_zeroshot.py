@@ -12,8 +12,8 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from sklearn.metrics import roc_auc_score
 
-from mmclip_dist.engine.checkpoint import load_model, write_model
-from mmclip_dist.engine.checkpoint_folder import Meta, checkpoint_path
+from mmclip_dist.checkpoint.folder import Meta, checkpoint_path
+from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc, roc_auc
 from mmclip_dist.evaluate.zeroshot import load_result, save_result, zero_shot
 from mmclip_dist.model.build import build_model

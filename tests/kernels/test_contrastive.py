@@ -5,12 +5,13 @@ from functools import partial
 import pytest
 import torch
 import torch.multiprocessing
-from contrastive_cases import IMPLS, device_of, drawn_case, evaluate, features, meaning, precise_dtype
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmclip_kernels import contrastive_loss, contrastive_torch, ranks, reference
 from mmclip_kernels.contrastive import contrastive_op
 from torch import Tensor
+
+from tests.contrastive_cases import IMPLS, device_of, drawn_case, evaluate, features, meaning, precise_dtype
 
 # Triton's interpreter computes in NumPy, which warns of what is meant: exp of a pair that takes no part, a NaN that is passed on.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
-from ahead_of_time import NAMED, Resources, compile_all, resources
-from contrastive_cases import cone, device_of, evaluate, features, meaning
 from mmclip_kernels import contrastive_loss, contrastive_triton, reference, tiles
 from torch import Tensor
+
+from tests.ahead_of_time import NAMED, Resources, compile_all, resources
+from tests.contrastive_cases import cone, device_of, evaluate, features, meaning
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 DEVICE = device_of("triton")

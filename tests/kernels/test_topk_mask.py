@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ahead_of_time import NAMED, Resources, compile_all, resources
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmclip_kernels import (
@@ -22,6 +21,8 @@ from mmclip_kernels import (
 )
 from mmclip_kernels.topk_mask import TopkMask, seeded_noise, topk_mask_op
 from torch import Tensor
+
+from tests.ahead_of_time import NAMED, Resources, compile_all, resources
 
 IMPLS = ("torch", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mmclip_dist.engine.preemption import EXIT_CODE, STOP_FILE, STOPPED
+from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
 from tests.conftest import wait_for
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "launch" / "templates" / "train.sbatch"

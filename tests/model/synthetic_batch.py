@@ -9,8 +9,8 @@ from mmclip_shards.chunks import Tally
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import Batch
-from mmclip_dist.model.cost import Load
 from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.plan.cost import Load
 
 VOCABULARY, PROMPT_TOKENS = 900, 8
 

@@ -11,28 +11,13 @@ from mmclip_kernels import reference
 from torch import Tensor
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
-from mmclip_dist.config import Config, ImageEncoder, TextEncoder
+from mmclip_dist.config import ImageEncoder, TextEncoder
 from mmclip_dist.data.batch import Batch
+from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
 from mmclip_dist.engine.schedule import learning_rate
-from mmclip_dist.model.build import build_model
-from mmclip_dist.model.encoders import ReportEncoder, VisionEncoder
+from mmclip_dist.model.encoders import ImageTower, TextTower
 from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
-from mmclip_dist.model.mmclip import MMCLIP
-from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
-from tests.data.test_loader import loader
-
-DISEASES = ("Atelectasis", "Cardiomegaly", "Consolidation", "Nodule", "Pleural Effusion", "Pneumothorax")
-
-
-@pytest.fixture
-def batch(sets, tokenizer) -> Batch:
-    found = next(loader(sets.config(), tokenizer))
-    assert 0 < int((found["report_id"] >= 0).sum()) < 8
-    return found
-
-
-def model_of(config: Config, tokenizer) -> MMCLIP:
-    return build_model(config, tokenizer, DISEASES)
+from tests.batches import loader, model_of
 
 
 @pytest.mark.parametrize("mode", ["feature", "split"])
@@ -44,7 +29,7 @@ def test_every_parameter_learns_from_the_whole_objective(sets, tokenizer, batch:
     torch.stack(list(losses.values())).sum().backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     # The [CLS] token goes unused (features are pooled over patches), and BERT's unused rows have no gradient to show.
-    assert set(idle) <= {"vision.vit.embeddings.cls_token"}, idle
+    assert set(idle) <= {"image.vit.embeddings.cls_token"}, idle
 
 
 @pytest.mark.parametrize("mode", ["feature", "split"])
@@ -115,7 +100,7 @@ def test_a_rank_may_hold_one_kind_of_sample(sets, tokenizer, kind: str, mode: st
     losses = model(next(loader(config, tokenizer)))
     torch.stack(list(losses.values())).sum().backward()
     without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert set(without) <= {"vision.vit.embeddings.cls_token"}  # ranks that reduce different parameters hang
+    assert set(without) <= {"image.vit.embeddings.cls_token"}  # ranks that reduce different parameters hang
     assert all(loss.isfinite() for loss in losses.values())
     assert (losses["entity"] == 0) == (kind == "only prompts")
 
@@ -243,26 +228,26 @@ def test_pretrained_vit_keeps_its_meaning_on_one_channel_and_another_size(tmp_pa
     ViTModel(ViTConfig(image_size=32, num_channels=3, **shape), add_pooling_layer=False).save_pretrained(tmp_path)
     original = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False).eval()
     grey = torch.randn(2, 1, 32, 32)
-    ours = VisionEncoder(ImageEncoder(pretrained=str(tmp_path), size=32, patch=8)).eval()
+    ours = ImageTower(ImageEncoder(pretrained=str(tmp_path), size=32, patch=8)).eval()
     with torch.no_grad():
         theirs = original.embeddings(grey.expand(-1, 3, -1, -1))[:, 1:]
         torch.testing.assert_close(ours.embed(grey), theirs, rtol=1e-4, atol=1e-5)
-        larger = VisionEncoder(ImageEncoder(pretrained=str(tmp_path), size=64, patch=8)).eval()
+        larger = ImageTower(ImageEncoder(pretrained=str(tmp_path), size=64, patch=8)).eval()
         assert larger.encode(larger.embed(torch.randn(2, 1, 64, 64))).shape == (2, 64, 32)
     with pytest.raises(ValueError, match="patches of 8"):
-        VisionEncoder(ImageEncoder(pretrained=str(tmp_path), size=64, patch=16))
+        ImageTower(ImageEncoder(pretrained=str(tmp_path), size=64, patch=16))
     with pytest.raises(ValueError, match="no folder"):
-        VisionEncoder(ImageEncoder(pretrained=str(tmp_path / "missing")))
+        ImageTower(ImageEncoder(pretrained=str(tmp_path / "missing")))
 
 
 def test_pretrained_text_encoder_must_know_the_tokenizer(tmp_path: Path) -> None:
     BertModel(
         BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     ).save_pretrained(tmp_path)
-    encoder = ReportEncoder(TextEncoder(pretrained=str(tmp_path)), 50)
+    encoder = TextTower(TextEncoder(pretrained=str(tmp_path)), 50)
     assert encoder(torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)).shape == (2, 5, 32)
     with pytest.raises(ValueError, match="embeds 50"):
-        ReportEncoder(TextEncoder(pretrained=str(tmp_path)), 60)
+        TextTower(TextEncoder(pretrained=str(tmp_path)), 60)
 
 
 def test_weights_come_from_the_seed_alone(sets, tokenizer) -> None:

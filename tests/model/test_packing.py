@@ -23,9 +23,9 @@ from mmclip_dist.config import Decoder as DecoderShape
 from mmclip_dist.config import TextEncoder
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.model.decoders import CrossDecoder
-from mmclip_dist.model.encoders import ReportEncoder
+from mmclip_dist.model.encoders import TextTower
 from mmclip_dist.model.packing import Packing
-from tests.model.test_mmclip import batch, model_of  # noqa: F401 (fixture)
+from tests.batches import model_of
 
 LENGTHS = {
     "odd": [7, 1, 12, 3, 3, 9, 5, 12, 2],
@@ -45,12 +45,12 @@ def tokens_like(mask: Tensor) -> Tensor:
     return torch.randint(4, 60, mask.shape, generator=torch.Generator().manual_seed(1)).where(mask, 1)
 
 
-def encoder() -> ReportEncoder:
+def encoder() -> TextTower:
     torch.manual_seed(0)
-    return ReportEncoder(TextEncoder(width=32, depth=2, heads=2, max_tokens=40), 60)
+    return TextTower(TextEncoder(width=32, depth=2, heads=2, max_tokens=40), 60)
 
 
-def padded(module: ReportEncoder, tokens: Tensor, mask: Tensor) -> Tensor:
+def padded(module: TextTower, tokens: Tensor, mask: Tensor) -> Tensor:
     """What packing must equal: transformers' own way with padding."""
     features = module.bert(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
     return torch.where(mask[:, :, None], features, 0)
@@ -134,7 +134,7 @@ def test_rows_are_nearly_full(mean: int) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_families_count_positions_in_their_own_way(tmp_path: Path, family, config, attention: str) -> None:
     family(config(**SHAPE), add_pooling_layer=False).save_pretrained(tmp_path)
-    module = ReportEncoder(TextEncoder(pretrained=str(tmp_path)), 60)
+    module = TextTower(TextEncoder(pretrained=str(tmp_path)), 60)
     module.bert.set_attn_implementation(attention)
     mask = mask_of(LENGTHS["odd"])
     tokens = tokens_like(mask)  # padded with 1: RoBERTa tells its padding by that id
@@ -148,7 +148,7 @@ def test_families_count_positions_in_their_own_way(tmp_path: Path, family, confi
 def test_encoders_that_cannot_share_a_row_are_refused(tmp_path: Path, family, config) -> None:
     family(config, add_pooling_layer=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"model\.text\.pretrained=.*{family.__name__}"):
-        ReportEncoder(TextEncoder(pretrained=str(tmp_path)), 60)
+        TextTower(TextEncoder(pretrained=str(tmp_path)), 60)
 
 
 @pytest.mark.parametrize("name", ["odd", "one", "equal", "some without a token"])
@@ -170,7 +170,7 @@ def test_the_decoder_answers_packed_queries_as_it_does_single_ones(name: str) ->
         torch.testing.assert_close(ours[parameter], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, at=parameter: f"{at}: {m}")
 
 
-def test_a_step_computes_fewer_tokens_than_padding_has(sets, tokenizer, batch: Batch) -> None:  # noqa: F811
+def test_a_step_computes_fewer_tokens_than_padding_has(sets, tokenizer, batch: Batch) -> None:
     """Counted where they are computed, in both passes over the reports and in the decoder."""
     mask = batch["token_mask"].clone()
     paired = (batch["report_id"] >= 0).nonzero().flatten()

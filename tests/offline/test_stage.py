@@ -12,10 +12,10 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import decode_npy
 
+from mmclip_dist.checkpoint.folder import Meta
+from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.config import Source
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.engine.checkpoint import write_model
-from mmclip_dist.engine.checkpoint_folder import Meta
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage

@@ -23,11 +23,12 @@ from mmclip_shards.chunks import ChunkReader, Reading
 from mmclip_shards.faults import Patience
 from mmclip_shards.manifest import Manifest, load_index, load_manifest
 from mmclip_shards.reader import ShardReader, iterate
+from mmclip_shards.testing.fault_proxy import Fault, FaultProxy, Request, on_reads
+from mmclip_shards.testing.s3_faults import Places, faults, places
+from mmclip_shards.testing.s3_server import S3Server
 from mmclip_shards.writer import Sample, ShardWriter
-from object_store.faults import Places, faults, places
-from object_store.fixtures import client_environment
-from object_store.proxy import Fault, FaultProxy, Request, on_reads
-from object_store.server import S3Server
+
+from tests.object_store import client_environment
 
 QUICK = Patience(budget_s=2.0, stall_s=1.0, first_wait_s=0.05, longest_wait_s=0.5)
 STEADY = Patience(budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.2)

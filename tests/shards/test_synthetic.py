@@ -11,9 +11,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
-from mmclip_shards.datasets.synthetic_drawing import draw
-from mmclip_shards.datasets.synthetic_reports import write_report
-from mmclip_shards.datasets.synthetic_studies import Finding, Pose, Study, sample_study
+from mmclip_shards.datasets.synthetic.drawing import draw
+from mmclip_shards.datasets.synthetic.reports import write_report
+from mmclip_shards.datasets.synthetic.studies import Finding, Pose, Study, sample_study
 from mmclip_shards.schema import KEY_PATTERN, Box, Record
 
 SIZE = 128

@@ -22,13 +22,13 @@ from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import IMAGE_SUFFIXES, Box
 from PIL import Image
 
+from mmclip_dist.checkpoint.folder import weights_hash
+from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
 from mmclip_dist.data.transforms import decode_image
-from mmclip_dist.engine.checkpoint import load_model
-from mmclip_dist.engine.checkpoint_folder import weights_hash
 from mmclip_dist.evaluate.zeroshot import class_directions
-from mmclip_dist.model.prompts import load_prompts, tokenize_prompts
 
 _PANELS = 4
 _LONG_SIDE = 320  # pixels of an embedded picture: sharp at the width it is shown at, some 15 kB as JPEG

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 from mmclip_shards.storage import write_atomic
 
-from mmclip_dist.engine.checkpoint_folder import newest_checkpoint
+from mmclip_dist.checkpoint.folder import newest_checkpoint
 from mmclip_dist.evaluate.report import numbers
 from mmclip_dist.evaluate.report.charts import LineChart, bar, line_chart, table_rows
 from mmclip_dist.evaluate.report.examples import Gallery, build_gallery

@@ -13,9 +13,9 @@ import yaml
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.storage import local_path
 
-from mmclip_dist.engine.run import METRICS, read_metrics
 from mmclip_dist.evaluate.report.numbers import is_known
 from mmclip_dist.evaluate.zeroshot import ZeroShot, load_result
+from mmclip_dist.run.metrics import METRICS, read_metrics
 
 Row = dict[str, Any]
 """One line of metrics.jsonl."""

@@ -1,0 +1,90 @@
+"""A second home of a run's checkpoints, on object storage or another disk: uploaded with the manifest last, fetched from
+there when the local folder has none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mmclip_shards.storage import download, exists, join, list_folder, read_bytes, remove, remove_empty_folder, upload
+
+from mmclip_dist.checkpoint.folder import (
+    MANIFEST,
+    META,
+    checkpoint_name,
+    checkpoint_path,
+    checkpoints_of,
+    fault,
+    parse_manifest,
+    parse_meta,
+    step_of,
+)  # fmt: skip
+
+_AT_ONCE = 8  # files on their way
+
+
+def mirror(run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], set[int]]) -> None:
+    """Upload the checkpoints that `url` lacks and delete there those that `keep({step: score})` does not name. OSError if the
+    store gives up; calling again goes on."""
+    there = _whole_steps(url)
+    for checkpoint in checkpoints_of(run_dir):
+        step = step_of(checkpoint.name)
+        if step is not None and step not in there:
+            _upload(checkpoint, join(url, checkpoint.name))
+            there.append(step)
+    scores = {step: parse_meta(read_bytes(join(url, checkpoint_name(step), META))).score for step in there}
+    for step in set(scores) - keep(scores):
+        _delete(join(url, checkpoint_name(step)))
+
+
+def fetch_newest(url: str, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """Bring the newest whole checkpoint of `url` into the run folder; None if there is none. Torn ones are passed over."""
+    for name in sorted((name for name in list_folder(url) if step_of(name) is not None), reverse=True):
+        source, step = join(url, name), step_of(name)
+        assert step is not None
+        final = checkpoint_path(run_dir, step)
+        temporary = final.with_name(f".{final.name}.fetching")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            data = read_bytes(join(source, MANIFEST))
+            _together(download, [(join(source, file), temporary / file) for file in parse_manifest(data)])
+        except (FileNotFoundError, ValueError) as error:
+            say(f"passing over {source}, which is torn: {error}")
+            continue
+        (temporary / MANIFEST).write_bytes(data)
+        torn = fault(temporary)
+        if torn is not None:
+            say(f"passing over {source}, which is torn: {torn}")
+            shutil.rmtree(temporary)
+            continue
+        temporary.rename(final)
+        return final
+    return None
+
+
+def _whole_steps(url: str) -> list[int]:
+    steps = [step for name in list_folder(url) if (step := step_of(name)) is not None]
+    return [step for step in steps if exists(join(url, checkpoint_name(step), MANIFEST))]
+
+
+def _upload(checkpoint: Path, url: str) -> None:
+    files = list(parse_manifest((checkpoint / MANIFEST).read_bytes()))
+    _together(upload, [(checkpoint / file, join(url, file)) for file in files])
+    upload(checkpoint / MANIFEST, join(url, MANIFEST))
+
+
+def _delete(url: str) -> None:
+    files = list(parse_manifest(read_bytes(join(url, MANIFEST))))
+    remove(join(url, MANIFEST))  # first: what is half deleted is torn
+    _together(remove, [(join(url, file),) for file in files])
+    folders = {parent for file in files for parent in Path(file).parents}
+    for folder in sorted(folders, reverse=True):  # the inner ones first
+        remove_empty_folder(join(url, str(folder)) if folder.name else url)
+
+
+def _together(action: Callable[..., None], calls: list[tuple[object, ...]]) -> None:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for done in [pool.submit(action, *call) for call in calls]:
+            done.result()

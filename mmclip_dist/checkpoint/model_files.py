@@ -1,0 +1,59 @@
+"""What a checkpoint holds for every use that is not training: written beside DeepSpeed's state, and read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHTS, Meta, read_meta
+from mmclip_dist.config import Config, dump_config, load_config
+from mmclip_dist.data.prompts import prompts_source
+from mmclip_dist.data.tokenizer import load_tokenizer
+from mmclip_dist.model.build import build_model
+from mmclip_dist.model.mmclip import MMCLIP
+
+_TOKENIZER, _PROMPTS = "tokenizer", "prompts.yaml"
+
+
+def write_model(
+    folder: Path, model: MMCLIP, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta,
+    weights: dict[str, Tensor] | None = None, averages: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write what `load_model` reads: all that evaluation and the offline stages need.
+
+    weights: by default the model's own. averages: those of optim.ema, if it is on.
+    """
+    if weights is None:
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS)
+    if averages is not None:
+        save_file(averages, folder / AVERAGED_WEIGHTS)
+    (folder / CONFIG).write_text(dump_config(config))
+    tokenizer.save_pretrained(str(folder / _TOKENIZER))
+    model.save_shapes(folder)
+    (folder / _PROMPTS).write_text(prompts_source(config.prompts.file).read_text())
+    (folder / META).write_text(json.dumps(vars(meta)))
+
+
+def load_model(
+    checkpoint: Path, *, average: bool = False
+) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
+    """The model in float32 on the CPU, in evaluation mode, with its tokenizer, config and meta.
+
+    average: the exponential average of the weights. ValueError if the run kept none.
+    """
+    weights = checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)
+    if not weights.is_file():
+        raise ValueError(f"{weights} is missing: the run kept no average of its weights; train with optim.ema=0.9999")
+    config, meta = (
+        load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"]),
+        read_meta(checkpoint),
+    )
+    tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
+    model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
+    model.load_state_dict(load_file(weights))
+    return model.eval(), tokenizer, config, meta

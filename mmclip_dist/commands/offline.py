@@ -1,0 +1,63 @@
+"""The offline stages on Ray: `mmclip entities`, `mmclip attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from mmclip_shards.storage import join
+
+from mmclip_dist.commands.options import Workers
+
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
+]
+
+
+def entities(
+    base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
+    out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/entities.")] = None,
+    model: Annotated[str, typer.Option(help="`lexicon`, or an installed spaCy or scispaCy model.")] = "lexicon",
+    workers: Workers = 2,
+    address: Address = None,
+) -> None:
+    """Find the medical entities of every report, on Ray."""
+    from mmclip_dist.offline.entities import entities_stage
+    from mmclip_dist.offline.stage import connect, progress_line, run_stage
+
+    stage = entities_stage(base, out or join(base, "entities"), model)
+    with _ray(connect, address):
+        manifest = run_stage(stage, workers=workers, report=progress_line("shards"))
+    print(f"{stage.out}: entities of {manifest.samples} samples")
+
+
+def attention(
+    base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder for its newest one.")],
+    entities: Annotated[str | None, typer.Option(help="Entity sidecars, whose words guide the scores.")] = None,
+    out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,
+    workers: Workers = 2,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; without, it runs on the CPU.")] = 0,
+    address: Address = None,
+) -> None:
+    """Score how strongly each patch responds to the report, on Ray."""
+    from mmclip_dist.offline.attention import attention_stage
+    from mmclip_dist.offline.stage import connect, progress_line, run_stage
+
+    stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities, gpus)
+    with _ray(connect, address):
+        manifest = run_stage(stage, workers=workers, report=progress_line("shards"))
+    print(f"{stage.out}: attention scores of {manifest.samples} samples")
+
+
+@contextmanager
+def _ray(connect: Callable[[str | None], None], address: str | None) -> Iterator[None]:
+    import ray
+
+    connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,136 @@
+"""The commands about sets of shards as such: `mmclip verify`, `mmclip stats`, `mmclip index`. Thin: each calls one function."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmclip_dist.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mmclip_shards.stats import SetStats, SplitStats
+
+_VIEWS = 8  # of a split that are printed
+
+SetUrl = Annotated[str, typer.Argument(help="A packed set, or the folder of its splits.")]
+
+
+def verify(
+    url: SetUrl,
+    base: Annotated[str | None, typer.Option(help="The packed set that the sidecars at URL belong to.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Shards checked at once.")] = 1,
+) -> None:
+    """Check every byte of a set and of its sidecars. One line a finding; exit code 1 when there is any."""
+    from mmclip_shards.verify import verify as check
+
+    with progress_bar("verify", "shards") as report:
+        verdict = check(url, base=base, workers=workers, progress=report)
+    for finding in verdict.findings:
+        print(finding)
+    for folder in verdict.unjoined:
+        print(f"{folder}: not held against its base; name it with --base to do so")
+    read = f"{verdict.samples} samples, {verdict.bytes:,} bytes, in {verdict.shards} shards of {verdict.sets} sets"
+    print(f"{url}: {len(verdict.findings) or 'no'} finding{'s' * (len(verdict.findings) != 1)}; {read} were checked")
+    if verdict.findings:
+        raise typer.Exit(1)
+
+
+def stats(url: SetUrl, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Count a set: samples, labels, reports, images, patients, and patients in more than one split."""
+    from mmclip_shards.stats import collect_stats
+
+    with progress_bar("stats", "samples") as report:
+        found = collect_stats(url, report)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    for table in _tables(found):
+        Console().print(table)
+    several = found.patients_in_several_splits
+    if several:
+        print(
+            f"WRONG: {several} patients are in more than one split, so an evaluation would see patients of the training"
+        )
+    elif len(found.splits) > 1:
+        print("no patient is in more than one split")
+
+
+def index(
+    url: Annotated[str, typer.Argument(help="Folder of WebDataset shards (*.tar) that another program wrote.")],
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the folder's.")] = None,
+    split: Annotated[str, typer.Option(help="Name of the split that these shards are.")] = "train",
+) -> None:
+    """Write a manifest and offset indexes beside shards of another program, so that they can be read as they are."""
+    from mmclip_shards.foreign import index_set, listed
+
+    with progress_bar("index", "shards") as report:
+        found = index_set(url, dataset=dataset, split=split, progress=report)
+    manifest = found.manifest
+    print(f"{url}: {manifest.samples} samples in {len(manifest.shards)} shards; labels: {len(manifest.labels)}")
+    print(f"left out: {listed(found.left_out)}")
+
+
+def _tables(found: SetStats) -> Iterable[Table]:
+    """One table of facts, a column a split, and one of labels for each split that has some."""
+    facts = Table("", *(split.split for split in found.splits), caption="* minimum / median / 95% / maximum")
+    columns = [_facts(split) for split in found.splits]
+    for name in columns[0]:
+        facts.add_row(name, *(column[name] for column in columns))
+    yield facts
+    for split in found.splits:
+        if split.labels:
+            labels = Table(f"label, {split.split}", "present", "absent", "uncertain", "not mentioned")
+            for name, counts in split.labels.items():
+                labels.add_row(name, *map(str, asdict(counts).values()))
+            yield labels
+
+
+def _facts(split: SplitStats) -> dict[str, str]:
+    views = [f"{view} {count}" for view, count in list(split.views.items())[:_VIEWS]]
+    return {
+        "data set": split.dataset,
+        "samples": str(split.samples),
+        "shards": str(split.shards),
+        "bytes": f"{split.bytes:,}",
+        "without report": str(split.without_report),
+        "words of a report*": str(split.words or "-"),
+        "image widths*": str(split.widths or "-"),
+        "image heights*": str(split.heights or "-"),
+        "views": ", ".join([*views, *(["..."] if len(split.views) > _VIEWS else [])]),
+        "patients": str(split.patients),
+        "images of a patient*": str(split.images_per_patient or "-"),
+        "without patient": str(split.without_patient),
+        "unreadable text or JSON": str(split.unreadable),
+        "unusable images": str(split.undecodable),
+    }
+
+
+def bench_loader(
+    urls: Annotated[list[str], typer.Argument(help="Packed sets, SET/SPLIT.")],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Decode to so many pixels; without, nothing is decoded.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    streams: Annotated[int, typer.Option(min=1, help="Streams of this rank.")] = 32,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
+    cache: Annotated[str | None, typer.Option(help="Folder on a local disk for what is fetched.")] = None,
+) -> None:
+    """How fast sets are read in training order, every byte checked: samples/s, MB/s, waiting for the store."""
+    from mmclip_shards.manifest import find_split
+
+    from mmclip_dist.bench.loader import measure
+    from mmclip_dist.config import Data, Reading, Source
+
+    sources = [Source(url=find_split(url, "train")) for url in urls]
+    data = Data(streams=streams, workers=workers, reading=Reading(cache=cache))
+    rate = measure(sources, data, seconds=seconds, size=size, batch=8 * streams)
+    print(
+        f"{rate.samples_per_s:,.0f} samples/s, {rate.mb_per_s:,.1f} MB/s, {rate.wait:.0%} of the time waiting for the store "
+        f"({rate.read.requests} requests, {rate.read.retries} retries, {rate.read.cache_hits} cache hits)"
+    )

@@ -1,0 +1,50 @@
+"""How the layers run in training: recomputed in the backward pass, compiled, or plainly."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmclip_dist.model.mmclip import MMCLIP
+
+
+def checkpoint_activations(model: MMCLIP) -> None:
+    """Keep only the input of every layer of encoders and decoders; the rest is computed again in the backward pass.
+
+    `forward` is wrapped, not `__call__`: ZeRO-3's hooks of the layer itself stay outside, those of its parts run again and
+    gather the weights that the second run needs.
+    """
+    for layer in (*_encoder_layers(model), *model.image_decoder.layers, *model.text_decoder.layers):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def compile_encoders(model: MMCLIP, backend: str = "inductor") -> None:
+    """torch.compile each layer of the encoders. ValueError if the backend cannot build code on this machine.
+
+    Layer by layer: all layers of an encoder share one graph, so that a depth of 24 compiles no longer than one of 1. Shapes
+    are dynamic, since the number of reports and their length change from step to step.
+    """
+    device = model.log_scale.device
+    _try_backend(backend, device)
+    for layer in _encoder_layers(model):
+        layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
+
+
+def _try_backend(backend: str, device: torch.device) -> None:
+    """Build one addition, so that a missing compiler is told before the run and not out of its first step."""
+    try:
+        torch.compile(lambda value: value + 1, backend=backend)(torch.zeros(2, device=device))
+    except Exception as error:  # whatever dynamo, inductor, Triton or the C++ compiler raise; the cause goes with it
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(
+            f"model.compile=true, but torch.compile ({backend}) cannot build code here: {type(error).__name__}: {first_line}. "
+            "It needs a C++ compiler on the CPU (apt install g++, or CXX=PATH), Triton and a C compiler on a GPU; "
+            "or set model.compile=false"
+        ) from error
+
+
+def _encoder_layers(model: MMCLIP) -> list[nn.Module]:
+    return [*model.image.layers, *model.text.layers]

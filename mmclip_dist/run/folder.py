@@ -1,0 +1,146 @@
+"""The run folder: who owns it, and what it says about itself."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+
+from mmclip_shards.storage import write_atomic
+
+from mmclip_dist.config import Config, dump_config
+from mmclip_dist.run.orphans import ORPHAN_S
+
+# Variables that change what a run computes or how fast; never a name that may hold a secret.
+_TELLING = ("NCCL_", "TORCH_", "PYTORCH_", "DS_", "CUDA_", "OMP_", "TRITON_", "LOCAL_WORLD_SIZE")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_README = """What lies here:
+
+config.yaml       the resolved configuration; `python -m mmclip_dist.train config.yaml` under the launcher is this run again
+deepspeed.json    what DeepSpeed was given, derived from it
+environment.json  command, versions, git state, cards and drivers, environment variables that matter
+packages.txt      every installed package and its version
+metrics.jsonl     one row a logged step; the trackers, where there are any, show the same numbers
+evaluations.jsonl one row an evaluation on held-out sets: zero-shot AUC of every class, and their mean
+checkpoints/      step-NNNNNNNN: weights, optimizer, tokenizer and configuration; whole ones only, a torn one is never named so
+quarantine-*      samples that could not be decoded, with the reason
+trouble-*         steps that were skipped or whose loss jumped, with the keys of their samples
+stop, stopped.json  make a file `stop` and the run saves and ends; stopped.json is there after a stop on request
+trackers.json     the ids under which Weights & Biases and MLflow know this run; tensorboard/: its event files
+.lock             held while the run works here
+
+Training started again with the same configuration goes on from the newest checkpoint.
+"""
+
+
+@contextmanager
+def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
+    """Own a run folder. ValueError if another run does; one whose launcher was killed saves and lets go within the wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise ValueError(f"run_dir={folder} cannot be written to: {error.strerror}; name another folder") from error
+    with (folder / ".lock").open("a") as handle:
+        deadline, told = time.monotonic() + wait_s, False
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another run is working in {folder}; wait for it or name another folder"
+                    ) from None
+                if not told:
+                    print(f"waiting for another run in {folder} to end", file=sys.stderr, flush=True)
+                told = True
+                time.sleep(0.2)
+        yield
+
+
+def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]) -> None:
+    """Write what made this run: the resolved config, DeepSpeed's JSON, versions, devices, variables, git state and command.
+
+    ValueError if the folder holds a run of another configuration: its checkpoints would not be this run's.
+    """
+    path, text = folder / "config.yaml", dump_config(config)
+    if path.exists() and path.read_text() != text:
+        raise ValueError(
+            f"{folder} holds a run of another configuration (differs in {', '.join(_differences(path.read_text(), text))}); "
+            "set run_dir to another folder, or delete this one to start anew"
+        )
+    write_atomic(str(path), text.encode())
+    write_atomic(str(folder / "deepspeed.json"), json.dumps(deepspeed, indent=2).encode())
+    environment = {
+        "command": sys.argv,
+        "world_size": world,
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": {name: _version(name) for name in ("mmclip-dist", "torch", "deepspeed", "transformers", "triton", "numpy")},
+        "devices": _devices(),
+        "variables": telling_variables(os.environ),
+        "git": _git_state(),
+    }
+    write_atomic(str(folder / "environment.json"), json.dumps(environment, indent=2).encode())
+    write_atomic(str(folder / "packages.txt"), _packages().encode())
+    write_atomic(str(folder / "README.txt"), _README.encode())
+
+
+def telling_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that change what a run computes or how fast, without any that may hold a secret."""
+    return {
+        name: value for name, value in sorted(environment.items())
+        if name.startswith(_TELLING) and not any(word in name for word in _SECRET)
+    }  # fmt: skip
+
+
+def _devices() -> dict[str, Any]:
+    """The cards that this process sees, and what drives them; no card: an empty list."""
+    import torch  # the quick start and the report read run folders without it
+
+    driver = Path("/proc/driver/nvidia/version")
+    gpu = torch.cuda.is_available()
+    return {
+        "names": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else None,
+        "cpus": os.cpu_count(),
+    }
+
+
+def _packages() -> str:
+    found = {f"{item.metadata['Name']}=={item.version}" for item in distributions() if item.metadata["Name"]}
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+
+
+def _differences(old: str, new: str) -> list[str]:
+    return sorted({line.split(":")[0].strip() for line in set(old.splitlines()) ^ set(new.splitlines())})[:5]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_state() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,183 @@
+"""What a user sees of a run: the progress line, metrics.jsonl and the trackers, all from one row of the global batch."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmclip_shards.chunks import Tally
+from torch import Tensor
+
+from mmclip_dist.config import Config
+from mmclip_dist.data.batch import Batch
+from mmclip_dist.engine import watchdog
+from mmclip_dist.engine.collective import agreed
+from mmclip_dist.engine.weights import temperature
+from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.plan import cost
+from mmclip_dist.plan.cards import Card, card_of_device
+from mmclip_dist.run.metrics import EVALUATIONS, METRICS, MetricsLog
+from mmclip_dist.run.trackers import Tracker, flat, open_trackers
+
+_COUNTS = ("reports", "tokens", "masked", "scored")
+
+
+class ProgressLog:
+    """Metrics of the global batch since the last row. Every rank counts; the first writes, to the run folder and `tracker`."""
+
+    def __init__(self, config: Config, tracker: Tracker | None, start: int, device: torch.device) -> None:
+        self.config, self.tracker, self.device = config, tracker, device
+        folder, first = Path(config.run_dir), dist.get_rank() == 0
+        self.metrics, self.evaluations = (MetricsLog(folder, start, name) if first else None for name in (METRICS, EVALUATIONS))
+        self.card = card_of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._begin(start)
+
+    def _begin(self, step: int) -> None:
+        self.last_step, self.last_time, self.waited, self.read = step, time.monotonic(), 0.0, Tally()
+        self.counts = dict.fromkeys(_COUNTS, 0.0)
+
+    def wait_for(self, batches: Any) -> Batch:
+        """The next batch; the time it takes is the data's share of the step."""
+        started = time.monotonic()
+        batch: Batch = next(batches)
+        self.waited += time.monotonic() - started
+        watchdog.beat("forward, backward or optimizer step")
+        self.read.add(batch["reading"])
+        found = (
+            (batch["report_id"] >= 0).sum(), batch["token_mask"].sum(), (batch["target_tokens"] >= 0).sum(),
+            (~batch["has_attention"]).sum(),
+        )  # fmt: skip
+        for name, value in zip(_COUNTS, found, strict=True):
+            self.counts[name] += float(value)
+        return batch
+
+    def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
+        """A collective call: losses are means over all ranks, what was read is summed, waiting and memory are the worst."""
+        learned = temperature(engine)  # on every rank: ZeRO-3 gathers it
+        means, read, counts = self._over_ranks(losses)  # waits for the device: the clock is read after it
+        elapsed, done = time.monotonic() - self.last_time, step - self.last_step
+        worst = torch.tensor([self.waited / elapsed, *self._memory()], dtype=torch.float64, device=self.device)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        if self.metrics is not None:
+            wait, host, host_peak, device_peak = worst.tolist()
+            batch, world = self.config.optim.global_batch, dist.get_world_size()
+            row = {
+                "step": step, "samples": step * batch, "loss": means, "lr": rate,
+                "temperature": learned,
+                "samples_per_s": round(done * batch / elapsed, 1),
+                "samples_per_s_per_rank": round(done * batch / elapsed / world, 2),
+                "data_wait": round(min(wait, 1.0), 4), "memory_gib": round(host, 3), "memory_peak_gib": round(host_peak, 3),
+                "eta_s": round((self.config.optim.last_step - step) * elapsed / done, 1),
+                "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
+                         "retries": int(read.retries), "cache_hits": int(read.cache_hits), "waited_s": round(read.waited_s, 3)},
+            }  # fmt: skip
+            if self.device.type == "cuda":
+                row["device_peak_gib"] = round(device_peak, 3)
+            if self.card is not None:
+                load = load_of_steps(counts, engine.module, batch=batch, world=world, steps=done)
+                row["mfu"] = round(utilisation(self.config, engine.module, load, self.card, elapsed / done), 4)
+            self.metrics.write(row)
+            if self.tracker is not None:
+                self.tracker.write(step, flat(row))
+            print(progress_line(row, self.config.optim.last_step), flush=True)
+        self._begin(step)
+
+    def evaluated(self, step: int, scores: dict[str, float] | None) -> None:
+        """Zero-shot scores of a step; None: a stop came in between."""
+        if self.evaluations is None:
+            return
+        if scores:
+            self.evaluations.write({"step": step, "auc": scores})
+            if self.tracker is not None:
+                self.tracker.write(step, flat({"auc": scores}))
+        told = "broken off by a stop" if scores is None else f"macro AUC {scores['macro']:.4f}" if scores else "no class to score"
+        print(f"step {step}/{self.config.optim.last_step}  zero-shot evaluation: {told}", flush=True)
+
+    def _over_ranks(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], Tally, dict[str, float]]:
+        values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
+        counted = values.new_tensor([*asdict(self.read).values(), *self.counts.values()])
+        values = torch.cat([values, counted])
+        dist.all_reduce(values)
+        summed = values.tolist()
+        means = {name: total / dist.get_world_size() for name, total in zip(losses, summed, strict=False)}
+        read = Tally(*summed[len(losses) : -len(_COUNTS)])
+        return means, read, dict(zip(_COUNTS, summed[-len(_COUNTS) :], strict=True))
+
+    def _memory(self) -> tuple[float, float, float]:
+        """GiB: of this process now, at most so far, and at most on its device since the last row."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts in KiB
+        now, device = host_memory_gib(), 0.0
+        if self.device.type == "cuda":
+            device = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return now, max(now, peak), device  # the kernel's own maximum may lag behind
+
+
+@contextmanager
+def open_log(config: Config, step: int, device: torch.device) -> Iterator[ProgressLog]:
+    """The log of a run that goes on from `step`, with its trackers on the first rank; a collective call. ValueError on all ranks
+    if a tracker cannot start."""
+    with ExitStack() as held:
+        tracker = None
+        with agreed():
+            if dist.get_rank() == 0:
+                tracker = held.enter_context(open_trackers(config, step))
+        yield ProgressLog(config, tracker, step, device)
+
+
+def load_of_steps(counts: dict[str, float], model: MMCLIP, *, batch: int, world: int, steps: int) -> cost.Load:
+    """One rank's mean step: what all ranks counted in `steps` steps. Padding is no useful work and does not count."""
+    reports = max(counts["reports"], 1.0)
+    return cost.Load(
+        images=batch // world, reports=counts["reports"] / steps / world, tokens=counts["tokens"] / reports,
+        masked=counts["masked"] / reports, prompts=model.prompt_mask.shape[1],
+        prompt_tokens=float(model.prompt_mask.float().sum(2).mean()) if model.prompt_mask.numel() else 0.0,
+        vocabulary=model.text_decoder.head.out_features, texts=counts["reports"] / steps,
+        scored=counts["scored"] / steps / batch,
+    )  # fmt: skip
+
+
+def utilisation(config: Config, model: MMCLIP, load: cost.Load, card: Card, seconds: float) -> float:
+    """Model FLOP/s of a rank over its card's peak, dense bf16 or float32 as the run computes."""
+    number, peak = (4, card.flops_fp32) if config.precision == "fp32" else (2, card.flops)
+    return cost.training_flops(cost.pieces(as_built(config, model), load, number)) / seconds / peak
+
+
+def as_built(config: Config, model: MMCLIP) -> Config:
+    """The configuration with the encoders' real shapes, which pretrained ones bring along."""
+    shapes = {}
+    for part, found in (("image", model.image.vit.config), ("text", model.text.bert.config)):
+        shape = {"width": found.hidden_size, "depth": found.num_hidden_layers, "heads": found.num_attention_heads}
+        shapes[part] = getattr(config.model, part).model_copy(update=shape)
+    return config.model_copy(update={"model": config.model.model_copy(update=shapes)})
+
+
+def progress_line(row: dict[str, Any], last_step: int) -> str:
+    """One row in one line; what is not known (MFU of an unknown card, device memory of a CPU) is left out."""
+    read = row["read"]
+    parts = [f"step {row['step']}/{last_step}", *(f"{name} {value:.4f}" for name, value in row["loss"].items())]
+    parts += [f"lr {row['lr']:.2e}", f"temperature {row['temperature']:.4f}"]
+    parts += [f"{row['samples_per_s']:.0f} samples/s ({row['samples_per_s_per_rank']:.1f} a rank)"]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    store = f" ({read['mb_per_s']:.0f} MB/s, {read['retries']} retries, {read['cache_hits']} cache hits)"
+    parts.append(f"data wait {row['data_wait']:.0%}{store if read['requests'] + read['cache_hits'] else ''}")
+    device = f", device {row['device_peak_gib']:.1f}" if "device_peak_gib" in row else ""
+    parts.append(f"memory {row['memory_peak_gib']:.1f}{device} GiB")
+    parts.append(f"{timedelta(seconds=round(row['eta_s']))} left")
+    return "  ".join(parts)
+
+
+def host_memory_gib() -> float:
+    """Resident memory of this process, GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**30

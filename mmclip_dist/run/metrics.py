@@ -1,0 +1,34 @@
+"""The metrics of a run: one row a logged step, in files of the run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmclip_shards.storage import write_atomic
+
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+
+
+class MetricsLog:
+    """A file of rows, one a logged step. Rows after the step that a run resumes from are dropped first, so that a run that
+    was killed leaves the same rows as one that was not."""
+
+    def __init__(self, folder: Path, resumed_from: int, name: str = METRICS) -> None:
+        self.path = folder / name
+        kept = [row for row in read_metrics(folder, name) if row["step"] <= resumed_from]
+        write_atomic(str(self.path), "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(row) + "\n")
+
+
+def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """The rows of a run so far; a row that a killed run left half-written is passed over."""
+    path = folder / name
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,61 @@
+"""Parametric chest radiographs with reports: the embedded default data and the test bed of the method.
+
+Nothing here is real: no patient, no scan, no copied text. What is known of each image (which finding, where, how
+severe) makes it possible to test a model's attention and not only its score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mmclip_shards.datasets.synthetic.drawing import draw
+from mmclip_shards.datasets.synthetic.reports import write_report
+from mmclip_shards.datasets.synthetic.studies import FINDINGS, sample_study
+from mmclip_shards.schema import Record
+
+__all__ = ["FINDINGS", "synthetic_records"]
+
+LARGEST_INDEX = 10**6
+"""Keys have six digits, so that their order is the order of the indices."""
+
+
+def synthetic_records(
+    count: int, *, seed: int, size: int = 128, unpaired: bool = False, start: int = 0
+) -> Iterator[Record]:
+    """Yield studies `start` to `start + count - 1` in key order, as uint8 images [size, size].
+
+    Record i depends on (seed, unpaired, i) and the size alone, so that slices made in different processes fit together.
+    A patient has 1 to 3 consecutive studies. Unpaired records have labels and boxes and an empty report.
+    Raises ValueError at the first record when the range, the seed or the size is not usable.
+    """
+    if count < 0 or start < 0 or start + count > LARGEST_INDEX:
+        raise ValueError(f"studies {start} to {start + count} asked for: choose a range within 0 to {LARGEST_INDEX}")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}: choose a whole number of at least 0")
+    if size < 32:
+        raise ValueError(f"image size is {size}: choose at least 32 pixels, below that no finding can be seen")
+    for index in range(start, start + count):
+        yield _record(index, seed=seed, size=size, unpaired=unpaired)
+
+
+def _record(index: int, *, seed: int, size: int, unpaired: bool) -> Record:
+    study = sample_study(index, seed=seed, unpaired=unpaired)
+    image, boxes = draw(study, size)
+    present = {finding.name for finding in study.findings}
+    key = f"synthetic-{'unpaired-' if unpaired else ''}{index:06d}"
+    # Wording has draws of its own: a change of the text alone leaves the images as they are.
+    report = None if unpaired else write_report(study, np.random.default_rng((seed, 0, 4, index)))
+    return Record(
+        key=key,
+        image=image,
+        patient=study.patient,
+        source=f"synthetic/{seed}/{key}",
+        report=report.text if report else "",
+        findings=report.findings if report else None,
+        impression=report.impression if report else None,
+        labels={name: int(name in present) for name in FINDINGS},
+        view=study.view,
+        boxes=boxes,
+    )
