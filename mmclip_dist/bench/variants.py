@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import Batch, Example, collate, to_device
+from mmclip_dist.data.entity_mask import masked_tokens
 from mmclip_dist.engine.gradient_cache import weighted_sum
 from mmclip_dist.model.encoders import pool
-from mmclip_dist.model.masking import masked_tokens
 from mmclip_dist.model.mmclip import MMCLIP
 
 PLAIN = "plain CLIP"
