@@ -225,7 +225,7 @@ def _files(walk: TarWalk, where: str, left_out: Counter[str]) -> Iterator[dict[s
     data: a `_Content` instead of the bytes, which are read here; None for a member that is not taken up. ValueError
     when a sample would have two members of one suffix.
     """
-    key, met = "", set()
+    key, met = "", set[str]()
     for entry in walk.entries():
         if entry.kind == "folder":
             continue
