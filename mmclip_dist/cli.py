@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from mmclip_dist import errors
 from mmclip_dist.commands import evaluate, offline, pack, plan, sets, training
 
 app = typer.Typer(
@@ -24,22 +25,18 @@ app.command("bench-loader")(sets.bench_loader)
 
 
 def run(application: typer.Typer) -> int:
-    """Run the command line; 2 and one line for a fault that the user can mend, 130 after Ctrl-C."""
+    """Run the command line. The exit code is as in `mmclip_dist.errors`, and 130 after Ctrl-C."""
     try:
         application()
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        if "MMCLIP_DEBUG" in os.environ:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a cluster, a disk or a child process failed: nothing that another argument would mend
-        if "MMCLIP_DEBUG" in os.environ:
-            raise
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        code = errors.exit_code(error)
+        if code is None or "MMCLIP_DEBUG" in os.environ:
+            raise
+        print(errors.line(error), file=sys.stderr)
+        return code
     return 0
 
 

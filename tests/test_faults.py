@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -194,6 +195,27 @@ def test_2_ranks_then_1_then_4(sets, whole: tuple[int, Path], tmp_path: Path) ->
     there = load_file(checkpoint_path(unbroken, STEPS) / "model.safetensors")
     for name, value in load_file(checkpoint_path(run, STEPS) / "model.safetensors").items():
         assert value.numpy() == pytest.approx(there[name].numpy(), rel=1e-3, abs=2e-4), name
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "code", "told"),
+    [
+        ("damaged shard", 0, 2, "error: rank 1 on {host}: shard 7 is damaged: copy it again"),
+        ("damaged shard", 1, 2, "error: rank 1 on {host}: shard 7 is damaged: copy it again"),
+        ("store down", 1, 1, "failed: rank 1 on {host}: no answer from the store for 120 s"),
+        ("bug", 0, 1, "failed: rank 1 on {host}: KeyError: 'gone'"),
+    ],
+)
+def test_the_error_of_any_rank_is_told_once_with_rank_and_host(
+    sets, tmp_path: Path, fault: str, workers: int, code: int, told: str
+) -> None:
+    run = tmp_path / "run"
+    job = Job(run, [*sets.overrides(run), *TRAIN, f"data.workers={workers}"], fault)
+    assert job.runner.wait(timeout=300) == code, job.log.read_text()[-3000:]
+    log = job.log.read_text()
+    lines = [line for line in log.splitlines() if line.startswith(("error:", "failed:"))]
+    assert lines == [told.format(host=socket.gethostname())], log[-3000:]
+    assert ("Traceback" in log) == (fault == "bug"), log[-3000:]
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> None:

@@ -19,12 +19,13 @@ from mmclip_dist.config import Augment, EntMLM
 from mmclip_dist.data.batch import Example
 from mmclip_dist.data.entity_mask import masked_tokens
 from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, decode_image, random_crop
+from mmclip_dist.errors import Mendable
 
 _UNKNOWN = -1
 
 
-class MissingSidecar(Exception):
-    """A report came without the entities that EntMLM needs. No ValueError: it is no fault of the one sample."""
+class MissingSidecar(Mendable):
+    """A report came without the entities that EntMLM needs: the fault of the configuration, not of the one sample."""
 
 
 @dataclass(frozen=True)

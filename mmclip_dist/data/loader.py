@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -21,6 +21,7 @@ from mmclip_dist.data.batch import Batch, Example, collate
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.order import Order
+from mmclip_dist.errors import exit_code
 
 T = TypeVar("T")
 _MAX_RETRIES = 16  # replacements tried for one undecodable sample before its block is given up
@@ -104,7 +105,20 @@ class StreamShare(IterableDataset):
         self.streams, self.per_stream, self.start, self.ahead = streams, per_stream, start, ahead
         self.remote = any(local_path(reader.url) is None for joined in sets for reader in joined.readers)
 
-    def __iter__(self) -> Iterator[tuple[list[Example], Tally]]:
+    def __iter__(self) -> Iterator[tuple[list[Example], Tally] | Exception]:
+        """In a worker process, an error that is no bug is the last item: raised there, it would reach the rank as the text of
+        a traceback, without its kind."""
+        if get_worker_info() is None:
+            yield from self._parts()
+            return
+        try:
+            yield from self._parts()
+        except Exception as error:
+            if exit_code(error) is None:
+                raise
+            yield error
+
+    def _parts(self) -> Iterator[tuple[list[Example], Tally]]:
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         width = len(self.streams) // parts
@@ -152,6 +166,14 @@ class StreamShare(IterableDataset):
         )
 
 
+def raised(items: Iterable[T | Exception]) -> Iterator[T]:
+    """The items, up to an error that is one of them, which is raised."""
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
 def outlive_sigterm(worker: int) -> None:
     """For a loader process: the launcher sends SIGTERM to it, too, but its rank needs batches until all ranks have stopped."""
     # It ends with its rank. Should that fail, an alarm ends it.
@@ -180,7 +202,7 @@ def build_loader(
         pin_memory=False, collate_fn=as_it_is, worker_init_fn=outlive_sigterm,
     )  # fmt: skip
     # The DataLoader takes its workers in turn, so `parts` items in a row are the parts of one step, in stream order.
-    items = iter(loader)
+    items = raised(loader)
     for step in count(start):
         examples: list[Example] = []
         reading = Tally()

@@ -10,6 +10,7 @@ import torch
 
 from mmclip_dist.config import Config
 from mmclip_dist.engine import deepspeed_inside, watchdog
+from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.engine.finite import skip_non_finite
 from mmclip_dist.engine.layer_execution import checkpoint_activations, compile_encoders
 from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
@@ -92,21 +93,24 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
 
 
 def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
-    """The DeepSpeed engine around the model, whose layers are compiled or recompute their activations as configured."""
+    """The DeepSpeed engine around the model, whose layers are compiled or recompute their activations as configured.
+
+    A collective call; AgreedError where the configuration asks for what this machine or DeepSpeed cannot do.
+    """
     import deepspeed
 
-    if config.model.compile:
-        compile_encoders(model)
-    if config.model.checkpoint_activations:
-        checkpoint_activations(model)
-    optim = config.optim
-    scales = layer_scales(model, optim.layer_decay) if optim.layer_decay < 1 else {}
-    groups = parameter_groups(model, optim, scales)
-    ours = None
-    if optim.name == "deepspeed":
-        refuse_stale_locks()
-    else:
-        ours = build_optimizer(groups, optim, sharded=config.zero_stage > 0)
+    optim, ours = config.optim, None
+    with agreed():
+        if config.model.compile:
+            compile_encoders(model)
+        if config.model.checkpoint_activations:
+            checkpoint_activations(model)
+        scales = layer_scales(model, optim.layer_decay) if optim.layer_decay < 1 else {}
+        groups = parameter_groups(model, optim, scales)
+        if optim.name == "deepspeed":
+            refuse_stale_locks()
+        else:
+            ours = build_optimizer(groups, optim, sharded=config.zero_stage > 0)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=ours, model_parameters=groups if ours is None else None, config=json
     )
@@ -115,7 +119,7 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
         # Adam's bias correction would start one step late.
         ours.state.clear()
     elif optim.layer_decay < 1 and any("lr_scale" not in group for group in engine.optimizer.param_groups):
-        raise ValueError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
+        raise AgreedError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
     if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: none of DeepSpeed's own
         skip_non_finite(engine.optimizer)
     return engine

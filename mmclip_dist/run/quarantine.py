@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mmclip_dist.data.batch import Batch
+from mmclip_dist.engine.collective import AgreedError
 
 
 class Quarantine:
@@ -19,7 +20,7 @@ class Quarantine:
         self.bad = self.seen = 0
 
     def count(self, batch: Batch, step: int, *, replaced: float, seen: float) -> None:
-        """replaced, seen: samples of this step on all ranks. ValueError, on all ranks alike, above the allowed fraction."""
+        """replaced, seen: samples of this step on all ranks. AgreedError above the allowed fraction."""
         if batch["replaced"]:
             with self.path.open("a") as handle:
                 handle.writelines(
@@ -28,7 +29,7 @@ class Quarantine:
         self.bad, self.seen = self.bad + int(replaced), self.seen + int(seen)
         # A bad sample or two in the first batches measure no fraction, unless none at all is allowed.
         if self.bad > (max(2.0, self.max_fraction * self.seen) if self.max_fraction else 0):
-            raise ValueError(
+            raise AgreedError(
                 f"{self.bad} of {self.seen} samples could not be decoded, more than "
                 f"data.max_bad_fraction={self.max_fraction}; they are listed in {self.path.parent}/quarantine-*.jsonl"
             )
