@@ -1,6 +1,6 @@
 """Which errors a user can mend, and how a program ends with each kind.
 
-- A wrong argument, file, configuration or data set (ValueError, a missing or forbidden file, `Mendable`): code 2, `error: ...`.
+- A wrong argument, file, configuration or data set (ValueError, a missing or forbidden path, `Mendable`): code 2, `error: ...`.
 - A machine, disk, network or store that failed (any other OSError): code 1, `failed: ...`.
 - A bug (everything else): code 1, a traceback, `failed: ...`.
 """
@@ -16,7 +16,7 @@ class Mendable(Exception):
 
 def exit_code(error: BaseException) -> int | None:
     """`USER`, `FAILED`, or None for a bug."""
-    if isinstance(error, ValueError | Mendable | FileNotFoundError | PermissionError | NotADirectoryError):
+    if isinstance(error, ValueError | Mendable | FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
         return USER
     return FAILED if isinstance(error, OSError) else None
 

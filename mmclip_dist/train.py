@@ -24,7 +24,7 @@ from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import to_device
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.data.training import open_training_data
+from mmclip_dist.data.training import TrainingData, open_training_data
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, first_rank_does, place
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
@@ -61,7 +61,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
             if first:
                 held.enter_context(locked(run_dir))
-                describe(run_dir, config, world, ds_json)
+                describe(run_dir, config, world, ds_json, data.identity)
                 stop.forget_file()
         engine = build_engine(model.to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
@@ -70,7 +70,7 @@ def train(config: Config, stop: StopRequest) -> bool:
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
         log = held.enter_context(open_log(config, step, device))
         if first:
-            print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
+            announce(config, device, data, step)
 
         while step < config.optim.last_step and not stop.agreed:
             watchdog.beat("waiting for data", step + 1)
@@ -83,19 +83,26 @@ def train(config: Config, stop: StopRequest) -> bool:
             guard.after_step(step, batch, loss, applied=engine.was_step_applied(), writing=checkpoints.writing)
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
                 log.write(step, losses, rate, engine)
-            scores = None
-            if evaluation and evaluation.due(step) and not stop.agreed:
-                scores = evaluation.scores(engine, stop)
-                log.evaluated(step, scores)
-            if not guard.writing:
-                checkpoints.publish()
-            if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
-                score = scores.get("macro") if scores else None
-                checkpoints.save(Meta(step, world, config.zero_stage, data.diseases, data.trained_on, score))
+            with log.aside():
+                scores = None
+                if evaluation and evaluation.due(step) and not stop.agreed:
+                    scores = evaluation.scores(engine, stop)
+                    log.evaluated(step, scores)
+                if not guard.writing:
+                    checkpoints.publish()
+                if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
+                    score = scores.get("macro") if scores else None
+                    checkpoints.save(Meta(step, world, config.zero_stage, data.diseases, data.trained_on, score))
         checkpoints.finish()
         if step < config.optim.last_step:
             first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
         return step >= config.optim.last_step
+
+
+def announce(config: Config, device: torch.device, data: TrainingData, step: int) -> None:
+    print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
+    if step >= config.optim.last_step:
+        print(f"nothing left to train: step {step} of {config.optim.last_step} is done", flush=True)
 
 
 def join_ranks(config: Config) -> tuple[int, int, torch.device]:

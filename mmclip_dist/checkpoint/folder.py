@@ -82,12 +82,22 @@ def resolve_checkpoint(path: str) -> Path:
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    return parse_meta((checkpoint / META).read_bytes())
+    try:
+        return parse_meta((checkpoint / META).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
 
 
 def parse_meta(data: bytes) -> Meta:
-    values: dict[str, Any] = json.loads(data)
-    return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
+    """ValueError for what another version of this package wrote, or no meta at all."""
+    try:
+        values: dict[str, Any] = json.loads(data)
+        return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{META} is not that of this version of mmclip-dist ({error}): use the version that wrote the checkpoint, or start "
+            "anew in another run_dir"
+        ) from error
 
 
 def weights_hash(checkpoint: Path, *, average: bool = False) -> str:
@@ -152,13 +162,13 @@ def to_keep(scores: Mapping[int, float | None], *, newest: int, every: int | Non
 
 
 def scores_of(checkpoints: Collection[Path]) -> dict[int, float | None]:
-    """{step: score}. One that is damaged has none: an old one, that nothing was resumed from, shall not stop a run."""
+    """{step: score}. A damaged old checkpoint, or one of another version, gets no score instead of an error."""
     scores: dict[int, float | None] = {}
     for path in checkpoints:
         step = step_of(path.name)
         assert step is not None, path
         try:
             scores[step] = read_meta(path).score
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError):
             scores[step] = None
     return scores

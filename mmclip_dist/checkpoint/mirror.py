@@ -34,7 +34,7 @@ def mirror(run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], se
         if step is not None and step not in there:
             _upload(checkpoint, join(url, checkpoint.name))
             there.append(step)
-    scores = {step: parse_meta(read_bytes(join(url, checkpoint_name(step), META))).score for step in there}
+    scores = {step: _score(join(url, checkpoint_name(step), META)) for step in there}
     for step in set(scores) - keep(scores):
         _delete(join(url, checkpoint_name(step)))
 
@@ -67,6 +67,14 @@ def fetch_newest(url: str, run_dir: Path, say: Callable[[str], None]) -> Path | 
 def _whole_steps(url: str) -> list[int]:
     steps = [step for name in list_folder(url) if (step := step_of(name)) is not None]
     return [step for step in steps if exists(join(url, checkpoint_name(step), MANIFEST))]
+
+
+def _score(meta: str) -> float | None:
+    """None, too, for a checkpoint of another version."""
+    try:
+        return parse_meta(read_bytes(meta)).score
+    except ValueError:
+        return None
 
 
 def _upload(checkpoint: Path, url: str) -> None:

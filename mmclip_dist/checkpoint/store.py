@@ -179,6 +179,12 @@ class Checkpoints:
             meta = read_meta(found)
             if found.parent.parent == self.run_dir:
                 check_data(found, meta, trained_on)
+            elif meta.step >= self.config.optim.last_step:
+                start, last = self.config.checkpoint.start_from, self.config.optim.last_step
+                raise ValueError(
+                    f"checkpoint.start_from={start} is of step {meta.step}, and this run ends at step {last}: nothing would be "
+                    "trained; set optim.steps or optim.stop_at to a later step"
+                )
             check_shapes(found, self.engine.module)
             convert = conversion.needs_conversion(meta, dist.get_world_size(), self.config.zero_stage)
         if convert:

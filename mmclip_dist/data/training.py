@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mmclip_shards.manifest import manifest_hash
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config
@@ -29,6 +30,11 @@ class TrainingData:
     @property
     def trained_on(self) -> tuple[str, ...]:
         return tuple(shard.sha256 for joined in self.sets for shard in joined.manifest.shards)
+
+    @property
+    def identity(self) -> list[list[str]]:
+        """Hashes of each set's manifest and of its sidecars': the same wherever the sets lie."""
+        return [[manifest_hash(reader.manifest) for reader in joined.readers] for joined in self.sets]
 
     def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
         """A rank's batches of steps start, start + 1, ... without end."""

@@ -230,11 +230,11 @@ class MMCLIP(nn.Module):
         return options.mode == "split" and self.config.loss.image > 0 and masked
 
     def _views(self, batch: Batch, patches: Tensor) -> SplitViews:
-        options, total, noise = self.config.attmim, patches.shape[1], batch["noise"]
+        options, noise = self.config.attmim, batch["noise"]
+        salient, context = options.views(patches.shape[1])
         return attention_split_views(
-            patches, salient=round(options.salient_keep * total), context=round(options.context_keep * total),
-            hint=options.hint, scores=ranked_or_drawn(batch["attention"].flatten(1), noise), noise=noise,
-            impl=self.config.loss.impl,
+            patches, salient=salient, context=context, hint=options.hint,
+            scores=ranked_or_drawn(batch["attention"].flatten(1), noise), noise=noise, impl=self.config.loss.impl,
         )  # fmt: skip
 
     def _hide_patches(self, batch: Batch, seen: Tensor, memory: TextMemory) -> TopkMask:

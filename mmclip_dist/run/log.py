@@ -42,7 +42,7 @@ class ProgressLog:
         self._begin(start)
 
     def _begin(self, step: int) -> None:
-        self.last_step, self.last_time, self.waited, self.read = step, time.monotonic(), 0.0, Tally()
+        self.last_step, self.last_time, self.waited, self.beside, self.read = step, time.monotonic(), 0.0, 0.0, Tally()
         self.counts = dict.fromkeys(_COUNTS, 0.0)
 
     def wait_for(self, batches: Any) -> Batch:
@@ -60,11 +60,20 @@ class ProgressLog:
             self.counts[name] += float(value)
         return batch
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside, evaluation and saving, is no training time: it counts for neither speed, MFU nor time left."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.beside += time.monotonic() - started
+
     def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
         """A collective call: losses are means over all ranks, what was read is summed, waiting and memory are the worst."""
         learned = temperature(engine)  # on every rank: ZeRO-3 gathers it
         means, read, counts = self._over_ranks(losses)  # waits for the device: the clock is read after it
-        elapsed, done = time.monotonic() - self.last_time, step - self.last_step
+        elapsed, done = time.monotonic() - self.last_time - self.beside, step - self.last_step
         worst = torch.tensor([self.waited / elapsed, *self._memory()], dtype=torch.float64, device=self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
         if self.metrics is not None:
@@ -76,6 +85,7 @@ class ProgressLog:
                 "samples_per_s": round(done * batch / elapsed, 1),
                 "samples_per_s_per_rank": round(done * batch / elapsed / world, 2),
                 "data_wait": round(min(wait, 1.0), 4), "memory_gib": round(host, 3), "memory_peak_gib": round(host_peak, 3),
+                "aside_s": round(self.beside, 3),
                 "eta_s": round((self.config.optim.last_step - step) * elapsed / done, 1),
                 "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
                          "retries": int(read.retries), "cache_hits": int(read.cache_hits), "waited_s": round(read.waited_s, 3)},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmclip_shards.storage import write_atomic
+from mmclip_shards.textfiles import read_rows
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
@@ -28,7 +29,4 @@ class MetricsLog:
 def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
     """The rows of a run so far; a row that a killed run left half-written is passed over."""
     path = folder / name
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return read_rows(path, "delete that line; the run loses the record of it, and nothing else") if path.exists() else []

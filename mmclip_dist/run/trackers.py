@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmclip_shards.storage import write_atomic
+from mmclip_shards.textfiles import read_json
 
 from mmclip_dist.config import Config, Track
 
@@ -169,7 +170,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 def _ids(folder: Path) -> dict[str, str]:
     path = folder / IDS
-    found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    found: dict[str, str] = read_json(path, "delete it; the trackers then begin a new run") if path.exists() else {}
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mmclip_dist.checkpoint.folder import checkpoint_path, newest_checkpoint, resolve_checkpoint
-from mmclip_dist.config import Optim, load_config
+from mmclip_dist.config import Config, Optim, load_config
 from mmclip_dist.engine import deepspeed_inside
 from mmclip_dist.engine.deepspeed_engine import deepspeed_json
 from mmclip_dist.engine.optimizer import layer_scales, parameter_groups
@@ -29,11 +29,61 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     describe(tmp_path, config, 2, {})
     describe(tmp_path, config, 2, {})
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"another configuration \(differs in lr\)"):
-        describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}", "optim.lr=1"]), 2, {})
+    with pytest.raises(ValueError, match=r"another configuration \(differs in data.augment.flip, optim.lr, which would change"):
+        describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}", "optim.lr=1", "data.augment.flip=0.5"]), 2, {})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["versions"]["torch"] == torch.__version__
+
+
+def test_operational_keys_may_change_and_are_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every remedy of the README for a lack of memory, and what has to do with speed, files and watching."""
+    here = f"run_dir={tmp_path}"
+    describe(tmp_path, load_config("quickstart", [here]), 2, {})
+    MetricsLog(tmp_path, 0).write({"step": 30})
+    changes = [
+        "optim.micro_batch=8", "model.checkpoint_activations=true", "zero_stage=3", "offload={optimizer: cpu, parameters: cpu}",
+        "log_every=3", "data.workers=1", "data.prefetch=2", "data.reading.memory_mib=9", "data.max_bad_fraction=0.5",
+        "checkpoint.every=7", "checkpoint.url=/mirror", "health.timeout_s=9", "track.tensorboard=true", "threads=1",
+        "optim.stop_at=500", "loss.impl=triton", "evaluation={every: 3}", "model.compile=false",
+    ]  # fmt: skip
+    changed = load_config("quickstart", [here, *changes])
+    describe(tmp_path, changed, 2, {})
+    (row,) = read_metrics(tmp_path, "changes.jsonl")
+    assert row["after_step"] == 30 and row["changed"]["optim.micro_batch"] == [None, 8]
+    assert row["changed"]["offload.optimizer"] == ["none", "cpu"] and len(row["changed"]) >= 17
+    assert "optim.micro_batch=8 (was null)" in capsys.readouterr().out
+    assert load_config(str(tmp_path / "config.yaml")) == changed
+    describe(tmp_path, changed, 2, {})
+    assert len(read_metrics(tmp_path, "changes.jsonl")) == 1
+
+
+def test_sets_may_move_but_not_change(tmp_path: Path) -> None:
+    def config(*sources: str) -> Config:
+        return load_config("quickstart", [f"run_dir={tmp_path}", f"data.sources=[{', '.join(sources)}]"])
+
+    describe(tmp_path, config("{url: /disk/a, weight: 2}", "{url: /disk/b}"), 2, {}, [["a0"], ["b0"]])
+    describe(tmp_path, config("{url: 's3://x/a', weight: 2}", "{url: /disk/b}"), 2, {}, [["a0"], ["b0"]])
+    assert read_metrics(tmp_path, "changes.jsonl")[0]["changed"]["data.sources"][1][0]["url"] == "s3://x/a"
+    refused = r"another configuration \(differs in data.sources, which"
+    with pytest.raises(ValueError, match=refused):
+        describe(tmp_path, config("{url: /disk/a, weight: 2}", "{url: /disk/b}"), 2, {}, [["a1"], ["b0"]])
+    with pytest.raises(ValueError, match=refused):
+        describe(tmp_path, config("{url: /disk/a, weight: 3}", "{url: /disk/b}"), 2, {}, [["a0"], ["b0"]])
+
+
+@pytest.mark.parametrize("content", [b"optim: {steps: 5", b"run_dir: \xcc\n", b"nonsense: 1\n", b"- a list\n"])
+def test_a_spoiled_configuration_of_a_run_is_named_with_its_mend(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"configuration of the run in {tmp_path}: set run_dir to another folder, or delete"):
+        describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}"]), 2, {})
+
+
+@pytest.mark.parametrize("content", [b'{"step": 1}\n{"st\n{"step": 3}\n', b'{"step": 1}\n[]\n', b'{"step": 1}\n\xcc\xff\n'])
+def test_spoiled_metrics_are_named_with_their_mend(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/metrics.jsonl.*: delete that line; the run loses the record of it"):
+        read_metrics(tmp_path)
 
 
 def test_the_folder_says_what_made_it_and_tells_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
