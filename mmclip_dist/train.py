@@ -115,6 +115,7 @@ def join_ranks(config: Config) -> tuple[int, int, torch.device]:
 def main(arguments: list[str]) -> int:
     """0 at the end of training, `stop.EXIT_CODE` after a stop on request, else as in `mmclip_dist.errors`."""
     arguments = [word for word in arguments if not word.startswith("--local_rank")]
+    stop = None
     try:
         if not arguments:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
@@ -125,16 +126,17 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if "MMCLIP_DEBUG" in os.environ:
             raise
-        return tell(error)
+        return tell(error, ending=stop is not None and stop.wanted())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def tell(error: Exception) -> int:
+def tell(error: Exception, *, ending: bool) -> int:
     """Print an error of this rank, unless another rank prints it; the exit code. A bug gets its traceback.
 
     Before the ranks have joined, all that can fail is the same for every rank of a machine: its first rank speaks.
+    ending: whether this rank was asked to stop, as the launcher does when another one has failed.
     """
     code = errors.exit_code(error)
     joined = dist.is_initialized()
@@ -145,8 +147,9 @@ def tell(error: Exception) -> int:
     elif joined and broken(error):
         # The launcher ends this rank as soon as the one that failed is gone. If it still runs then, that one was elsewhere.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(_OTHER_RANK_S)
-        speaks, where, trace = first_of_machine, f"{place()}, because another rank or its machine ended", ""
+        time.sleep(0 if ending else _OTHER_RANK_S)
+        speaks, trace = first_of_machine and not ending, ""
+        where = f"{place()}, because another rank or its machine ended"
     elif joined:
         speaks, where = True, place()
     else:

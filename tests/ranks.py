@@ -38,6 +38,8 @@ class Ranks:
             "DS_ACCELERATOR": "cpu", "MMCLIP_OWNER_PID": str(os.getpid()), **(variables or {}),
         }  # fmt: skip
         self.logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
+        for log in self.logs:
+            log.unlink(missing_ok=True)
         self.processes = []
         for rank, log in enumerate(self.logs):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -52,7 +54,7 @@ class Ranks:
         """The exit code, once all have ended: of the rank that failed first, after which the others are ended as a launcher does.
         None if some still run after so many seconds."""
         deadline = time.monotonic() + timeout
-        running = {process.sentinel: process for process in self.processes if process.is_alive()}
+        running: dict[Any, Any] = {process.sentinel: process for process in self.processes if process.is_alive()}
         first = self._failed()
         while running and first is None:
             left = deadline - time.monotonic()
@@ -60,7 +62,7 @@ class Ranks:
             if not ended:
                 return None
             for sentinel in ended:
-                running.pop(sentinel).join()  # type: ignore[call-overload]
+                running.pop(sentinel).join()
             first = self._failed()
         for process in running.values():
             process.terminate()
