@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 import threading
 import time
@@ -44,8 +45,9 @@ def start(rank: int, timeout_s: float) -> None:
         while (left := _progress.since + timeout_s - time.monotonic()) > 0:
             time.sleep(min(left + 0.01, 1.0))
         print(
-            f"error: rank {rank} hangs: no progress for {timeout_s:g} s at step {_progress.step}, in: {_progress.doing}. The "
-            "other rank of a collective call may have died or be slow; health.timeout_s sets how long to wait. Where it hangs:",
+            f"failed: rank {rank} on {socket.gethostname()} hangs: no progress for {timeout_s:g} s at step {_progress.step}, in: "
+            f"{_progress.doing}. The other rank of a collective call may have died or be slow; health.timeout_s sets how long to "
+            "wait. Where it hangs:",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)

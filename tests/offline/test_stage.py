@@ -28,6 +28,8 @@ from mmclip_dist.offline.entities import entities_stage
 from mmclip_dist.offline.stage import JOURNAL, Stage, connect, run_stage
 from tests.conftest import write_sidecar
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cluster():
