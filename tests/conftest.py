@@ -74,7 +74,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for report in reports:
             if isinstance(report, pytest.TestReport):
                 seconds[report.nodeid] += report.duration
-    slowest = [[name, round(value, 1)] for name, value in seconds.most_common(20)]
+    slowest = [[name, round(value, 1)] for name, value in seconds.most_common(20) if value >= 1]
     terminalreporter.write_line(f"slowest {json.dumps({'total_s': round(seconds.total(), 1), 'tests': slowest})}")
 
 
