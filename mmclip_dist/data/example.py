@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import xxhash
 from mmclip_shards.document import read_document
+from mmclip_shards.images import decode_image
 from mmclip_shards.schema import decode_npy
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, EntMLM
 from mmclip_dist.data.batch import Example
 from mmclip_dist.data.entity_mask import masked_tokens
-from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, decode_image, random_crop
+from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, random_crop
 from mmclip_dist.errors import Mendable
 
 _UNKNOWN = -1

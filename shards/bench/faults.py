@@ -29,7 +29,7 @@ from mmclip_shards.faults import Patience
 from mmclip_shards.manifest import MANIFEST_NAME, load_index, load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.testing.fault_proxy import Fault, FaultProxy, on_reads
-from mmclip_shards.testing.s3_faults import Places, faults, places
+from mmclip_shards.testing.s3_faults import Places, faults, lasting_error, places
 from mmclip_shards.testing.s3_server import S3Server
 from mmclip_shards.writer import Sample, ShardWriter
 
@@ -55,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """names: which of object, offset and cause the error tells."""
+    """names: which of object, offset, cause and kind (of error) the error tells."""
 
     fault: str
     target: str
@@ -71,7 +71,7 @@ class Outcome:
     @property
     def right(self) -> bool:
         """A fault that comes once must not show; one that stays must be told, or not matter."""
-        told = {"object", "cause", *(["offset"] if self.target.startswith("shard") else [])}
+        told = {"object", "cause", "kind", *(["offset"] if self.target.startswith("shard") else [])}
         if self.injected == 0:
             return False
         return self.outcome == "recovers" or (self.lasting and self.outcome == "raises" and told <= {*self.names})
@@ -154,10 +154,13 @@ def try_fault(
     retries = chunks.take_tally().retries
     chunks.close()
     error = f"{type(errors[0]).__name__}: {errors[0]}" if errors else ""
+    # The last try may have stalled whatever the fault was, and the last is what is told.
+    kinds = {lasting_error(fault, in_shard=target.name.startswith("shard")), *([OSError] if "no byte for" in error else [])}
     named = {
         "object": url in error and target.object in error,
         "offset": re.search(r"offset \d+", error),
         "cause": error.rstrip(": ") == error and error,
+        "kind": errors and type(errors[0]) in kinds,
     }
     return Outcome(
         name, target.name, lasting, outcome, round(seconds, 2), sum(proxy.injected.values()), len(delivered), retries,

@@ -13,6 +13,7 @@ OUR_OWN = (TypeError, AttributeError, NameError, NotImplementedError, ImportErro
 """What no second try mends."""
 
 _SETTLED = (FileNotFoundError, PermissionError, ValueError)
+_MENDABLE = (FileNotFoundError, PermissionError, NotADirectoryError, ValueError)
 # A store that says 404 or 403, or sends damaged bytes, may do so for a moment, but not for two minutes.
 _SETTLED_TRIES = 4
 
@@ -30,6 +31,21 @@ class Patience:
     stall_s: float = 10.0
     first_wait_s: float = 0.1
     longest_wait_s: float = 10.0
+
+
+class CutFile(OSError):
+    """A file ends before the wanted bytes. No second try mends it: the file must be copied again."""
+
+
+def renamed(error: Exception, message: str) -> Exception:
+    """The error with another message, of a kind that says who can mend it.
+
+    What a user can mend keeps its kind: FileNotFoundError, PermissionError, NotADirectoryError and ValueError; a cut
+    file is a ValueError, like other damaged bytes. All else (time-outs, refused connections, 5xx) is an OSError.
+    """
+    if isinstance(error, CutFile):
+        return ValueError(message)
+    return next((kind for kind in _MENDABLE if isinstance(error, kind)), OSError)(message)
 
 
 class GaveUp(Exception):
@@ -57,8 +73,8 @@ class Tries:
         if spent > self.patience.budget_s or self._settled >= _SETTLED_TRIES:
             if isinstance(fault, ValueError):
                 raise fault
-            kind = next((kind for kind in _SETTLED if isinstance(fault, kind)), OSError)
-            raise kind(f"{what}: tried {self.count} times in {spent:.0f} s: {type(fault).__name__}: {fault}") from fault
+            tried = f"tried {self.count} times in {spent:.0f} s"
+            raise renamed(fault, f"{what}: {tried}: {type(fault).__name__}: {fault}") from fault
         longest = min(self.patience.longest_wait_s, self.patience.first_wait_s * 2 ** min(self._in_a_row, 30))
         if self.closed.wait(_waits.uniform(0, min(longest, max(0.0, self.patience.budget_s - spent)))):
             raise GaveUp(what) from fault

@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from mmclip_shards.schema import Box
 
 MAX_PIXELS = 100_000_000
-"""A decompression bomb is refused by the size in its header. The largest radiographs have about 25 million pixels."""
+"""Larger images are refused by the size in their header (decompression bombs). The largest radiographs have about 25
+million pixels."""
 
 JPEG_QUALITY = 95
 
@@ -51,6 +52,16 @@ class ImageFacts(NamedTuple):
     height: int
 
 
+def decode_image(data: bytes | Path) -> Image.Image:
+    """A JPEG or PNG, as a file or its bytes -> an 8-bit image of mode "L", upright. Everything that reads pixels uses this.
+
+    EXIF orientation is applied, colour becomes luma, transparent pixels become black, and anything deeper than 8 bits
+    is rescaled (`rescale_to_8_bit`). The image carries no metadata: it can name the patient. ValueError that names the
+    file when it cannot be used.
+    """
+    return _decode(data)[0]
+
+
 def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
     """Upright, 8-bit, single channel, the shorter side reduced to at most `short_side` pixels (never enlarged).
 
@@ -58,11 +69,10 @@ def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequ
     from its own minimum and maximum. No metadata is kept: it can name the patient. ValueError that names the file when
     it cannot be used.
     """
-    name = str(image) if isinstance(image, Path) else "image data"
     if isinstance(image, np.ndarray):
-        pixels, suffix = Image.fromarray(_array_to_8_bit(image, name)), "png"
+        pixels, suffix = Image.fromarray(_array_to_8_bit(image)), "png"
     else:
-        pixels, suffix = _decode(image, name)
+        pixels, suffix = _decode(image)
     before = pixels.size
     pixels = _reduce(pixels, short_side)
     scale_x, scale_y = pixels.width / before[0], pixels.height / before[1]
@@ -100,18 +110,24 @@ def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
-def _decode(image: Path | bytes, name: str) -> tuple[Image.Image, str]:
-    """The upright 8-bit image and the suffix to store it under."""
+def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
+    """The upright 8-bit image, and the suffix to store it under."""
     try:
         # Only these two decoders: Pillow knows some 40 formats, among them ones that start other programs.
-        source = Image.open(image if isinstance(image, Path) else io.BytesIO(image), formats=("JPEG", "PNG"))
+        source = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=("JPEG", "PNG"))
         with source:
             _check_pixels(source.size)
             suffix = _suffix(source)
-            source.load()
-            return _to_8_bit(ImageOps.exif_transpose(source)), suffix
+            ImageOps.exif_transpose(source, in_place=True)
+            image = _to_8_bit(source)
+            image.info = {}  # Pillow writes comments and profiles in it into every copy that is saved
+            return image, suffix
     except _DECODE_ERRORS as error:
-        raise ValueError(f"{name} is not a usable JPEG or PNG: {_reason(error)}") from error
+        raise ValueError(f"{_name(data)} is not a usable JPEG or PNG: {_reason(error)}") from error
+
+
+def _name(image: object) -> str:
+    return str(image) if isinstance(image, Path) else "image data"
 
 
 def _suffix(source: Image.Image) -> str:
@@ -119,18 +135,21 @@ def _suffix(source: Image.Image) -> str:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Mode "L" of any loaded image; the same object where it is one already."""
     if image.mode in _DEEP_MODES:
         return Image.fromarray(rescale_to_8_bit(np.asarray(image)))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, "black")  # the background of a radiograph
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    if image.mode not in ("1", "L"):
+    if image.mode == "L":
+        return image
+    if image.mode != "1":
         image = image.convert("RGB")  # palettes and CMYK have no direct way to luma
-    # Through an array, because Pillow would copy comments and profiles of the source into the output.
-    return Image.fromarray(np.asarray(image.convert("L")))
+    return image.convert("L")
 
 
-def _array_to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
+def _array_to_8_bit(array: np.ndarray) -> np.ndarray:
+    name = _name(array)
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; a single-channel image [height, width] is needed")
     if array.dtype.kind not in "uif":

@@ -12,7 +12,7 @@ import xxhash
 
 from mmclip_shards import storage
 from mmclip_shards.chunks import ChunkReader
-from mmclip_shards.faults import Tries
+from mmclip_shards.faults import CutFile, Tries, renamed
 from mmclip_shards.manifest import Manifest, ShardIndex, load_index, load_manifest
 from mmclip_shards.storage import Url
 
@@ -46,7 +46,11 @@ class ShardReader:
         return self._index(shard_number).keys
 
     def read(self, shard_number: int, key: str) -> dict[str, bytes]:
-        """A sample's members: suffix -> bytes. ValueError naming shard, key, offset and cause when a byte is wrong."""
+        """A sample's members: suffix -> bytes. Errors name shard, key, offset and cause.
+
+        ValueError: the shard or its index is damaged, or has no such key. FileNotFoundError, PermissionError: it is not
+        there, or access is refused. OSError: the store or the disk failed.
+        """
         index = self._index(shard_number)
         row = index.rows.get(key)
         if row is None:
@@ -110,14 +114,14 @@ class ShardReader:
             return data
         except OSError as error:
             where = f"shard {self._where(shard_number)}, key {key}, offset {offset}"
-            raise ValueError(f"{where}: cannot be read: {error}") from error
+            raise renamed(error, f"{where}: cannot be read: {error}") from error
 
     def _load_index(self, shard_number: int) -> ShardIndex:
         tries = Tries(self.chunks.reading.patience)
         try:
             return load_index(self.url, self.manifest.shards[shard_number], tries)
         except OSError as error:
-            raise ValueError(f"shard {self._where(shard_number)}: its index cannot be read: {error}") from error
+            raise renamed(error, f"shard {self._where(shard_number)}: its index cannot be read: {error}") from error
         finally:
             if tries.count:
                 self.chunks.count(retries=tries.count)
@@ -144,12 +148,12 @@ class _LocalFile:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         found = os.fstat(self._descriptor).st_size
         if found != size:
-            raise OSError(f"the file has {found} bytes, its manifest promises {size}: copy the shard again")
+            raise CutFile(f"the file has {found} bytes, its manifest promises {size}: copy the shard again")
 
     def read(self, offset: int, length: int) -> bytes:
         data = os.pread(self._descriptor, length, offset)
         if len(data) != length:
-            raise OSError(f"{length} bytes wanted at offset {offset}, {len(data)} came")
+            raise CutFile(f"{length} bytes wanted at offset {offset}, {len(data)} came")
         return data
 
     def __del__(self) -> None:

@@ -20,7 +20,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.asyn import sync as run_async
 
-from mmclip_shards.faults import Patience, Tries
+from mmclip_shards.faults import CutFile, Patience, Tries
 
 T = TypeVar("T")
 Url = str | os.PathLike[str]
@@ -109,7 +109,7 @@ def file_size(url: Url) -> int:
 
 
 def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -> bytes:
-    """Exactly `length` bytes from `offset` on. OSError when the file ends before or the store gives up.
+    """Exactly `length` bytes from `offset` on. CutFile when the file ends before, OSError when the store gives up.
 
     A remote read that breaks goes on from the byte where it broke. `tries`: how often, and who counts it.
     """
@@ -119,7 +119,7 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
             file.seek(offset)
             data = file.read(length)
         if len(data) != length:
-            raise OSError(f"{path}: {length} bytes wanted at offset {offset}, {len(data)} came")
+            raise CutFile(f"{path}: {length} bytes wanted at offset {offset}, {len(data)} came")
         return data
     got = _Received()
     tries = tries or Tries(PATIENCE)
@@ -254,14 +254,14 @@ def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
 
 
 def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
-    """OSError at once, instead of a budget of tries, where the file really ends before the wanted bytes."""
+    """CutFile at once, instead of a budget of tries, where the file really ends before the wanted bytes."""
     try:
         filesystem, name = _open_remote(url)
         size = int(_call(filesystem, stall_s, "info", name)["size"])
     except Exception:
         return  # no verdict: the tries go on
     if size < offset + length:
-        raise OSError(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
+        raise CutFile(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
 
 
 def _call(filesystem: Any, seconds: float, method: str, *arguments: object) -> Any:

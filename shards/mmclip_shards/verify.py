@@ -97,7 +97,7 @@ def _sets(url: Url, base: Url | None, verdict: Verdict) -> Iterator[_Set]:
 def _manifest(folder: str, verdict: Verdict) -> Manifest | None:
     try:
         return load_manifest(folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         verdict.findings.append(Finding(storage.join(folder, MANIFEST_NAME), "", str(error)))
         return None
 

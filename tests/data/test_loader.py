@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import uuid
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from mmclip_shards import storage
 from mmclip_shards.chunks import MIB
+from mmclip_shards.images import prepare_image
 from mmclip_shards.manifest import load_manifest, save_manifest
+from PIL import Image
 
 from mmclip_dist.config import Reading, Source
 from mmclip_dist.data.batch import Batch
@@ -127,7 +131,7 @@ def test_undecodable_images_are_replaced_and_listed(sets, tokenizer, tmp_path: P
 
     monkeypatch.setattr(ExampleMaker, "__call__", broken)
     found = list(islice(loader(config, tokenizer), 8))
-    assert [key for key, reason in found[2]["replaced"] if "not a decodable" in reason] == [bad]
+    assert [key for key, reason in found[2]["replaced"] if "not a usable JPEG or PNG" in reason] == [bad]
     assert found[2]["keys"][3] != bad
     changed = [i for i in range(8) if found[2]["keys"][i] != alone[2]["keys"][i]]
     assert changed == [3]
@@ -165,6 +169,19 @@ def test_labels_that_are_uncertain_or_not_mentioned_are_unknown(sets, tokenizer)
     about = json.loads(members["json"]) | {"labels": {"A": 1, "B": 0, "C": -1, "D": None}}
     example = maker("key", members | {"json": json.dumps(about).encode()}, 0)
     assert example["labels"].tolist() == [1, 0, -1, -1, -1]
+
+
+def test_an_image_that_exif_turns_is_trained_on_upright_as_packing_stores_it(sets, tokenizer) -> None:
+    pixels, exif, file = np.zeros((32, 32), np.uint8), Image.Exif(), io.BytesIO()
+    pixels[:, :16] = 255
+    exif[0x0112] = 6  # the left half becomes the upper one
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    maker = ExampleMaker(tokenizer, (), 32, 4, 48, sets.config().entmlm, None)
+    shown = [
+        maker("key", {"png": data}, 0)["image"] for data in (file.getvalue(), prepare_image(file.getvalue(), 32).data)
+    ]
+    assert torch.equal(*shown)
+    assert shown[0][0, :16].min() > shown[0][0, 16:].max()
 
 
 # -- Remote sets ------------------------------------------------------------------------------------------------------

@@ -60,3 +60,18 @@ def faults(at: Places) -> dict[str, Fault]:
         "error page with 200": Fault("page"),
         "range ignored": Fault("whole"),
     }
+
+
+def lasting_error(fault: Fault, *, in_shard: bool) -> type[Exception]:
+    """The kind of error that a fault which stays must end in. in_shard: it hits the tar, not the index or the manifest.
+
+    ValueError where the stored bytes look damaged, so that the user copies them again; the kind of the refusal where
+    the store refuses; OSError where it fails.
+    """
+    if fault.status == 404:
+        return FileNotFoundError if in_shard else ValueError  # without its documents a set must be made again
+    if fault.code == "AccessDenied":
+        return PermissionError
+    # The checksum of a whole file is compared by the client, that of a range is not.
+    damaged = {"flip", "zeros", "flip_checksum"} if in_shard else {"flip", "zeros", "short", "short_range", "empty", "page"}
+    return ValueError if fault.kind in damaged else OSError
