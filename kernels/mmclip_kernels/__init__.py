@@ -9,3 +9,5 @@ __all__ = [
     "SplitViews", "TopkMask", "attention_scores", "attention_split_views", "attention_topk_mask", "check_impl",
     "contrastive_loss", "gather_with_gradient",
 ]  # fmt: skip
+
+__version__ = "0.1.0"
