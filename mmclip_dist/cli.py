@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+import mmclip_dist
 from mmclip_dist import errors
 from mmclip_dist.commands import evaluate, offline, pack, plan, sets, training
 
@@ -22,6 +24,21 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("bench-loader")(sets.bench_loader)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmclip-dist {mmclip_dist.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What `mmclip` takes before a command."""
 
 
 def run(application: typer.Typer) -> int:
