@@ -75,8 +75,8 @@ def train(config: Config, stop: StopRequest) -> bool:
         while step < config.optim.last_step and not stop.agreed:
             watchdog.beat("waiting for data", step + 1)
             batch = log.wait_for(batches)
-            rate = set_learning_rate(engine, step, config)
-            losses = forward_backward(engine, to_device(batch, device), config)
+            rate = set_learning_rate(engine, step, config.optim)
+            losses = forward_backward(engine, to_device(batch, device), config.loss, config.optim.micro_batch)
             engine.step()  # none, on all ranks, if a gradient of any is not finite
             step += 1
             loss = weighted_sum(losses, config.loss)

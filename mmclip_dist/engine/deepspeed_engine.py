@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmclip_dist.config import Config
+from mmclip_dist.config import Config, Optim
 from mmclip_dist.engine import deepspeed_inside, watchdog
 from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.engine.finite import skip_non_finite
@@ -125,9 +125,9 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
     return engine
 
 
-def set_learning_rate(engine: Any, step: int, config: Config) -> float:
-    """Give every parameter group the step's learning rate, times its `lr_scale`; the rate itself is returned."""
-    rate = learning_rate(step, config.optim)
+def set_learning_rate(engine: Any, step: int, optim: Optim) -> float:
+    """Give every parameter group the step's learning rate, times its `lr_scale`. Returns the rate itself."""
+    rate = learning_rate(step, optim)
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)  # an optimizer of DeepSpeed's may have made groups of its own
     return rate

@@ -36,8 +36,8 @@ class Case:
         return deepspeed_engine.build_engine(model, self.config, ds_json)
 
     def train(self, engine: Any, step: int) -> list[float]:
-        deepspeed_engine.set_learning_rate(engine, step, self.config)
-        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config)
+        deepspeed_engine.set_learning_rate(engine, step, self.config.optim)
+        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config.loss, self.config.optim.micro_batch)
         engine.step()
         return means(losses)
 

@@ -42,7 +42,7 @@ def measured(case: dict[str, Any], device: torch.device) -> int:
 
 
 def step(engine: Any, data: Batch, config: Config) -> None:
-    forward_backward(engine, data, config)
+    forward_backward(engine, data, config.loss, config.optim.micro_batch)
     engine.step()
 
 
