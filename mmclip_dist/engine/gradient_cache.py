@@ -74,7 +74,7 @@ def _contrast(model: MMCLIP, embedded: list[Embedded], batch: Batch) -> tuple[Te
 
 @contextmanager
 def _replayed(state: dict[str, Any]) -> Iterator[None]:
-    """Draw what was drawn after `state`; the generators go on afterwards as if nothing had been drawn."""
+    """Inside, repeat the random draws that followed `state`; afterwards restore the generators."""
     now = random_state()
     set_random_state(state)
     try:

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 
 EXIT_CODE = 70
-"""Of a process that hung (EX_SOFTWARE). It is no zero, so the launcher ends the other ranks."""
+"""Exit code of a process that hung (EX_SOFTWARE). As it is not 0, the launcher ends the other ranks."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ _progress = _Progress()
 
 
 def beat(doing: str | None = None, step: int | None = None) -> None:
-    """Progress: from now on, this process does `doing`; None: what it did before."""
+    """Report progress. doing: what this process does from now on; None: the same as before."""
     _progress.since = time.monotonic()
     if doing is not None:
         _progress.doing = doing
@@ -38,7 +38,7 @@ def beat(doing: str | None = None, step: int | None = None) -> None:
 
 
 def start(rank: int, timeout_s: float) -> None:
-    """Watch this process from a thread; it ends when `timeout_s` pass without a `beat`."""
+    """Watch this process from a thread, which ends it after `timeout_s` without a `beat`."""
     beat("starting")
 
     def watch() -> None:
