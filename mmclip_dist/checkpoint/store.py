@@ -144,7 +144,7 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def _mirror(self, url: str) -> None:
-        """Copy checkpoints to `url`, on rank 0, in the background if saving is asynchronous. If the store fails, warn and go on."""
+        """Copy checkpoints to `url`, in the background if saving is asynchronous. If the store fails, warn and go on."""
 
         def copy() -> dict[Path, Entry]:
             try:
