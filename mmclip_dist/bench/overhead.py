@@ -1,4 +1,4 @@
-"""What the engine costs: a step of the training loop beside the bare model and optimizer, in turn on the same batches."""
+"""What the engine costs: steps of the training loop and of the bare model and optimizer, in turn on the same batches."""
 
 from __future__ import annotations
 

@@ -183,6 +183,6 @@ def _set_name(url: str) -> str | None:
         return None
     try:
         manifest = load_manifest(url)
-    except ValueError:  # the report is about the run; a set that was deleted or packed anew since is none of its faults
+    except ValueError:  # the report is about the run; its sets may have been deleted or packed again since
         return None
     return f"{manifest.dataset}/{manifest.split}"
