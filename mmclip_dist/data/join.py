@@ -5,31 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmclip_shards.chunks import ChunkReader
-from mmclip_shards.manifest import Manifest, load_manifest
+from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
+from mmclip_shards.sidecars import check_sidecar
 
 from mmclip_dist.config import Source
-
-REBUILD = {
-    "entities": "mmclip entities {base} --out {sidecar}",
-    "attention": "mmclip attention {base} --checkpoint CHECKPOINT --out {sidecar}",
-}
-
-
-def check_sidecar(kind: str, base_url: str, base: Manifest, url: str, sidecar: Manifest) -> None:
-    """Raise ValueError unless `sidecar` was made, complete, from exactly the shards of `base`."""
-    command = REBUILD[kind].format(base=base_url, sidecar=url)
-    if sidecar.kind != kind:
-        raise ValueError(f"{url} holds {sidecar.kind}, not {kind}; rebuild it with `{command}`")
-    wanted = {shard.path: shard.sha256 for shard in base.shards}
-    if sidecar.base != wanted:
-        raise ValueError(
-            f"the {kind} sidecar {url} was made from other shards than {base_url}; rebuild it: `{command}`"
-        )
-    if [shard.samples for shard in sidecar.shards] != [shard.samples for shard in base.shards]:
-        raise ValueError(
-            f"the {kind} sidecar {url} holds {sidecar.samples} of {base.samples} samples; rebuild it: `{command}`"
-        )
 
 
 class JoinedSet:

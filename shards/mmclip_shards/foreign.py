@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -23,8 +22,8 @@ from mmclip_shards.tarwalk import Entry, TarFault, TarWalk
 DEFAULT_SPLIT = "train"
 
 _FOREIGN = "foreign-"  # how the config_hash of such a set begins
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's rule: the basename's first dot divides
 _METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset passes over
+_HIDDEN = re.compile(r"(?:.*/)?\.[^/]*", re.DOTALL)
 _JSON_LIMIT = 16 << 20  # bytes; a larger one holds no labels
 _MOST_SUFFIXES = 256  # of one shard: the reader keeps a byte a member for it
 
@@ -42,6 +41,13 @@ class _Tar:
     shard: Shard
     index: bytes
     labels: set[str]
+
+
+class _Content(NamedTuple):
+    """A file that was read. json: its bytes, where it is JSON of a size that may hold labels."""
+
+    member: Member
+    json: bytes
 
 
 def index_set(
@@ -104,12 +110,18 @@ def is_foreign(manifest: Manifest) -> bool:
 
 
 def foreign_member(name: str) -> tuple[str, str] | None:
-    """(the other program's key, suffix as we store it) of a file in its tar; None if it is no part of a sample."""
-    parts = _MEMBER.fullmatch(name)
-    if parts is None or _METADATA.match(name) or name.startswith("/") or ".." in name.split("/"):
+    """(the other program's key, suffix as we store it) of a file in its tar; None if it is no part of a sample.
+
+    webdataset decides what is key and what is suffix. Left out before that are names that are unsafe, that webdataset
+    passes over, and hidden ones (`a/._k.jpg` of macOS), where it would take the folder for the key.
+    """
+    from webdataset.tariterators import base_plus_ext  # not at the top: it imports torch
+
+    if _METADATA.match(name) or _HIDDEN.fullmatch(name) or name.startswith("/") or ".." in name.split("/"):
         return None
-    before, dot, last = parts[2].lower().rpartition(".")
-    return parts[1], before + dot + ("jpg" if last == "jpeg" else last)
+    key, suffix = base_plus_ext(name)
+    # Under names like `__key__` webdataset keeps what it knows of a sample.
+    return None if key is None or suffix.startswith("__") else (key, _our_suffix(suffix))
 
 
 def may_hold(suffix: str) -> bool:
@@ -165,6 +177,8 @@ def _check_free(where: str) -> None:
 
 def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
     """Index one tar; None if it holds no sample."""
+    from webdataset.tariterators import group_by_keys  # not at the top: it imports torch
+
     where = storage.join(url, path)
     try:
         walk = TarWalk(where)
@@ -173,7 +187,8 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
         suffixes: set[str] = set()
         labels: set[str] = set()
         samples = 0
-        for raw_key, entries in groupby(_named_entries(walk, left_out), key=itemgetter(0)):
+        for sample in group_by_keys(_files(walk, where, left_out)):
+            raw_key = sample["__key__"]
             key = make_key(raw_key)
             if key in seen:
                 raise ValueError(
@@ -181,7 +196,7 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
                     "and two samples cannot share a key"
                 )
             seen.add(key)
-            members, names = _sample(walk, raw_key, entries, left_out)
+            members, names = _members(sample, left_out)
             if members.keys().isdisjoint(IMAGE_SUFFIXES):
                 left_out["samples without jpg or png"] += 1
                 continue
@@ -204,43 +219,61 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
     return _Tar(shard, index, labels)
 
 
-def _named_entries(walk: TarWalk, left_out: Counter[str]) -> Iterator[tuple[str, str, Entry]]:
-    """(key of the other program, our suffix, entry) of every file that is part of a sample."""
+def _files(walk: TarWalk, where: str, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Every file that may be part of a sample, as webdataset's own tar iteration gives them: `fname`, `data`, `__url__`.
+
+    data: a `_Content` instead of the bytes, which are read here; None for a member that is not taken up. ValueError
+    when a sample would have two members of one suffix.
+    """
+    key, met = "", set[str]()
     for entry in walk.entries():
         if entry.kind == "folder":
             continue
         parts = foreign_member(entry.name) if entry.kind == "file" else None
         if parts is not None:
-            yield *parts, entry
+            if parts[0] != key:
+                key, met = parts[0], set()
+            if parts[1] in met:
+                raise ValueError(f"key {key!r} has two members .{parts[1]}: rename one of them")
+            met.add(parts[1])
+            content = _content(walk, entry, parts[1]) if may_hold(parts[1]) else None
+            yield {"fname": entry.name, "data": content, "__url__": where}
         elif entry.kind != "file":
             left_out["links, devices and the like"] += 1
         else:
             left_out["files whose name is unsafe or no KEY.SUFFIX"] += 1
 
 
-def _sample(
-    walk: TarWalk, raw_key: str, entries: Iterable[tuple[str, str, Entry]], left_out: Counter[str]
-) -> tuple[dict[str, Member], set[str]]:
+def _content(walk: TarWalk, entry: Entry, suffix: str) -> _Content:
+    digest, kept = xxhash.xxh3_64(), []
+    for piece in walk.pieces():
+        digest.update(piece)
+        if suffix == "json" and entry.length <= _JSON_LIMIT:
+            kept.append(piece)
+    return _Content(Member(entry.offset, entry.length, digest.hexdigest()), b"".join(kept))
+
+
+def _members(sample: dict[str, Any], left_out: Counter[str]) -> tuple[dict[str, Member], set[str]]:
     """The members of one sample that are taken up, by suffix, and the names of its labels."""
     members: dict[str, Member] = {}
     labels: set[str] = set()
-    met: set[str] = set()
-    for _, suffix, entry in entries:
-        if suffix in met:
-            raise ValueError(f"key {raw_key!r} has two members .{suffix}: rename one of them")
-        met.add(suffix)
-        if not may_hold(suffix):
+    for theirs, content in sample.items():
+        if theirs.startswith("__"):
+            continue
+        suffix = _our_suffix(theirs)
+        if content is None:
             left_out[f"members .{suffix}"] += 1
             continue
-        digest, kept = xxhash.xxh3_64(), []
-        for piece in walk.pieces():
-            digest.update(piece)
-            if suffix == "json" and entry.length <= _JSON_LIMIT:
-                kept.append(piece)
-        members[suffix] = Member(entry.offset, entry.length, digest.hexdigest())
+        members[suffix] = content.member
         if suffix == "json":
-            labels = _label_names(b"".join(kept), left_out)
+            labels = _label_names(content.json, left_out)
     return members, labels
+
+
+def _our_suffix(suffix: str) -> str:
+    """As we store it: lower case, `jpg` for `jpeg`."""
+    before, dot, last = suffix.lower().rpartition(".")
+    return before + dot + ("jpg" if last == "jpeg" else last)
 
 
 def _label_names(data: bytes, left_out: Counter[str]) -> set[str]:
