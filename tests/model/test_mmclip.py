@@ -112,25 +112,35 @@ def test_unlabelled_unpaired_images_only_rebuild(sets, tokenizer, batch: Batch) 
 
 
 def test_the_hidden_patches_cannot_be_seen_in_split_mode(sets, tokenizer, batch: Batch) -> None:
-    """Changing the pixels outside both views changes nothing but the target."""
+    """Changing the pixels outside both views changes nothing but the target; changing those of the context changes the query."""
     model = model_of(sets.config("attmim.mode=split", "attmim.hint=0"), tokenizer)
-    images: list[Tensor] = []
-    model.image_decoder.register_forward_pre_hook(lambda _, args: images.append(args[0].detach().clone()))
-    model(batch)
-    changed = batch["image"].clone()
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach().clone()))
     # Scores count up along the rows, so the lower half is salient; the context is drawn from the upper half by noise.
     upper = torch.ones(8, 16, dtype=torch.bool)
     upper[:, 8:] = False
     order = batch["noise"].masked_fill(~upper, torch.inf).argsort(1)
-    hidden = order[:, 4:8]
-    for row in range(8):
-        for patch in hidden[row].tolist():
+    context, hidden = order[:, :4], order[:, 4:8]
+    flat = torch.arange(16.0).reshape(1, 4, 4).expand(8, 4, 4)
+    images = [batch["image"], brighter(batch["image"], hidden), brighter(batch["image"], context)]
+    plain, changed, seen = (model(Batch(**(batch | {"image": image, "attention": flat}))) for image in images)
+    torch.testing.assert_close(queries[0], queries[1])
+    assert not torch.allclose(queries[0], queries[2])
+    is_mask = (queries[0] == model.mask_token.detach()).all(2)
+    assert torch.equal(is_mask, torch.ones(8, 16, dtype=torch.bool).scatter(1, context, False))
+    assert torch.equal(plain["contrastive"], changed["contrastive"])  # the salient view is not touched
+    assert torch.equal(plain["contrastive"], seen["contrastive"])
+    torch.testing.assert_close(plain["image"], changed["image"])  # the target is normalised patch by patch
+
+
+def brighter(image: Tensor, patches: Tensor) -> Tensor:
+    """image [B, 1, 32, 32] with the pixels of patches [B, K] (of 8 pixels) raised."""
+    changed = image.clone()
+    for row, numbers in enumerate(patches.tolist()):
+        for patch in numbers:
             top, left = divmod(patch, 4)
             changed[row, :, top * 8 : top * 8 + 8, left * 8 : left * 8 + 8] += 3
-    flat = torch.arange(16.0).reshape(1, 4, 4).expand(8, 4, 4)
-    model(Batch(**(batch | {"image": changed, "attention": flat})))
-    model(Batch(**(batch | {"attention": flat})))
-    torch.testing.assert_close(images[1], images[2])
+    return changed
 
 
 def test_feature_mode_hides_the_patches_of_highest_score(sets, tokenizer, batch: Batch) -> None:
@@ -234,6 +244,11 @@ def test_pretrained_vit_keeps_its_meaning_on_one_channel_and_another_size(tmp_pa
         torch.testing.assert_close(ours.embed(grey), theirs, rtol=1e-4, atol=1e-5)
         larger = ImageTower(ImageEncoder(pretrained=str(tmp_path), size=64, patch=8)).eval()
         assert larger.encode(larger.embed(torch.randn(2, 1, 64, 64))).shape == (2, 64, 32)
+        # Each place of the 8 x 8 grid lies in a place of the 4 x 4 grid: their four neighbours' mean is about its position.
+        before, after = (tower.vit.embeddings.position_embeddings[0, 1:] for tower in (ours, larger))
+        means = after.reshape(4, 2, 4, 2, 32).mean((1, 3)).reshape(16, 32)
+        assert torch.nn.functional.cosine_similarity(means, before).min() > 0.9
+        assert torch.equal(ours.vit.embeddings.position_embeddings, original.embeddings.position_embeddings)
     with pytest.raises(ValueError, match="patches of 8"):
         ImageTower(ImageEncoder(pretrained=str(tmp_path), size=64, patch=16))
     with pytest.raises(ValueError, match="no folder"):
@@ -284,6 +299,14 @@ def test_other_schedules_share_warm_up_and_end(sets) -> None:
 
 
 def test_batches_of_the_loader_train(sets, tokenizer) -> None:
+    """Another batch each step: what is learned carries over to the next samples."""
     model = model_of(sets.config(), tokenizer)
-    for found in islice(loader(sets.config(), tokenizer), 3):
-        torch.stack(list(model(found).values())).sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    totals = []
+    for found in islice(loader(sets.config(), tokenizer), 40):
+        loss = torch.stack(list(model(found).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(float(loss.detach()))
+    assert sum(totals[-5:]) < 0.9 * sum(totals[:5]), totals
