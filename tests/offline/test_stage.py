@@ -25,7 +25,7 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, Stage, connect, run_stage
+from mmclip_dist.offline.stage import JOURNAL, Stage, _joined, connect, run_stage
 from tests.conftest import write_sidecar
 
 pytestmark = pytest.mark.slow
@@ -228,6 +228,12 @@ def test_a_spoiled_journal_is_named_with_its_mend(sets, tmp_path: Path, content:
     (out / JOURNAL).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{out}/{JOURNAL} .*delete it, and every shard is made again"):
         run(entities_stage(sets.paired, str(out)))
+
+
+def test_rows_of_different_keys_are_never_joined() -> None:
+    assert _joined((("a", {"json": b"1"}), ("a", {"entities.json": b"2"}))) == ("a", {"json": b"1", "entities.json": b"2"})
+    with pytest.raises(ValueError, match="the sidecar has b where the set has a: rebuild it"):
+        _joined((("a", {"json": b"1"}), ("b", {"entities.json": b"2"})))
 
 
 def test_undecodable_images_get_no_scores_and_stop_nothing(sets, checkpoint: Path) -> None:
