@@ -1,4 +1,4 @@
-"""Shards that another program wrote: a manifest and offset indexes, so that our reader takes them where they lie."""
+"""Index the shards that another program wrote, so that our reader can read them where they are."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mmclip_shards.tarwalk import Entry, TarFault, TarWalk
 
 DEFAULT_SPLIT = "train"
 
-_FOREIGN = "foreign-"  # how the config_hash of such a set begins
-_METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset passes over
+_FOREIGN = "foreign-"  # the config_hash of such a set begins with this
+_METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset skips
 _HIDDEN = re.compile(r"(?:.*/)?\.[^/]*", re.DOTALL)
-_JSON_LIMIT = 16 << 20  # bytes; a larger one holds no labels
-_MOST_SUFFIXES = 256  # of one shard: the reader keeps a byte a member for it
+_JSON_LIMIT = 16 << 20  # bytes; labels are not read from a larger member
+_MOST_SUFFIXES = 256  # of one shard: the reader stores a suffix's number in one byte
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """What `index_set` made of a folder. left_out: what was not taken up -> how often."""
+    """The result of `index_set`. left_out: kind of thing that was left out -> how many."""
 
     manifest: Manifest
     left_out: Counter[str]
@@ -44,7 +44,7 @@ class _Tar:
 
 
 class _Content(NamedTuple):
-    """A file that was read. json: its bytes, where it is JSON of a size that may hold labels."""
+    """A file that was read. json: the bytes of `KEY.json`, unless it is too large; b"" for all other files."""
 
     member: Member
     json: bytes
@@ -59,10 +59,10 @@ def index_set(
 ) -> Indexed:
     """Write a manifest, and an index NAME.index.json beside each NAME.tar, into the folder `url`. No tar is changed.
 
-    Only what may be decoded is taken up (`schema.ALLOWED_SUFFIXES`), of samples that have a jpg or png; the rest is counted.
+    Indexes the members that may be decoded (`schema.ALLOWED_SUFFIXES`), of samples that have a jpg or png; counts the rest.
     Keys are mapped by `schema.make_key`, `jpeg` becomes `jpg`. dataset: the folder's name by default.
-    progress(done, total): in shards. ValueError, with nothing written, for a folder that is indexed already, a damaged
-    tar (names shard and offset), or a sample whose members come twice or apart (names shard and key).
+    progress(done, total): in shards. ValueError, and nothing is written, for a folder that is indexed already, a damaged tar
+    (names shard and offset), or a sample whose members come twice or do not lie together (names shard and key).
     """
     check_split_name(split)
     names = _tar_names(url)
@@ -105,27 +105,27 @@ def index_set(
 
 
 def is_foreign(manifest: Manifest) -> bool:
-    """Whether `index_set` made it: then members may be missing from the index, and JSON may have any fields."""
+    """Whether `index_set` made the manifest. Then the index may leave out members, and JSON may have any fields."""
     return manifest.config_hash.startswith(_FOREIGN)
 
 
 def foreign_member(name: str) -> tuple[str, str] | None:
-    """(the other program's key, suffix as we store it) of a file in its tar; None if it is no part of a sample.
+    """(key in the foreign tar, suffix in our index) of a file's name; None if the file is not part of a sample.
 
-    webdataset decides what is key and what is suffix. Left out before that are names that are unsafe, that webdataset
-    passes over, and hidden ones (`a/._k.jpg` of macOS), where it would take the folder for the key.
+    webdataset divides the name. Unsafe names and those that webdataset skips are None, and so are hidden files (such as
+    `a/._k.jpg`, which macOS adds): webdataset would take their folder for the key.
     """
-    from webdataset.tariterators import base_plus_ext  # not at the top: it imports torch
+    from webdataset.tariterators import base_plus_ext  # slow to import: it imports torch
 
     if _METADATA.match(name) or _HIDDEN.fullmatch(name) or name.startswith("/") or ".." in name.split("/"):
         return None
     key, suffix = base_plus_ext(name)
-    # Under names like `__key__` webdataset keeps what it knows of a sample.
+    # webdataset stores its own facts in a sample under names like `__key__`.
     return None if key is None or suffix.startswith("__") else (key, _our_suffix(suffix))
 
 
 def may_hold(suffix: str) -> bool:
-    """Whether members with this suffix are taken up."""
+    """Whether members with this suffix are indexed."""
     try:
         check_suffix(suffix)
     except ValueError:
@@ -134,7 +134,7 @@ def may_hold(suffix: str) -> bool:
 
 
 def listed(left_out: Counter[str], most: int = 12) -> str:
-    """The counts as one line."""
+    """The largest `most` counts in one line."""
     parts = [f"{count} {what}" for what, count in left_out.most_common(most)]
     return ", ".join([*parts, *(["..."] if len(left_out) > most else [])]) or "nothing"
 
@@ -164,7 +164,7 @@ def _folder_name(url: Url) -> str:
 
 
 def _check_free(where: str) -> None:
-    """ValueError if another program's file has the name of our index; one that an interrupted run left is replaced."""
+    """ValueError if a file of another program has the name of our index. An index that an interrupted run left is no fault."""
     if not storage.exists(where):
         return
     try:
@@ -172,12 +172,12 @@ def _check_free(where: str) -> None:
     except ValueError:
         ours = False
     if not ours:
-        raise ValueError(f"{where} is in the way, a file that is no index of ours: move it elsewhere")
+        raise ValueError(f"{where} is in the way: it is a file of another program; move it elsewhere")
 
 
 def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
-    """Index one tar; None if it holds no sample."""
-    from webdataset.tariterators import group_by_keys  # not at the top: it imports torch
+    """Index one tar; None if it holds no sample with an image."""
+    from webdataset.tariterators import group_by_keys  # slow to import: it imports torch
 
     where = storage.join(url, path)
     try:
@@ -205,7 +205,9 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
             labels |= names
             samples += 1
         if len(suffixes) > _MOST_SUFFIXES:
-            raise ValueError(f"its members have {len(suffixes)} different suffixes; {_MOST_SUFFIXES} can be indexed")
+            raise ValueError(
+                f"its members have {len(suffixes)} different suffixes; {_MOST_SUFFIXES} can be indexed at most"
+            )
         if not samples:
             return None
         sha256 = walk.sha256()
@@ -220,10 +222,10 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
 
 
 def _files(walk: TarWalk, where: str, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Every file that may be part of a sample, as webdataset's own tar iteration gives them: `fname`, `data`, `__url__`.
+    """Every file that may be part of a sample, in the form of webdataset's tar iteration: `fname`, `data`, `__url__`.
 
-    data: a `_Content` instead of the bytes, which are read here; None for a member that is not taken up. ValueError
-    when a sample would have two members of one suffix.
+    data: a `_Content` in place of the bytes; None for a member that is not indexed. ValueError when a sample has two
+    members with one suffix.
     """
     key, met = "", set[str]()
     for entry in walk.entries():
@@ -254,7 +256,7 @@ def _content(walk: TarWalk, entry: Entry, suffix: str) -> _Content:
 
 
 def _members(sample: dict[str, Any], left_out: Counter[str]) -> tuple[dict[str, Member], set[str]]:
-    """The members of one sample that are taken up, by suffix, and the names of its labels."""
+    """The indexed members of one sample, by our suffix, and the names of its labels. Counts the other members."""
     members: dict[str, Member] = {}
     labels: set[str] = set()
     for theirs, content in sample.items():
@@ -271,7 +273,7 @@ def _members(sample: dict[str, Any], left_out: Counter[str]) -> tuple[dict[str, 
 
 
 def _our_suffix(suffix: str) -> str:
-    """As we store it: lower case, `jpg` for `jpeg`."""
+    """A suffix as our index holds it: lower case, and `jpg` for `jpeg`."""
     before, dot, last = suffix.lower().rpartition(".")
     return before + dot + ("jpg" if last == "jpeg" else last)
 

@@ -1,4 +1,4 @@
-"""One study image, as it comes, to the 8-bit single-channel image that a shard holds."""
+"""Decode a study image to 8 bits and a single channel, and prepare it for a shard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JPEG_QUALITY = 95
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _DECODE_ERRORS = (
     OSError,
-    SyntaxError,  # what Pillow raises for a broken PNG
+    SyntaxError,  # Pillow raises it for a broken PNG
     ValueError,
     EOFError,
     struct.error,
@@ -34,7 +34,8 @@ _DECODE_ERRORS = (
 
 
 class PreparedImage(NamedTuple):
-    """data: JPEG or PNG, 8-bit single channel; suffix: "jpg" or "png"; width, height and boxes: in its pixels."""
+    """An image as a shard holds it. data: JPEG or PNG, 8-bit single channel; suffix: "jpg" or "png"; width, height, boxes: in
+    its pixels."""
 
     data: bytes
     suffix: str
@@ -44,7 +45,7 @@ class PreparedImage(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What an encoded image is. suffix: "jpg" or "png"; mode: Pillow's, "L" for 8-bit single channel."""
+    """Facts about an encoded image. suffix: "jpg" or "png"; mode: Pillow's, "L" for 8-bit single channel."""
 
     suffix: str
     mode: str
@@ -63,11 +64,10 @@ def decode_image(data: bytes | Path) -> Image.Image:
 
 
 def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
-    """Upright, 8-bit, single channel, the shorter side reduced to at most `short_side` pixels (never enlarged).
+    """Decode an image (`decode_image`), reduce its shorter side to at most `short_side` pixels, encode it, scale its boxes.
 
-    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. Anything deeper than 8 bits is rescaled
-    from its own minimum and maximum. No metadata is kept: it can name the patient. ValueError that names the file when
-    it cannot be used.
+    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. No image is enlarged. No metadata is kept: it
+    can name the patient. ValueError that names the file when it cannot be used.
     """
     if isinstance(image, np.ndarray):
         pixels, suffix = Image.fromarray(_array_to_8_bit(image)), "png"
@@ -86,7 +86,7 @@ def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequ
 
 
 def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
-    """Facts from an image's header; with `decode`, all of it must be decodable too. ValueError when it cannot be used."""
+    """Facts from an image's header. decode: also decode all of it. ValueError when that fails."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as source:
             _check_pixels(source.size)
@@ -98,9 +98,9 @@ def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
 
 
 def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Minimum to 0, maximum to 255, linearly; a constant image becomes 0. values [height, width] -> uint8.
+    """Scale linearly, minimum to 0 and maximum to 255; a constant image becomes 0. values [height, width] -> uint8.
 
-    Pillow's own `.convert("L")` clips at 255 instead, which turns a 16-bit radiograph white.
+    Pillow's `.convert("L")` clips at 255 instead, which turns a 16-bit radiograph white.
     """
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -113,14 +113,14 @@ def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
 def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
     """The upright 8-bit image, and the suffix to store it under."""
     try:
-        # Only these two decoders: Pillow knows some 40 formats, among them ones that start other programs.
+        # Pillow knows some 40 formats, and some of them start other programs: allow only these two.
         source = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=("JPEG", "PNG"))
         with source:
             _check_pixels(source.size)
             suffix = _suffix(source)
             ImageOps.exif_transpose(source, in_place=True)
             image = _to_8_bit(source)
-            image.info = {}  # Pillow writes comments and profiles in it into every copy that is saved
+            image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
             return image, suffix
     except _DECODE_ERRORS as error:
         raise ValueError(f"{_name(data)} is not a usable JPEG or PNG: {_reason(error)}") from error
@@ -135,7 +135,7 @@ def _suffix(source: Image.Image) -> str:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Mode "L" of any loaded image; the same object where it is one already."""
+    """A loaded image in mode "L". Returns the same object if it has that mode already."""
     if image.mode in _DEEP_MODES:
         return Image.fromarray(rescale_to_8_bit(np.asarray(image)))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
@@ -144,7 +144,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "L":
         return image
     if image.mode != "1":
-        image = image.convert("RGB")  # palettes and CMYK have no direct way to luma
+        image = image.convert("RGB")  # Pillow does not convert palettes and CMYK to luma directly
     return image.convert("L")
 
 
@@ -190,5 +190,5 @@ def _scale_box(box: Box, scale_x: float, scale_y: float) -> Box:
 
 
 def _reason(error: BaseException) -> str:
-    # Pillow's message for an unknown format holds the address of a buffer, which differs from run to run.
+    # Pillow's message for an unknown format holds the address of a buffer, which changes from run to run.
     return "it has another format" if isinstance(error, Image.UnidentifiedImageError) else str(error)

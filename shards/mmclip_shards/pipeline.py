@@ -68,7 +68,9 @@ def _open(url: Url, sidecars: Sequence[Url]) -> list[ShardReader]:
         folder = os.fspath(where)
         sidecar = load_manifest(folder)
         if sidecar.kind in {reader.manifest.kind for reader in readers}:
-            raise ValueError(f"{folder} is a second set of kind {sidecar.kind}: name the packed set and one sidecar of each kind")
+            raise ValueError(
+                f"{folder} is a second set of kind {sidecar.kind}: name the packed set and one sidecar of each kind"
+            )
         check_sidecar(sidecar.kind, base_url, base, folder, sidecar)
         readers.append(ShardReader(folder, sidecar, chunks=chunks))
     return readers

@@ -1,4 +1,4 @@
-"""Read any sample of a set by shard and key, every byte checked against the shard's offset index."""
+"""Read any sample of a set by shard and key. Every byte is checked against the shard's offset index."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mmclip_shards.faults import CutFile, Tries, renamed
 from mmclip_shards.manifest import Manifest, ShardIndex, load_index, load_manifest
 from mmclip_shards.storage import Url
 
-_AHEAD = 32  # samples that sequential reading has fetched ahead
+_AHEAD = 32  # samples that sequential reading fetches ahead
 
 
 class ShardReader:
     """Random access to the samples of the set in folder `url`.
 
-    open_shards: how many indexes and open local files are kept (the last used ones); fewer than are read side by side would
-    thrash. chunks: what remote shards are read through; readers may share one, with its memory.
-    Threads may share a reader; a copy sent to another process opens its own files there.
+    open_shards: how many indexes and open local files to keep; the least recently used are closed first. Keep at least as
+    many as you read side by side. chunks: reads remote shards; several readers may share one, and its memory.
+    Threads may share a reader. A reader sent to another process opens its own files there.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class ShardReader:
     def read(self, shard_number: int, key: str) -> dict[str, bytes]:
         """A sample's members: suffix -> bytes. Errors name shard, key, offset and cause.
 
-        ValueError: the shard or its index is damaged, or has no such key. FileNotFoundError, PermissionError: it is not
-        there, or access is refused. OSError: the store or the disk failed.
+        ValueError when the shard or its index is damaged or has no such key; FileNotFoundError or PermissionError when
+        the shard is missing or access is refused; OSError when the store or the disk failed.
         """
         index = self._index(shard_number)
         row = index.rows.get(key)
@@ -58,7 +58,7 @@ class ShardReader:
         start, length = index.span(row, row + 1)
         tries: Tries | None = None
         while True:
-            # One read from the first byte to the last: one request on object storage.
+            # Read all members at once: that is one request on object storage.
             span = self._read_span(shard_number, key, start, length)
             sample, damaged = {}, None
             for suffix, offset, size, xxh3 in index.sample(row):
@@ -81,12 +81,12 @@ class ShardReader:
             tries.wait("", fault)
 
     def prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
-        """Have samples fetched from object storage; returns at once. Local files need none."""
+        """Start fetching samples from object storage and return at once. Does nothing for local files."""
         if not self._local:
             self.chunks.submit(self._prefetch, shard_number, rows)
 
     def samples(self, shard_number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Every (key, members) of a shard, in order, fetched ahead."""
+        """Every (key, members) of a shard, in order. Remote samples are fetched ahead."""
         keys = self.keys(shard_number)
         for row, key in enumerate(keys):
             if not self._local and row % _AHEAD == 0:
@@ -134,14 +134,14 @@ class ShardReader:
 
 
 def iterate(url: Url) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Every (key, members) of the set in folder `url`, in order, checked like `ShardReader.read`."""
+    """Every (key, members) of the set in folder `url`, in order. Checks and errors are those of `ShardReader.read`."""
     reader = ShardReader(url, load_manifest(url))
     for number in range(len(reader.manifest.shards)):
         yield from reader.samples(number)
 
 
 class _LocalFile:
-    """An open shard. It closes when its last user lets go, so eviction cannot pull it from under a reading thread."""
+    """An open shard. It closes when nothing refers to it any more, so a thread can finish reading one that was evicted."""
 
     def __init__(self, path: Path, size: int) -> None:
         self._descriptor = -1

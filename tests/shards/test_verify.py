@@ -465,7 +465,7 @@ def test_a_sidecar_with_other_members_is_found(tmp_path: Path) -> None:
     folder = rebuild(
         tmp_path, [("k", {"entities.json": b"[]", "txt": b"x"})], "entities", base={"000000.tar": "0" * 64}
     )
-    assert "k: its members are entities.json, txt, where a sidecar of entities has one" in only(found(folder))
+    assert "k: its members are entities.json, txt; a sidecar of kind entities has one" in only(found(folder))
 
 
 def test_findings_read_well() -> None:
