@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, EntMLM
-from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.example import ExampleMaker, _tokens_of_spans
 from mmclip_dist.data.tokenizer import train_tokenizer
 from mmclip_dist.data.transforms import PIXEL_DEVIATION, PIXEL_MEAN
 
@@ -72,6 +72,14 @@ def test_a_span_takes_every_token_that_it_touches_and_no_neighbour(words) -> Non
     assert named(words, example, example["evidence"]) == ["small", "pneumothorax"]
     letters = maker(words)("key", members("No xyz, small", [("xyz", False)]), 0)
     assert named(words, letters, letters["target_tokens"] >= 0) == ["[UNK]"]
+
+
+def test_a_token_without_characters_belongs_to_no_span() -> None:
+    """Some tokenizers give a token of length 0 before a word; special tokens are (0, 0)."""
+    offsets = np.array([(0, 0), (0, 2), (3, 3), (3, 11), (0, 0)])
+    overlaps = _tokens_of_spans(offsets, [{"start": 0, "end": 2}, {"start": 2, "end": 11}])
+    assert overlaps.tolist() == [[False, True, False, False, False], [False, False, False, True, False]]
+    assert _tokens_of_spans(offsets, []).shape == (0, 5)
 
 
 def test_an_entity_behind_the_longest_report_is_left_out(words) -> None:

@@ -124,6 +124,13 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert pairs[0] != pairs[1] and pairs[0] != pairs[2]
 
 
+def test_every_epoch_puts_the_shards_in_another_order() -> None:
+    """A stream of a tenth of the set takes other shards each time."""
+    order = order_of([[10] * 40], [1], 10)
+    taken = [frozenset(order.locate(0, p).shard for p in range(40 * epoch, 40 * epoch + 40)) for epoch in range(4)]
+    assert len(set(taken)) == 4
+
+
 def test_replacements_stay_in_the_block_and_are_other_samples() -> None:
     order = order_of([[64]], [1], 4, block=8)
     places = [order.locate(0, 3, retry) for retry in range(8)]

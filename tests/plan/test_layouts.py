@@ -190,6 +190,14 @@ def test_the_command_prints_every_part_and_overrides_to_paste(capsys: pytest.Cap
     ):  # fmt: skip
         assert part in out, part
     assert "computed on paper, not measured" in out
+    tables = [re.findall(r"^\| (\S.*?) +\| +([\d.]+) \|$", part, re.MULTILINE) for part in out.split("| time of a step")]
+    gib, ms = ({name: float(value) for name, value in table} for table in tables)
+    best = recommend([largest(setup_of(load_config("mmclip_vit_b16"), card_named("h200"), 8), layout) for layout in layouts()])
+    assert sum(gib.values()) == pytest.approx(2 * gib["sum"] + gib["of h200"], abs=0.05)  # all other rows are its parts
+    assert gib["sum"] == pytest.approx(best.memory.total / 2**30, abs=0.006)
+    assert ms["step"] == pytest.approx(1e3 * best.time.total, abs=0.006)
+    hours = 50_000 * best.time.total / 3600 * 8
+    assert f"{hours:,.0f} GPU hours, {hours * 2.5:,.0f} at 2.5 a GPU hour" in out
     pasted = next(line for line in out.splitlines() if line.startswith("recommended: ")).split()[1:]
     assert pasted == ["zero_stage=1", "optim.micro_batch=128"]
     assert configured(load_config("mmclip_vit_b16", pasted), 8) == Choice(1, 128)
