@@ -30,6 +30,7 @@ def test_words_stay_whole_and_rare_ones_are_spelled() -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_process() -> None:
     """Ties between equally frequent words are not broken at random, nor by the order of a set."""
     script = (

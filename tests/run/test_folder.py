@@ -99,7 +99,7 @@ def _hold(folder: Path, ready: multiprocessing.Queue) -> None:
 
 
 def test_two_runs_cannot_share_a_folder_and_a_killed_one_lets_go(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     ready = context.Queue()
     other = context.Process(target=_hold, args=(tmp_path, ready))
     other.start()
