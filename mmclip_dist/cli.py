@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+import mmclip_dist
+from mmclip_dist import errors
 from mmclip_dist.commands import evaluate, offline, pack, plan, sets, training
 
 app = typer.Typer(
@@ -23,23 +26,34 @@ for command in (
 app.command("bench-loader")(sets.bench_loader)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mmclip-dist {mmclip_dist.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What `mmclip` takes before a command."""
+
+
 def run(application: typer.Typer) -> int:
-    """Run the command line; 2 and one line for a fault that the user can mend, 130 after Ctrl-C."""
+    """Run the command line. The exit code is as in `mmclip_dist.errors`, and 130 after Ctrl-C."""
     try:
         application()
-    except (ValueError, FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        if "MMCLIP_DEBUG" in os.environ:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a cluster, a disk or a child process failed: nothing that another argument would mend
-        if "MMCLIP_DEBUG" in os.environ:
-            raise
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        code = errors.exit_code(error)
+        if code is None or "MMCLIP_DEBUG" in os.environ:
+            raise
+        print(errors.line(error), file=sys.stderr)
+        return code
     return 0
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from mmclip_shards.textfiles import read_text
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 def _divide(name: str, value: int, by_name: str, by: int) -> None:
@@ -55,12 +56,12 @@ class Augment(Section):
 class Reading(Section):
     """How each loader process reads shards that are on object storage; local ones need none of it."""
 
-    memory_mib: int = Field(1024, gt=0)  # bytes fetched and kept; too little for the blocks: one request a sample
+    memory_mib: int = Field(1024, gt=0)  # for fetched bytes; if the blocks do not fit, each sample is one request
     connections: int = Field(16, gt=0)  # requests under way at once
     cache: str | None = (
         None  # folder on a local disk where fetched bytes are kept, shared by the processes of a machine
     )
-    cache_gib: float = Field(100.0, gt=0)  # its limit
+    cache_gib: float = Field(100.0, gt=0)  # limit of that folder
     budget_s: float = Field(120.0, gt=0)  # seconds without a new byte after which the run stops
     stall_s: float = Field(10.0, gt=0)  # seconds without a byte after which a request is made again
 
@@ -149,6 +150,26 @@ class AttMIM(Section):
             raise ValueError("attmim.salient_keep + attmim.context_keep may not pass 1: a patch is in one view only")
         return self
 
+    def views(self, patches: int) -> tuple[int, int]:
+        """Patches of the salient and of the context view, of so many in the image."""
+        return round(self.salient_keep * patches), round(self.context_keep * patches)
+
+    def check_patches(self, patches: int) -> None:
+        """Raise ValueError if the shares round to no patch, or to more than there are."""
+        if self.mode == "feature":
+            hidden = round(self.ratio * patches)
+            if not 0 < hidden < patches:
+                raise ValueError(
+                    f"attmim.ratio={self.ratio} rounds to {hidden} of {patches} patches: at least one must be masked and one seen"
+                )
+            return
+        salient, context = self.views(patches)
+        if not (salient and context) or salient + context > patches:
+            raise ValueError(
+                f"attmim.salient_keep={self.salient_keep} and attmim.context_keep={self.context_keep} round to {salient} and "
+                f"{context} of {patches} patches: each view needs at least one, and together they may have {patches}"
+            )
+
 
 class EntMLM(Section):
     """Entity-driven masked language modelling."""
@@ -228,8 +249,8 @@ class Checkpoint(Section):
     keep: int = Field(2, gt=0)  # newest ones kept
     keep_every: int | None = Field(None, gt=0)  # steps: a checkpoint of a multiple of it is kept for good
     keep_best: int = Field(1, ge=0)  # those with the highest score of an evaluation, if there is one
-    asynchronous: bool = False  # written while training goes on, from a copy of the state in host memory
-    url: str | None = None  # copied there, too, and fetched from there into an empty run folder: s3://BUCKET/RUN
+    asynchronous: bool = False  # write in the background, from a copy of the state in host memory
+    url: str | None = None  # keep a copy there (s3://BUCKET/RUN); an empty run folder fetches the newest
     start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
 
 
@@ -245,8 +266,8 @@ class Health(Section):
 
     max_bad_steps: int = Field(25, gt=0)  # steps in a row without finite gradients; fp16 needs some 16 to find its scale
     spike: float = Field(8.0, gt=0)  # robust standard deviations of the loss above its running median
-    window: int = Field(128, ge=16)  # steps that the median is over
-    timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer hangs: the run ends
+    window: int = Field(128, ge=16)  # steps of the running median
+    timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer counts as hung and ends the run
 
 
 class Evaluation(Section):
@@ -279,9 +300,21 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
 
+    @field_validator("run_dir")
+    @classmethod
+    def _local(cls, folder: str) -> str:
+        if "://" in folder:
+            raise ValueError(
+                f"run_dir={folder} is a URL, but a run works in a folder of a file system that all its machines share: name "
+                f"one, and set checkpoint.url={folder} to keep a copy of its checkpoints there"
+            )
+        return folder
+
     @model_validator(mode="after")
     def _engine(self) -> Self:
-        """What DeepSpeed would refuse late, or take and do wrong."""
+        """Refuse what the kernels or DeepSpeed would refuse late, or would accept and do wrong."""
+        if self.loss.image:
+            self.attmim.check_patches(self.model.image.grid**2)
         if self.offload.optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload.optimizer=cpu needs zero_stage=1 or more: at 0 DeepSpeed has nothing to offload")
         if self.offload.parameters != "none" and self.zero_stage != 3:
@@ -345,6 +378,35 @@ class Config(Section):
             )
 
 
+OPERATIONAL = frozenset({
+    "run_dir", "zero_stage", "offload", "threads", "log_every", "data.workers", "data.prefetch", "data.max_bad_fraction",
+    "data.reading", "model.checkpoint_activations", "model.compile", "loss.impl", "optim.stop_at", "optim.micro_batch",
+    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.asynchronous",
+    "checkpoint.url", "health", "track", "evaluation",
+})  # fmt: skip
+"""Keys, and sections with all their keys, that say how a run is carried out and not what it computes: the weights after a step
+are the same up to rounding. They may change when a run goes on; all other keys may not."""
+
+
+def is_operational(key: str) -> bool:
+    """Whether a key, by its dotted name, may change when a run goes on."""
+    parts = key.split(".")
+    return any(".".join(parts[:length]) in OPERATIONAL for length in range(1, len(parts) + 1))
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old value, new value) of every key that differs. A list is one value."""
+    ours, theirs = (_flat(config.model_dump(mode="json")) for config in (old, new))
+    return {key: (ours.get(key), theirs.get(key)) for key in ours | theirs if ours.get(key) != theirs.get(key)}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
 def _nearest_divisors(number: int, wanted: int) -> str:
     divisors = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
     return " or ".join(str(d) for d in sorted(divisors[:2]))
@@ -358,9 +420,9 @@ def recipe_names() -> list[str]:
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe in recipe_names():
-        text = (resources.files("mmclip_dist") / "recipes" / f"{recipe}.yaml").read_text()
+        text = (resources.files("mmclip_dist") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif Path(recipe).is_file():
-        text = Path(recipe).read_text()
+        text = read_text(recipe, "write it again, as YAML in UTF-8")
     else:
         raise ValueError(f"no recipe or YAML file {recipe!r}; the recipes are {', '.join(recipe_names())}")
     try:
@@ -386,7 +448,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not valid YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text, and so do its users once
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with suppress(ValueError):
             value = float(value)
     node[leaf] = value

@@ -7,7 +7,11 @@ its optimizer and one integer, the step: the order of samples, the learning rate
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
+import time
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,14 +19,14 @@ import torch
 import torch.distributed as dist
 from mmclip_kernels import check_impl
 
+from mmclip_dist import errors
 from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import to_device
-from mmclip_dist.data.example import MissingSidecar
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.data.training import open_training_data
+from mmclip_dist.data.training import TrainingData, open_training_data
 from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.collective import agreed, first_rank_does
+from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, first_rank_does, place
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
@@ -34,74 +38,84 @@ from mmclip_dist.run.orphans import exit_with_launcher
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
 
+_OTHER_RANK_S = 20.0  # a failed rank may take so long to print its error and end
+
 
 def train(config: Config, stop: StopRequest) -> bool:
     """Train until `config.optim.last_step`, from the newest checkpoint of the run folder if there is one.
 
-    True: to the end. False: until a stop was requested; starting again goes on.
+    True if training reached its end; False if it stopped on request and can go on when it is started again.
     """
     rank, world, device = join_ranks(config)
-    from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which had to be set up first
+    from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which needs the set-up above
 
     run_dir, first = Path(config.run_dir), rank == 0
-    ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
-    tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
     with ExitStack() as held:
-        data = held.enter_context(open_training_data(config, tokenizer, world))
         with agreed():
+            config.check_world(world)
+            check_impl(config.loss.impl, device)
+            ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
+            tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
+            data = held.enter_context(open_training_data(config, tokenizer, world))
+            model = build_model(config, tokenizer, data.diseases)
             evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
             if first:
                 held.enter_context(locked(run_dir))
-                describe(run_dir, config, world, ds_json)
+                describe(run_dir, config, world, ds_json, data.identity)
                 stop.forget_file()
-        engine = build_engine(build_model(config, tokenizer, data.diseases).to(device), config, ds_json)
+        engine = build_engine(model.to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)
         batches = data.batches(rank, world, step)
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
         log = held.enter_context(open_log(config, step, device))
         if first:
-            print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
+            announce(config, device, data, step)
 
         while step < config.optim.last_step and not stop.agreed:
             watchdog.beat("waiting for data", step + 1)
             batch = log.wait_for(batches)
-            rate = set_learning_rate(engine, step, config)
-            losses = forward_backward(engine, to_device(batch, device), config)
-            engine.step()  # none, on all ranks, if a gradient of any is not finite
+            rate = set_learning_rate(engine, step, config.optim)
+            losses = forward_backward(engine, to_device(batch, device), config.loss, config.optim.micro_batch)
+            engine.step()  # skipped on every rank if any gradient is not finite
             step += 1
             loss = weighted_sum(losses, config.loss)
             guard.after_step(step, batch, loss, applied=engine.was_step_applied(), writing=checkpoints.writing)
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
                 log.write(step, losses, rate, engine)
-            scores = None
-            if evaluation and evaluation.due(step) and not stop.agreed:
-                scores = evaluation.scores(engine, stop)
-                log.evaluated(step, scores)
-            if not guard.writing:
-                checkpoints.publish()
-            if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
-                score = scores.get("macro") if scores else None
-                checkpoints.save(Meta(step, world, config.zero_stage, data.diseases, data.trained_on, score))
+            with log.aside():
+                scores = None
+                if evaluation and evaluation.due(step) and not stop.agreed:
+                    scores = evaluation.scores(engine, stop)
+                    log.evaluated(step, scores)
+                if not guard.writing:
+                    checkpoints.publish()
+                if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
+                    score = scores.get("macro") if scores else None
+                    checkpoints.save(Meta(step, world, config.zero_stage, data.diseases, data.trained_on, score))
         checkpoints.finish()
         if step < config.optim.last_step:
             first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
         return step >= config.optim.last_step
 
 
+def announce(config: Config, device: torch.device, data: TrainingData, step: int) -> None:
+    print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
+    if step >= config.optim.last_step:
+        print(f"nothing left to train: step {step} of {config.optim.last_step} is done", flush=True)
+
+
 def join_ranks(config: Config) -> tuple[int, int, torch.device]:
-    """Join the process group -> rank, world size, device. ValueError for what can be told before anything is built."""
+    """Join the process group -> rank, world size, device. ValueError for faults that need no other rank to see."""
     config.check_sources()
     check_trackers(config.track)
-    rank, world, device = start_distributed(config.threads, config.health.timeout_s)
-    config.check_world(world)
-    check_impl(config.loss.impl, device)
-    return rank, world, device
+    return start_distributed(config.threads, config.health.timeout_s)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2 with one line for what a user can mend, `stop.EXIT_CODE` after a stop on request."""
+    """0 at the end of training, `stop.EXIT_CODE` after a stop on request, else as in `mmclip_dist.errors`."""
     arguments = [word for word in arguments if not word.startswith("--local_rank")]
+    stop = None
     try:
         if not arguments:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
@@ -109,15 +123,42 @@ def main(arguments: list[str]) -> int:
         stop = StopRequest(Path(config.run_dir))
         exit_with_launcher(stop.ask)
         return 0 if train(config, stop) else EXIT_CODE
-    except (ValueError, MissingSidecar) as error:
+    except Exception as error:
         if "MMCLIP_DEBUG" in os.environ:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error, ending=stop is not None and stop.wanted())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def tell(error: Exception, *, ending: bool) -> int:
+    """Print an error of this rank, unless another rank prints it; the exit code. A bug gets its traceback.
+
+    Before the ranks have joined, all that can fail is the same for every rank of a machine: its first rank speaks.
+    ending: whether this rank was asked to stop, as the launcher does when another one has failed.
+    """
+    code = errors.exit_code(error)
+    joined = dist.is_initialized()
+    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+    trace = traceback.format_exc() if code is None else ""
+    if joined and isinstance(error, AgreedError | AgreedFailure):
+        speaks, where = dist.get_rank() == 0, ""
+    elif joined and broken(error):
+        # On one machine the launcher ends this rank once the failed one is gone. Still alive after that: it was elsewhere.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(0 if ending else _OTHER_RANK_S)
+        speaks, trace = first_of_machine and not ending, ""
+        where = f"{place()}, because another rank or its machine ended"
+    elif joined:
+        speaks, where = True, place()
+    else:
+        speaks = first_of_machine or code is None
+        alone = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+        where = "" if alone else socket.gethostname()
+    if speaks:
+        print(f"{trace}{errors.line(error, where)}", file=sys.stderr, flush=True)
+    return code or errors.FAILED
 
 
 if __name__ == "__main__":

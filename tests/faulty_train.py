@@ -19,10 +19,16 @@ import torch
 
 from mmclip_dist import train
 from mmclip_dist.checkpoint import writer
+from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.engine import gradient_cache
 from mmclip_dist.evaluate import zeroshot
 from mmclip_dist.run.log import ProgressLog
 
+ERRORS = {
+    "damaged shard": ValueError("shard 7 is damaged: copy it again"),
+    "store down": OSError("no answer from the store for 120 s"),
+    "bug": KeyError("gone"),
+}
 STEP_S = 0.2
 ROUND_S = 2.5  # of an evaluation, which then takes 30 s
 
@@ -59,6 +65,15 @@ def main(arguments: list[str]) -> int:
             return read_back(path, wanted)
 
         writer.read_back = forever
+    if fault in ERRORS and os.environ["RANK"] == "1":  # when it reads its 20th sample
+        calls, read = count(1), JoinedSet.read
+
+        def failing(self: JoinedSet, *of: Any) -> Any:
+            if next(calls) == 20:
+                raise ERRORS[fault]
+            return read(self, *of)
+
+        JoinedSet.read = failing  # type: ignore[method-assign]
     if fault == "full disk":  # from the second checkpoint on, no file may be larger
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         save = writer.save_verified

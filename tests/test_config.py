@@ -1,9 +1,21 @@
 """The config tree: strict keys, clear messages, checks before anything is built."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
-from mmclip_dist.config import Config, dump_config, load_config, parse, recipe_names
+from mmclip_dist.config import (
+    OPERATIONAL,
+    Config,
+    _known_keys,
+    differences,
+    dump_config,
+    is_operational,
+    load_config,
+    parse,
+    recipe_names,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "mmclip_vit_b16", "mmclip_vit_l16"])
@@ -29,6 +41,11 @@ def test_overrides_are_typed_and_win() -> None:
         ("model.image.heads=5", r"model.image.width=\d+ is no multiple of model.image.heads=5"),
         ("model.image.size=60", r"model.image.size=60 is no multiple of model.image.patch=\d+"),
         ("attmim.context_keep=0.7", "may not pass 1"),
+        ("attmim={mode: split, salient_keep: 0.7, context_keep: 0.3}", r"round to 18 and 8 of 25 patches.*they may have 25"),
+        ("attmim={mode: split, salient_keep: 0.7, context_keep: 0.01}", "round to 18 and 0 of 25 patches: each view needs"),
+        ("attmim.ratio=0.99", "attmim.ratio=0.99 rounds to 25 of 25 patches"),
+        ("attmim.ratio=0.01", "attmim.ratio=0.01 rounds to 0 of 25 patches"),
+        ("run_dir=s3://bucket/run", r"run_dir=s3://bucket/run is a URL.*checkpoint\.url=s3://bucket/run"),
         ("optim.stop_at=10000", "lies after the last step"),
         ("loss={contrastive: 0, image: 0, entity: 0}", "nothing would be trained"),
         ("foo", "form key.sub=value"),
@@ -44,7 +61,7 @@ def test_overrides_are_typed_and_win() -> None:
 )
 def test_faults_are_one_line_that_says_what(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        load_config("quickstart", [override])
+        load_config("quickstart", ["model.image={size: 80, patch: 16}", override])  # 25 patches
     assert "\n" not in str(caught.value)
 
 
@@ -90,3 +107,32 @@ def test_sidecars_that_the_losses_need() -> None:
         config(data__sources="[{url: a}]", loss__entity=0, attmim__mode="split").check_sources()
     with pytest.raises(ValueError, match=r"data\.sources is empty"):
         config().check_sources()
+
+
+def test_shares_that_just_fit_are_taken() -> None:
+    shares = "attmim={mode: split, salient_keep: 0.7, context_keep: 0.28}"
+    config = load_config("quickstart", ["model.image={size: 80, patch: 16}", shares])
+    assert config.attmim.views(25) == (18, 7)
+
+
+def test_every_operational_key_exists() -> None:
+    """A key that was renamed and not here would be refused at resume."""
+    assert set(_known_keys(Config)) >= OPERATIONAL
+
+
+def test_differences_are_whole_dotted_names() -> None:
+    changes = [
+        "optim.lr=0.5", "optim.micro_batch=2", "data.reading.connections=3", "data.sources=[{url: a}]", "deepspeed={a: {b: 1}}"
+    ]  # fmt: skip
+    found = differences(load_config("quickstart"), load_config("quickstart", changes))
+    assert set(found) == {"optim.lr", "optim.micro_batch", "data.reading.connections", "data.sources", "deepspeed.a.b"}
+    assert found["optim.micro_batch"] == (None, 2)
+    assert {key for key in found if is_operational(key)} == {"optim.micro_batch", "data.reading.connections"}
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"\xff\xfeoptim", "is not UTF-8 text"), (b"optim: {steps", "is not valid YAML")])
+def test_a_spoiled_recipe_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} {told}"):
+        load_config(str(path))

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -22,58 +23,85 @@ from safetensors.torch import load_file
 
 from mmclip_dist.checkpoint.folder import checkpoint_path, checkpoints_of, fault
 from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
+from tests import faulty_train
 from tests.conftest import wait_for
-from tests.launched import final_weights, last_step, losses, run_training
+from tests.launched import Finished, final_weights, last_step, losses, run_training
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
 STEPS = 36
 TRAIN = (f"optim.steps={STEPS}", "checkpoint.every=4", "log_every=1", "optim.lr=0.1", "checkpoint.keep=20", "data.workers=1")
-FAULTY = str(Path(__file__).with_name("faulty_train.py"))
 SAVE_S = 25  # from a request to a whole checkpoint
 END_S = 90  # until all processes are gone; on a busy machine an interpreter takes its time to end
 QUICK = {1: ("stop SIGTERM", "kill in save"), 2: ("kill rank", "stop in evaluation"), 3: ("kill launcher",)}
 EVERY = ("stop SIGTERM", "kill in save", "kill rank", "stop in evaluation", "kill launcher", "stop file", "stop SIGUSR1")
+OF_THE_LAUNCHER = ("stop SIGTERM", "kill launcher")
 ALL = os.environ.get("MMCLIP_FAULTS") == "all"
 
 
 class Job:
-    """A run under the launcher, with its processes by role."""
+    """A run that can be struck: forked ranks, or ranks under the launcher. log: what they printed."""
 
-    def __init__(self, run: Path, overrides: list[str], fault: str = "none") -> None:
-        self.run, self.log = run, run.with_name(f"{run.name}.log")
+    def __init__(self, run: Path, overrides: list[str], fault: str = "none", *, launched: bool = False) -> None:
+        self.run, self._log = run, run.with_name(f"{run.name}.log")
+        self.runner: subprocess.Popen[bytes] | Ranks
+        if not launched:
+            self.runner = Ranks(faulty_train.main, [[fault, "quickstart", *overrides]], ranks=2, folder=run.with_name("ranks"))
+            return
         command = train_command("quickstart", overrides, 2)
         at = command.index("--module")
-        command[at : at + 2] = [FAULTY, fault]
-        with self.log.open("ab") as output:
+        command[at : at + 2] = [faulty_train.__file__, fault]
+        with self._log.open("wb") as output:
             self.runner = subprocess.Popen(
                 command, env=environment(accelerator_environment()), stdout=output, stderr=subprocess.STDOUT
             )
 
+    @property
+    def log(self) -> str:
+        return self.runner.output if isinstance(self.runner, Ranks) else self._log.read_text()
+
+    @property
+    def errors(self) -> list[str]:
+        return Finished(0, self.log).errors
+
+    def wait(self, timeout: float = 300) -> int | None:
+        """The exit code; None if it runs on."""
+        try:
+            return self.runner.wait(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
     def after(self, step: int) -> None:
         """Wait until the run has done this step."""
         wait_for(lambda: self.runner.poll() is not None or last_step(self.run) >= step)
-        assert self.runner.poll() is None, self.log.read_text()[-3000:]
+        assert self.runner.poll() is None, self.log[-3000:]
 
     def until(self, name: str) -> None:
         """Wait for a file in the run folder."""
         wait_for(lambda: self.runner.poll() is not None or (self.run / name).exists())
-        assert self.runner.poll() is None, self.log.read_text()[-3000:]
+        assert self.runner.poll() is None, self.log[-3000:]
 
     @property
     def launcher(self) -> psutil.Process:
         """The inner one, whose children are the ranks."""
+        assert not isinstance(self.runner, Ranks)
         return psutil.Process(self.runner.pid).children()[0]
 
     def rank(self, number: int) -> psutil.Process:
+        if isinstance(self.runner, Ranks):
+            return psutil.Process(self.runner.processes[number].pid)
         return next(child for child in self.launcher.children() if f"--local_rank={number}" in child.cmdline())
 
     @property
     def family(self) -> list[psutil.Process]:
-        """Runner, launcher and ranks: those that still are."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return [*psutil.Process(self.runner.pid).children(recursive=True), psutil.Process(self.runner.pid)]
-        return []
+        """Runner, launcher, ranks and their children: those that still are."""
+        roots = self.runner.processes if isinstance(self.runner, Ranks) else [self.runner]
+        found = []
+        for root in roots:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [*psutil.Process(root.pid).children(recursive=True), psutil.Process(root.pid)]
+        return found
 
 
 MARKS = {"kill in save": "saving", "stop in evaluation": "evaluating"}
@@ -87,18 +115,18 @@ def strike(fault: str, job: Job, family: list[psutil.Process]) -> None:
         assert list((job.run / "checkpoints").glob(".step-*.writing"))
     elif fault == "kill rank":
         job.rank(1).kill()
-        assert job.runner.wait(timeout=60) not in (0, EXIT_CODE)
+        assert job.wait(60) not in (0, EXIT_CODE)
     elif fault == "kill launcher":
         job.launcher.kill()
     elif fault == "stop SIGTERM":
         job.launcher.terminate()
-        assert job.runner.wait(timeout=END_S) == 1  # the launcher's own; hence the mark in the run folder
+        assert job.wait(END_S) == 1  # the launcher's own; hence the mark in the run folder
     else:
         if fault == "stop file":
             (job.run / STOP_FILE).touch()
         else:
             job.rank(1).send_signal(signal.SIGUSR1 if fault == "stop SIGUSR1" else signal.SIGTERM)
-        assert job.runner.wait(timeout=END_S) == EXIT_CODE
+        assert job.wait(END_S) == EXIT_CODE
 
 
 def break_run(fault: str, run: Path, overrides: list[str]) -> None:
@@ -107,7 +135,8 @@ def break_run(fault: str, run: Path, overrides: list[str]) -> None:
     saved = checkpoints_of(run)
     for name in MARKS.values():
         (run / name).unlink(missing_ok=True)
-    job = Job(run, overrides, {"kill in save": "slow save", "stop in evaluation": "evaluation"}.get(fault, "none"))
+    arranged = {"kill in save": "slow save", "stop in evaluation": "evaluation"}.get(fault, "none")
+    job = Job(run, overrides, arranged, launched=ALL or fault in OF_THE_LAUNCHER)
     family: list[psutil.Process] = []
     try:
         if fault in MARKS:
@@ -117,12 +146,12 @@ def break_run(fault: str, run: Path, overrides: list[str]) -> None:
         family, at = job.family, time.time()
         strike(fault, job, family)
         _, alive = psutil.wait_procs(family, timeout=END_S)
-        assert not alive, job.log.read_text()[-3000:]
+        assert not alive, job.log[-3000:]
     finally:
         for process in family or job.family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        job.runner.wait()
+        job.wait()
     if fault.startswith("stop") or fault == "kill launcher":
         saved_after = (run / STOPPED).stat().st_mtime - at
         assert saved_after < SAVE_S
@@ -131,7 +160,7 @@ def break_run(fault: str, run: Path, overrides: list[str]) -> None:
         assert mark["step"] == last_step(run) and mark["exit_code"] == EXIT_CODE
         assert checkpoint_path(run, mark["step"]).is_dir()  # nothing is lost
     if fault == "stop in evaluation":
-        assert "zero-shot evaluation: broken off by a stop" in job.log.read_text()
+        assert "zero-shot evaluation: broken off by a stop" in job.log
     assert fault == "kill in save" or checkpoints_of(run)[-1] not in saved
 
 
@@ -139,7 +168,7 @@ def break_run(fault: str, run: Path, overrides: list[str]) -> None:
 def whole(request: pytest.FixtureRequest, sets, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A ZeRO stage, and an unbroken run."""
     run = tmp_path_factory.mktemp(f"whole-{request.param}") / "run"
-    run_training([*sets.overrides(run), *TRAIN, f"zero_stage={request.param}"])
+    run_training([*sets.overrides(run), *TRAIN, f"zero_stage={request.param}"], run.with_name("ranks"))
     return request.param, run
 
 
@@ -158,8 +187,7 @@ def test_a_broken_run_ends_in_the_weights_of_an_unbroken_one(sets, whole: tuple[
     newest = checkpoints_of(run)[-1]
     if stage == 3:  # the machine is gone, and its disk with it
         shutil.rmtree(run)
-    found = run_training(overrides)
-    told = found.stdout + found.stderr
+    told = run_training(overrides, tmp_path / "ranks").output
     assert "torn" not in told and (stage != 3 or f"going on from a copy of {mirror}: {newest}" in told)
     assert final_weights(run, STEPS) == final_weights(unbroken, STEPS)
     ours = losses(run)
@@ -176,19 +204,22 @@ def test_2_ranks_then_1_then_4(sets, whole: tuple[int, Path], tmp_path: Path) ->
         pytest.skip("as stage 2; MMCLIP_FAULTS=all tries it")
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    (run / "config.yaml").write_text((unbroken / "config.yaml").read_text().replace(str(unbroken), str(run)))
     overrides = [*sets.overrides(run), *TRAIN, f"zero_stage={stage}", "data.workers=1"]
+    done: list[dict] = []
     for ranks, before, at in ((1, 2, STEPS - 12), (4, 1, STEPS - 8)):
         for path in checkpoints_of(run):
             if path > checkpoint_path(run, at + 4):
                 shutil.rmtree(path)
         with (checkpoint_path(run, at + 4) / "meta.json").open("a") as handle:
             handle.write(" ")
-        found = run_training(overrides, ranks=ranks)
-        told = found.stdout + found.stderr
+        told = run_training(overrides, tmp_path / "ranks", ranks=ranks).output
         assert f"passing over {checkpoint_path(run, at + 4)}, which is torn: meta.json has" in told
         assert f"{checkpoint_path(run, at)} was written by {before} ranks" in told
-        assert losses(run)[:at] == losses(unbroken)[:at] if ranks == 1 else True
+        if ranks == 1:  # what was done before stays as it was, bit for bit
+            assert losses(run)[:at] == losses(unbroken)[:at]
+        else:  # and so does what one rank did
+            assert losses(run)[:at] == done
+        done = losses(run)[: at + 4]
     for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4), (ours, theirs)
     there = load_file(checkpoint_path(unbroken, STEPS) / "model.safetensors")
@@ -196,12 +227,30 @@ def test_2_ranks_then_1_then_4(sets, whole: tuple[int, Path], tmp_path: Path) ->
         assert value.numpy() == pytest.approx(there[name].numpy(), rel=1e-3, abs=2e-4), name
 
 
+@pytest.mark.parametrize(
+    ("fault", "workers", "launched", "code", "told"),
+    [
+        ("damaged shard", 0, False, 2, "error: rank 1 on {host}: shard 7 is damaged: copy it again"),
+        ("damaged shard", 1, True, 2, "error: rank 1 on {host}: shard 7 is damaged: copy it again"),
+        ("store down", 1, False, 1, "failed: rank 1 on {host}: no answer from the store for 120 s"),
+        ("bug", 0, False, 1, "failed: rank 1 on {host}: KeyError: 'gone'"),
+    ],
+)
+def test_the_error_of_any_rank_is_told_once_with_rank_and_host(
+    sets, tmp_path: Path, fault: str, workers: int, launched: bool, code: int, told: str
+) -> None:
+    run = tmp_path / "run"
+    job = Job(run, [*sets.overrides(run), *TRAIN, f"data.workers={workers}"], fault, launched=launched)
+    assert job.wait() == code, job.log[-3000:]
+    assert job.errors == [told.format(host=socket.gethostname())], job.log[-3000:]
+    assert ("Traceback" in job.log) == (fault == "bug"), job.log[-3000:]
+
+
 def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = Job(run, [*sets.overrides(run), *TRAIN], "full disk")
-    assert job.runner.wait(timeout=300) == 2, job.log.read_text()[-3000:]
-    log = job.log.read_text()
-    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert job.wait() == 2, job.log[-3000:]
+    log, (line,) = job.log, job.errors
     assert "the checkpoint of step 8 could not be written: [Errno 27] File too large" in line
     assert f"{checkpoint_path(run, 4)} and those before it are untouched" in line and "Traceback" not in log
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
@@ -211,9 +260,8 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> Non
 def test_an_infinite_loss_of_one_rank_skips_steps_on_both_and_ends_the_run(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = Job(run, [*sets.overrides(run), *TRAIN, "health.max_bad_steps=5"], "bad loss")
-    assert job.runner.wait(timeout=300) == 2, job.log.read_text()[-3000:]
-    log = job.log.read_text()
-    (line,) = [line for line in log.splitlines() if line.startswith("error:")]
+    assert job.wait() == 2, job.log[-3000:]
+    log, (line,) = job.log, job.errors
     assert "not finite in 5 steps in a row, up to step 9" in line and "Traceback" not in log
     listed = [[json.loads(row) for row in (run / f"trouble-{rank}.jsonl").read_text().splitlines()] for rank in range(2)]
     for rows in listed:

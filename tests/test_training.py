@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -18,21 +17,25 @@ from mmclip_launch.processes import environment
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
 from mmclip_shards.writer import ShardWriter
+from safetensors.torch import load_file
 
+from mmclip_dist import train
 from mmclip_dist.checkpoint.folder import checkpoint_path, read_meta
 from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.evaluate.zeroshot import zero_shot
 from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
 from tests.conftest import TRAIN, wait_for
-from tests.launched import final_weights, last_step, losses, run_training
+from tests.launched import final_weights, last_step, launch_training, losses, run_training
+from tests.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def unbroken(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run, under the real launcher."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    run_training([*sets.overrides(run), *TRAIN])
+    launch_training([*sets.overrides(run), *TRAIN])
     return run
 
 
@@ -40,43 +43,35 @@ def test_resume_equals_no_interruption_bit_for_bit(sets, unbroken: Path, tmp_pat
     """The run's newest checkpoints are gone, as after a crash; it goes on from an older one and ends the same."""
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    (run / "config.yaml").write_text((unbroken / "config.yaml").read_text().replace(str(unbroken), str(run)))
     for step in (8, 12):
         shutil.rmtree(checkpoint_path(run, step))
     (run / "checkpoints" / ".step-00000008.writing").mkdir()  # and a save was torn
-    run_training([*sets.overrides(run), *TRAIN])
+    run_training([*sets.overrides(run), *TRAIN], tmp_path)
     assert final_weights(run) == final_weights(unbroken)
     assert losses(run) == losses(unbroken)
 
 
 @pytest.mark.timeout(3600)
 def test_killed_again_and_again_it_ends_in_the_same_weights(sets, tmp_path: Path) -> None:
-    """SIGKILL of launcher and ranks at random steps; MMCLIP_KILLS sets how often (20 were tried, see RESULTS.md)."""
+    """SIGKILL of all ranks at random steps; MMCLIP_KILLS sets how often (20 were tried, see RESULTS.md)."""
     kills = int(os.environ.get("MMCLIP_KILLS", "1"))
     steps = 20 * kills
     often = ["checkpoint.every=4", "log_every=1", "optim.lr=0.1", f"optim.steps={steps}"]
     whole, run = tmp_path / "whole", tmp_path / "run"
-    run_training([*sets.overrides(whole), *often])
+    run_training([*sets.overrides(whole), *often], tmp_path / "logs")
     for step in sorted(random.Random(kills).sample(range(2, steps), kills)):
-        job = subprocess.Popen(
-            train_command("quickstart", [*sets.overrides(run), *often], 2), env=environment(accelerator_environment()),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        job = Ranks(train.main, [["quickstart", *sets.overrides(run), *often]], ranks=2, folder=tmp_path / "logs")
         wait_for(lambda job=job, step=step: job.poll() is not None or last_step(run) >= step)
-        family = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=15)
+        job.kill()
         assert last_step(run) >= step
-    run_training([*sets.overrides(run), *often])
+    run_training([*sets.overrides(run), *often], tmp_path / "logs")
     assert final_weights(run, steps) == final_weights(whole, steps)
     assert losses(run) == losses(whole)
 
 
 def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_training([*sets.overrides(run), *TRAIN], ranks=1)
+    run_training([*sets.overrides(run), *TRAIN], tmp_path, ranks=1)
     for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
 
@@ -84,8 +79,8 @@ def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
 def test_loss_curves_of_both_kernels_are_the_same(sets, unbroken: Path, tmp_path: Path) -> None:
     """loss.impl=triton, interpreted where there is no card: 12 steps at a high learning rate, which would amplify any error."""
     run = tmp_path / "run"
-    found = run_training([*sets.overrides(run), *TRAIN, "loss.impl=triton"])
-    assert found.stdout.count("kernels: triton on") == 1
+    found = run_training([*sets.overrides(run), *TRAIN, "loss.impl=triton"], tmp_path)
+    assert found.output.count("kernels: triton on") == 1
     for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3), (ours, theirs)
 
@@ -93,8 +88,8 @@ def test_loss_curves_of_both_kernels_are_the_same(sets, unbroken: Path, tmp_path
 def test_triton_kernels_without_a_card_are_refused(sets, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    found = run_training([*sets.overrides(tmp_path), *TRAIN, "loss.impl=triton"], check=False, TRITON_INTERPRET="0")
-    (line,) = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
+    found = run_training([*sets.overrides(tmp_path), *TRAIN, "loss.impl=triton"], tmp_path, check=False, TRITON_INTERPRET="0")
+    (line,) = found.errors
     assert found.returncode == 2 and "impl='triton' needs CUDA tensors" in line
 
 
@@ -102,15 +97,12 @@ def shared_memory() -> set[Path]:
     return set(Path("/dev/shm").glob("deepspeed*"))
 
 
-def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
-    sets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(sets, tmp_path: Path) -> None:
     """A lock left by a killed compilation of DeepSpeed's CPU op made every later run wait without end."""
     extensions = tmp_path / "extensions"
     extensions.mkdir()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     before = shared_memory()
-    run_training([*sets.overrides(tmp_path / "run"), *TRAIN, "optim.stop_at=4"])
+    run_training([*sets.overrides(tmp_path / "run"), *TRAIN, "optim.stop_at=4"], tmp_path, TORCH_EXTENSIONS_DIR=str(extensions))
     assert not list(extensions.iterdir())
     assert shared_memory() == before
 
@@ -118,8 +110,9 @@ def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(
 def test_zero3_trains_alike_and_writes_the_average(sets, unbroken: Path, tmp_path: Path) -> None:
     """The unbroken run is of stage 1; tests/engine/test_optimizer.py has every stage against plain torch."""
     run = tmp_path / "run"
-    run_training([*sets.overrides(run), *TRAIN, "zero_stage=3", "optim.ema=0.9", "optim.stop_at=4"])
-    for ours, theirs in zip(losses(run), losses(unbroken), strict=False):
+    run_training([*sets.overrides(run), *TRAIN, "zero_stage=3", "optim.ema=0.9", "optim.stop_at=4"], tmp_path)
+    assert [row["step"] for row in losses(run)] == [1, 2, 4]
+    for ours, theirs in zip(losses(run), losses(unbroken)[:3], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     (last, *_), (average, *_) = (load_model(checkpoint_path(run, 4), average=which) for which in (False, True))
     assert not torch.equal(last.image_head.weight, average.image_head.weight)
@@ -131,7 +124,7 @@ def test_evaluation_during_training_is_that_of_the_checkpoint(sets, tmp_path: Pa
     """On two ranks of ZeRO-3, of which the second has no batch of its own, and of the averaged weights."""
     run = tmp_path / "run"
     evaluation = [f"evaluation={{sets: [{sets.test}], every: 3}}", "checkpoint.keep_best=1", "checkpoint.keep=1"]
-    run_training([*sets.overrides(run), *TRAIN, *evaluation, "zero_stage=3", "optim.ema=0.5", "optim.stop_at=8"])
+    run_training([*sets.overrides(run), *TRAIN, *evaluation, "zero_stage=3", "optim.ema=0.5", "optim.stop_at=8"], tmp_path)
     rows = read_metrics(run, EVALUATIONS)
     assert [row["step"] for row in rows] == [3, 6, 8]
     alone = zero_shot(str(checkpoint_path(run, 8)), [sets.test], average=True)
@@ -140,30 +133,73 @@ def test_evaluation_during_training_is_that_of_the_checkpoint(sets, tmp_path: Pa
 
 
 def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run_training([*sets.overrides(run), *TRAIN, "attmim.mode=split", "precision=bf16", "optim.stop_at=4"])
-    assert [row["step"] for row in losses(run)] == [1, 2, 4]
-    assert set(losses(run)[-1]) == {"step", "contrastive", "image", "entity"}
+    """It learns, and at the first steps its losses are those of float32 to the precision of bf16."""
+    curves = {}
+    for precision in ("bf16", "fp32"):
+        run = tmp_path / precision
+        options = ["attmim.mode=split", f"precision={precision}", "optim.lr=0.01", "log_every=1"]
+        run_training([*sets.overrides(run), *TRAIN, *options], tmp_path / f"{precision}-logs")
+        curves[precision] = losses(run)
+    assert [row["step"] for row in curves["bf16"]] == list(range(1, 13))
+    for ours, theirs in zip(curves["bf16"][:2], curves["fp32"][:2], strict=True):
+        assert ours == pytest.approx(theirs, rel=0.03)  # a NaN is near to nothing
+    last, first = curves["bf16"][-1], curves["bf16"][0]
+    assert set(last) == {"step", "contrastive", "image", "entity"}
+    assert sum(last.values()) - last["step"] < sum(first.values()) - first["step"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.lr=0.2"], "another configuration (differs in lr)"),
+        (["optim.lr=0.2"], "another configuration (differs in optim.lr, which would change"),
         (["model.image.dept=3"], "did you mean model.image.depth"),
         (["data.streams=3"], "does not divide over 2 ranks"),
         (["evaluation.sets=[TRAINED]"], "was trained on"),
         (["data.streams=512", "optim.global_batch=512"], "samples cannot fill data.streams=512"),
         (["data.sources=[{url: /nowhere, entities: /nowhere}]"], "/nowhere"),
+        (["checkpoint.start_from=UNBROKEN"], "is of step 12, and this run ends at step 12: nothing would be trained"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, overrides: list[str], message: str) -> None:
-    overrides = [override.replace("TRAINED", sets.paired) for override in overrides]
-    found = run_training([*sets.overrides(unbroken), *TRAIN, *overrides], check=False)
-    assert found.returncode == 2, found.stderr[-2000:]
-    lines = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and message in lines[0], lines
-    assert "Traceback" not in found.stderr and "Traceback" not in found.stdout
+def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    overrides = [override.replace("TRAINED", sets.paired).replace("UNBROKEN", str(unbroken)) for override in overrides]
+    run = tmp_path / "run" if any("start_from" in override for override in overrides) else unbroken
+    found = run_training([*sets.overrides(run), *TRAIN, *overrides], tmp_path, check=False)
+    assert found.returncode == 2, found.output[-2000:]
+    assert len(found.errors) == 1 and message in found.errors[0], found.errors
+    assert "Traceback" not in found.output
+
+
+def test_bad_input_under_the_launcher_is_one_line_and_code_2(sets, tmp_path: Path) -> None:
+    """The outermost launcher passes the code on, and only one rank speaks."""
+    found = launch_training([*sets.overrides(tmp_path), "model.image.dept=3"], check=False)
+    assert found.returncode == 2 and "Traceback" not in found.output, found.output[-2000:]
+    assert len(found.errors) == 1 and "did you mean model.image.depth" in found.errors[0], found.errors
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(sets, unbroken: Path, tmp_path: Path) -> None:
+    before = final_weights(unbroken)
+    found = run_training([*sets.overrides(unbroken), *TRAIN], tmp_path)
+    assert "nothing left to train: step 12 of 12 is done" in found.output and final_weights(unbroken) == before
+
+
+def test_after_running_out_of_memory_a_run_goes_on_with_the_readmes_remedies(sets, unbroken: Path, tmp_path: Path) -> None:
+    """Smaller parts, recomputed activations, another stage, offload, more loader processes: up to rounding the same weights."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run)
+    for step in (8, 12):
+        shutil.rmtree(checkpoint_path(run, step))
+    remedies = [
+        "optim.micro_batch=2", "model.checkpoint_activations=true", "zero_stage=2", "offload.optimizer=cpu", "data.workers=1",
+        "log_every=1", "checkpoint.every=6", "health.window=20",
+    ]  # fmt: skip
+    run_training([*sets.overrides(run), *TRAIN, *remedies], tmp_path)
+    (row,) = read_metrics(run, "changes.jsonl")
+    assert row["after_step"] == 12 and row["changed"]["optim.micro_batch"] == [None, 2] and "run_dir" in row["changed"]
+    for ours, theirs in zip(losses(run)[-1:], losses(unbroken)[-1:], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    ours, theirs = (load_file(checkpoint_path(folder, 12) / "model.safetensors") for folder in (run, unbroken))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_too_many_undecodable_samples_stop_the_run_and_are_listed(sets, tmp_path: Path) -> None:
@@ -177,11 +213,10 @@ def test_too_many_undecodable_samples_stop_the_run_and_are_listed(sets, tmp_path
         for key, members in samples.items():
             writer.add(key, members)
     run = tmp_path / "run"
-    found = run_training(
-        [*sets.overrides(run), *TRAIN, f"data.sources=[{{url: {spoiled}}}]", "loss.entity=0"], check=False
-    )
-    assert found.returncode == 2, found.stderr[-2000:]
-    (line,) = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("error:")]
+    overrides = [*sets.overrides(run), *TRAIN, f"data.sources=[{{url: {spoiled}}}]", "loss.entity=0"]
+    found = run_training(overrides, tmp_path, check=False)
+    assert found.returncode == 2, found.output[-2000:]
+    (line,) = found.errors
     assert "could not be decoded" in line and "quarantine" in line
     listed = [
         json.loads(row)["key"] for path in run.glob("quarantine-*.jsonl") for row in path.read_text().splitlines()

@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from mmclip_kernels import tiles
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
@@ -292,4 +291,4 @@ def _gradient_tile(
 
 
 # TRITON_INTERPRET=1 at import: the kernels run in Python on any device, for tests.
-INTERPRETED = isinstance(_sweep_tile, InterpretedFunction)
+INTERPRETED = not isinstance(_sweep_tile, triton.JITFunction)

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from mmclip_kernels import tiles
 from mmclip_kernels.patches import Plan
@@ -382,4 +381,4 @@ def _gather_gradient(
 
 
 # TRITON_INTERPRET=1 at import: the kernels run in Python on any device, for tests.
-INTERPRETED = isinstance(_select, InterpretedFunction)
+INTERPRETED = not isinstance(_select, triton.JITFunction)

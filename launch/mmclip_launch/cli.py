@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mmclip_dist.cli import app, run
+from mmclip_dist.commands.options import local_folder
 
 Urls = list[str] | None
 
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("runs/quickstart"),
+    out: Annotated[
+        Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder for everything that is made.")
+    ] = Path("runs/quickstart"),
     paired: Annotated[Urls, typer.Option(help="Packed set with reports; may be repeated.")] = None,
     unpaired: Annotated[Urls, typer.Option(help="Packed set without reports; may be repeated.")] = None,
     evaluation: Annotated[Urls, typer.Option("--eval", help="Packed, labelled set; may be repeated.")] = None,

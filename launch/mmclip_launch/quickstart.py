@@ -17,7 +17,8 @@ from typing import Any
 
 from mmclip_shards.datasets.synthetic.set import pack_synthetic
 from mmclip_shards.manifest import find_split, load_manifest
-from mmclip_shards.storage import exists, list_folder, read_bytes, write_atomic
+from mmclip_shards.storage import exists, list_folder, write_atomic
+from mmclip_shards.textfiles import read_json
 
 from mmclip_dist.commands.progress import progress_bar
 from mmclip_dist.config import Config, load_config
@@ -116,7 +117,7 @@ class Progress:
         self.path, self.settings = job.out / STATE, json.loads(json.dumps(job.settings()))
         self.stages: list[tuple[str, float]] = []
         if self.path.exists():
-            document = json.loads(self.path.read_text())
+            document = read_json(self.path, "delete the folder to start anew")
             if document["settings"] != self.settings:
                 changed = [key for key in {**document["settings"], **self.settings}
                            if document["settings"].get(key) != self.settings.get(key)]  # fmt: skip
@@ -331,7 +332,7 @@ def summarise(job: Job, stages: Sequence[tuple[str, float]]) -> dict[str, Any]:
     rows = [row for phase in ("warmup", "train") for row in read_metrics(job.phase(phase))]
     terms = {name for row in rows for name in row["loss"]}
     curves = {term: [row["loss"][term] for row in rows if term in row["loss"]] for term in sorted(terms)}
-    result = json.loads(read_bytes(str(job.out / ZERO_SHOT)))
+    result = read_json(job.out / ZERO_SHOT, "delete the folder to start anew")
     return {
         "stages": [{"name": name, "seconds": seconds} for name, seconds in stages],
         "samples": rows[-1]["samples"],

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from mmclip_dist.config import Data, Source
 from mmclip_dist.data.batch import Example
-from mmclip_dist.data.loader import StreamShare, as_it_is, build_order, open_sets
+from mmclip_dist.data.loader import StreamShare, as_it_is, build_order, open_sets, raised
 from mmclip_dist.data.transforms import WHOLE, crop_image
 
 
@@ -57,7 +57,7 @@ def measure(sources: Sequence[Source], data: Data, *, seconds: float, size: int 
         collate_fn=as_it_is,
         prefetch_factor=data.prefetch if data.workers else None,
     )
-    items = iter(loader)
+    items = raised(loader)
     for _ in range(max(1, data.workers)):
         next(items)  # processes start, shards open
     read, taken, started = Tally(), 0, time.perf_counter()

@@ -20,9 +20,9 @@ from mmclip_shards.storage import write_atomic
 _NAME = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGED_WEIGHTS, CONFIG, META = "model.safetensors", "ema.safetensors", "config.yaml", "meta.json"
 MANIFEST = "checkpoint.json"
-"""Sizes and hashes of all other files, written last: what lacks it, or differs from it, is torn."""
+"""Sizes and hashes of all other files, written last. A checkpoint without it, or that differs from it, is torn."""
 _BLOCK = 1 << 22
-_READERS = 8  # files read at once: one reader does not saturate a parallel file system
+_READERS = 8  # files read at once; one reader cannot saturate a parallel file system
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Meta:
     zero_stage: int
     diseases: tuple[str, ...]
     trained_on: tuple[str, ...]
-    score: float | None = None  # of an evaluation; the higher, the better
+    score: float | None = None  # of an evaluation; higher is better
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run. A save that was torn never got the final name; later damage `fault` finds."""
+    """The newest checkpoint of a run. A torn save never gets a final name; `fault` finds later damage."""
     return max(checkpoints_of(run_dir), default=None)
 
 
@@ -82,16 +82,26 @@ def resolve_checkpoint(path: str) -> Path:
 
 
 def read_meta(checkpoint: Path) -> Meta:
-    return parse_meta((checkpoint / META).read_bytes())
+    try:
+        return parse_meta((checkpoint / META).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
 
 
 def parse_meta(data: bytes) -> Meta:
-    values: dict[str, Any] = json.loads(data)
-    return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
+    """ValueError if another version of this package wrote it, or if it is damaged."""
+    try:
+        values: dict[str, Any] = json.loads(data)
+        return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{META} is not that of this version of mmclip-dist ({error}): use the version that wrote the checkpoint, or start "
+            "anew in another run_dir"
+        ) from error
 
 
 def weights_hash(checkpoint: Path, *, average: bool = False) -> str:
-    """sha256 of the weights (or of their average): the identity of a checkpoint for what is made with it."""
+    """sha256 of the weights, or of their average."""
     with (checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -115,7 +125,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
 
 
 def parse_manifest(data: bytes) -> dict[str, Entry]:
-    """ValueError for what is no manifest."""
+    """ValueError if it is not a manifest."""
     try:
         return {name: Entry(**row) for name, row in json.loads(data)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -152,13 +162,13 @@ def to_keep(scores: Mapping[int, float | None], *, newest: int, every: int | Non
 
 
 def scores_of(checkpoints: Collection[Path]) -> dict[int, float | None]:
-    """{step: score}. One that is damaged has none: an old one, that nothing was resumed from, shall not stop a run."""
+    """{step: score}. A damaged old checkpoint, or one of another version, gets no score instead of an error."""
     scores: dict[int, float | None] = {}
     for path in checkpoints:
         step = step_of(path.name)
         assert step is not None, path
         try:
             scores[step] = read_meta(path).score
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError):
             scores[step] = None
     return scores

@@ -1,7 +1,8 @@
-"""What a checkpoint holds for every use that is not training: written beside DeepSpeed's state, and read back."""
+"""The files of a checkpoint that evaluation, scoring and export need. They lie beside DeepSpeed's state."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHTS, Meta, read_meta
-from mmclip_dist.config import Config, dump_config, load_config
+from mmclip_dist.config import Config, config_hash, dump_config, load_config
 from mmclip_dist.data.prompts import prompts_source
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.model.build import build_model
@@ -39,6 +40,27 @@ def write_model(
     (folder / META).write_text(json.dumps(vars(meta)))
 
 
+def model_hash(checkpoint: Path, weights: str) -> str:
+    """sha256 of all that `load_model` builds its model from; moving a checkpoint does not change it.
+
+    That is the weights (given by their `weights_hash`), the encoders' shapes, the configuration of the model and of its masks,
+    diseases, prompts and tokenizer.
+    """
+    config, meta = _stored_config(checkpoint), read_meta(checkpoint)
+    shape = config.model_dump(mode="json", include={"model": True, "attmim": True, "entmlm": True})
+    for part, name in (("image", "pretrained"), ("text", "pretrained"), ("text", "tokenizer")):
+        del shape["model"][part][name]  # only where they came from; the checkpoint has copies
+    files = [checkpoint / _PROMPTS, *(path for part in ("image", "text", _TOKENIZER) for path in (checkpoint / part).rglob("*"))]
+    hashes = {
+        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()
+    }
+    return config_hash("model", weights, hashes, shape, meta.diseases)
+
+
+def _stored_config(checkpoint: Path) -> Config:
+    return load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"])
+
+
 def load_model(
     checkpoint: Path, *, average: bool = False
 ) -> tuple[MMCLIP, PreTrainedTokenizerBase, Config, Meta]:
@@ -49,10 +71,7 @@ def load_model(
     weights = checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)
     if not weights.is_file():
         raise ValueError(f"{weights} is missing: the run kept no average of its weights; train with optim.ema=0.9999")
-    config, meta = (
-        load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"]),
-        read_meta(checkpoint),
-    )
+    config, meta = _stored_config(checkpoint), read_meta(checkpoint)
     tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
     model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
     model.load_state_dict(load_file(weights))

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmclip_dist.commands.options import local_folder
 from mmclip_dist.commands.progress import progress_bar
 
 evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
@@ -18,7 +19,7 @@ evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 def evaluate_zeroshot(
     urls: Annotated[list[str], typer.Argument(help="Packed, labelled sets that were not trained on.")],
     checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder for its newest one.")],
-    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=local_folder, metavar="FILE", help="Write the result here, as JSON.")] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Evaluate on a set that was trained on.")] = False,
     average: Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")] = False,
 ) -> None:
@@ -45,7 +46,9 @@ def evaluate_zeroshot(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a training run or of a quick start.")],
+    run: Annotated[
+        Path, typer.Argument(parser=local_folder, metavar="RUN", help="Folder of a training run or of a quick start.")
+    ],
     images: Annotated[list[str] | None, typer.Option(help="Packed set whose first images are shown.")] = None,
 ) -> None:
     """Write RUN/report.html: losses, scores, attention on some images, and what made the run."""

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def local_folder(text: str) -> Path:
+    """A path on this machine's file systems. A URL would silently become a folder with a name like `s3:`."""
+    if "://" in text:
+        raise typer.BadParameter(f"{text} is a URL: name a local path, and copy what is written there afterwards")
+    return Path(text)
+
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmclip_dist.commands.options import local_folder
+
 
 def config(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
@@ -20,7 +22,7 @@ def config(
 
 def tokenizer(
     urls: Annotated[list[str], typer.Argument(help="Packed sets whose reports it is trained on.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder to write.")],
     vocabulary: Annotated[int, typer.Option(min=100, help="Tokens at most.")] = 8192,
 ) -> None:
     """Train a WordPiece tokenizer on packed reports. Any tokenizer of transformers can be used instead."""

@@ -16,7 +16,7 @@ class JoinedSet:
     """Random access to the samples of one source: members of the base shard and of its sidecars together."""
 
     def __init__(self, source: Source, open_shards: int = 64) -> None:
-        """open_shards: as of `ShardReader`."""
+        """open_shards: as in `ShardReader`."""
         self.url = source.url
         self.manifest = load_manifest(source.url)
         if self.manifest.kind != "base":
@@ -37,11 +37,11 @@ class JoinedSet:
 
     @property
     def readers(self) -> list[ShardReader]:
-        """Of the set itself and of its sidecars."""
+        """Readers of the set itself and of its sidecars."""
         return [self._base, *self._sidecars]
 
     def read_through(self, chunks: ChunkReader) -> None:
-        """Read remote shards through these chunks from now on: sets that share them share one memory."""
+        """Read remote shards through these chunks from now on. Sets that share chunks share one memory."""
         self.chunks = chunks
         for reader in self.readers:
             reader.chunks = chunks
@@ -57,6 +57,6 @@ class JoinedSet:
         return members
 
     def prefetch(self, shard: int, rows: Sequence[int]) -> None:
-        """Have samples of a shard fetched from object storage; returns at once."""
+        """Start fetching samples of a shard from object storage, and return at once."""
         for reader in self.readers:
             reader.prefetch(shard, rows)

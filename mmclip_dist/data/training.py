@@ -1,4 +1,4 @@
-"""The data of a training run: its sets and their order, and what makes a batch of them."""
+"""The data of a training run: its sets, their order, and what turns samples into batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from mmclip_shards.manifest import manifest_hash
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config
@@ -30,6 +31,11 @@ class TrainingData:
     def trained_on(self) -> tuple[str, ...]:
         return tuple(shard.sha256 for joined in self.sets for shard in joined.manifest.shards)
 
+    @property
+    def identity(self) -> list[list[str]]:
+        """Hashes of each set's manifest and of its sidecars' manifests. They do not change when sets move."""
+        return [[manifest_hash(reader.manifest) for reader in joined.readers] for joined in self.sets]
+
     def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
         """A rank's batches of steps start, start + 1, ... without end."""
         config = self.config
@@ -48,7 +54,7 @@ class TrainingData:
 
 @contextmanager
 def open_training_data(config: Config, tokenizer: PreTrainedTokenizerBase, world: int) -> Iterator[TrainingData]:
-    """Open the sets of `config.data`; what reads them ahead is stopped at the end."""
+    """Open the sets of `config.data`, and stop reading ahead at the end."""
     sets = open_sets(config.data.sources, config.data, world)
     try:
         diseases = config.prompts.diseases or label_names(sets)

@@ -32,7 +32,7 @@ WHOLE = Crop()
 def random_crop(random: np.random.Generator, augment: Augment) -> Crop:
     """A crop of `augment.crop_area` of the area, nearly square, mirrored with probability `augment.flip`."""
     area = random.uniform(*augment.crop_area)
-    aspect = np.exp(random.uniform(-np.log(4 / 3), np.log(4 / 3)) * (1 - area))  # the whole image has no room to vary
+    aspect = np.exp(random.uniform(-np.log(4 / 3), np.log(4 / 3)) * (1 - area))  # a crop of the whole image cannot vary
     width, height = min(1.0, (area * aspect) ** 0.5), min(1.0, (area / aspect) ** 0.5)
     left, top = random.uniform(0, 1 - width), random.uniform(0, 1 - height)
     return Crop(left, top, left + width, top + height, bool(random.random() < augment.flip))

@@ -1,35 +1,81 @@
-"""Agreements of all ranks: what one refuses all refuse, what one does alone the others wait for without a time-out."""
+"""Collective helpers: share refusals, sum small values, wait for rank 0 without timing out."""
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmclip_dist.engine import watchdog
+from mmclip_dist.errors import FAILED, Mendable, exit_code
 
 T = TypeVar("T")
-_POLL_S = 0.02, 1.0  # between two looks at whether the first rank is ready: at first, at last
+_POLL_S = 0.02, 1.0  # seconds between two questions whether rank 0 is ready: at first, at last
+_SHARED = (ValueError, OSError, Mendable)
+
+
+class AgreedError(ValueError):
+    """A fault that the user can mend, raised on every rank with the same text. Rank 0 prints it."""
+
+
+class AgreedFailure(OSError):
+    """A failure of a machine or a store, raised on every rank with the same text. Rank 0 prints it."""
+
+
+class Refusal(NamedTuple):
+    """What went wrong on one rank. code: `errors.exit_code`."""
+
+    text: str
+    code: int | None
+
+
+def place() -> str:
+    """This rank and its machine, as error messages name them."""
+    return f"rank {dist.get_rank()} on {socket.gethostname()}"
+
+
+def broken(error: Exception) -> bool:
+    """Whether a collective call failed because another rank is gone: the user needs that rank's own error."""
+    backend = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    return backend or isinstance(error, dist.DistError)
 
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """What one rank refuses, all refuse: a ValueError is raised on every rank for a ValueError or OSError on any of them, so
-    that none waits for another. Nothing inside may wait for another rank."""
-    refused = None
+    """Share refusals: if any rank raises ValueError, OSError or Mendable inside, every rank raises `AgreedError` or
+    `AgreedFailure` with the same text, which names the ranks unless all of them refused alike.
+
+    Nothing inside may wait for another rank.
+    """
+    refusal = None
     try:
         yield
-    except (ValueError, OSError) as error:
-        refused = str(error)
-    for refusal in gathered(refused):
-        if refusal is not None:
-            raise ValueError(refusal)
+    except _SHARED as error:
+        refusal = Refusal(str(error), exit_code(error))
+    raise_shared(gathered((place(), refusal)))
+
+
+def raise_shared(told: Sequence[tuple[str, Refusal | None]]) -> None:
+    """Raise what any rank refused, the same on all ranks. told: the place and the refusal of each rank."""
+    refusals = [(place, refusal) for place, refusal in told if refusal is not None]
+    if not refusals:
+        return
+    texts = dict.fromkeys(refusal.text for _, refusal in refusals)
+    if len(refusals) == len(told) and len(texts) == 1:
+        text = next(iter(texts))
+    else:
+        text = "; ".join(
+            f"{', '.join(place for place, refusal in refusals if refusal.text == text)}: {text}" for text in texts
+        )
+    failed = any(refusal.code == FAILED for _, refusal in refusals)
+    raise AgreedFailure(text) if failed else AgreedError(text)
 
 
 def gathered(value: T) -> list[T]:
@@ -40,7 +86,7 @@ def gathered(value: T) -> list[T]:
 
 
 def sums(device: torch.device, **values: float | Tensor) -> dict[str, float]:
-    """Each value summed over the ranks, in one small all-reduce. A value that is not finite spoils no other."""
+    """Sum each value over the ranks, in one small all-reduce. A value that is not finite does not affect the others."""
     known = [0.0 if isinstance(value, Tensor) else float(value) for value in values.values()]
     row = torch.tensor(known, dtype=torch.float64).to(device)  # one copy to the device for all of them
     for place, value in enumerate(values.values()):
@@ -52,19 +98,19 @@ def sums(device: torch.device, **values: float | Tensor) -> dict[str, float]:
 
 
 def first_rank_does(action: Callable[[], T], doing: str) -> T:
-    """action() on the first rank alone, its result on all; its ValueError or OSError is a ValueError on all.
+    """Run action() on rank 0 alone and return its result on all ranks; its ValueError or OSError is raised as by `agreed`.
 
-    However long it takes, no rank sits in one collective call: they ask again and again whether it is ready.
+    However long it takes, no collective call times out: the ranks ask again and again whether rank 0 is ready.
     """
-    done: list[Any] = []
+    done: list[tuple[Any, Refusal | None]] = []
 
     def work() -> None:
         try:
             done.append((action(), None))
-        except (ValueError, OSError) as error:
-            done.append((None, str(error)))
+        except _SHARED as error:
+            done.append((None, Refusal(str(error), exit_code(error))))
         except BaseException as error:
-            done.append((None, repr(error)))
+            done.append((None, Refusal(f"{place()}: {error!r}", FAILED)))
             raise
 
     thread = threading.Thread(target=work, name=doing, daemon=True)
@@ -80,6 +126,6 @@ def first_rank_does(action: Callable[[], T], doing: str) -> T:
         time.sleep(pause)
         pause = min(2 * pause, _POLL_S[1])
     result, refused = answer[0]
-    if refused is not None:
-        raise ValueError(refused)
-    return result
+    raise_shared([("", refused)])
+    found: T = result
+    return found

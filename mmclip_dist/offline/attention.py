@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from mmclip_shards.manifest import load_manifest, manifest_hash
+
 from mmclip_dist.checkpoint.folder import resolve_checkpoint, weights_hash
+from mmclip_dist.checkpoint.model_files import model_hash
 from mmclip_dist.config import config_hash
 from mmclip_dist.offline.stage import Maker, Stage
 
@@ -19,14 +22,16 @@ def attention_stage(base: str, out: str, checkpoint: str, entities: str | None =
     gpus: of each worker process; 0 scores on the CPU.
     """
     folder = resolve_checkpoint(checkpoint)
+    # All that shapes a score: the model with its tokenizer, prompts and diseases, and the content of the entities.
+    guide = None if entities is None else manifest_hash(load_manifest(entities))
     weights = weights_hash(folder)
-    identity = config_hash("attention", weights, entities is not None)
+    identity = config_hash("attention", model_hash(folder, weights), guide)
     return Stage("attention", base, out, identity, partial(_build, str(folder)), entities, weights, gpus)
 
 
 def _build(checkpoint: str) -> Maker:
     from mmclip_dist.offline.scorer import (
         build_scorer,
-    )  # torch and transformers: the workers need them, the driver does not
+    )  # needs torch and transformers, which the driver does without
 
     return build_scorer(checkpoint)

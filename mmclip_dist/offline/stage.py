@@ -1,4 +1,4 @@
-"""One base shard in, one sidecar shard out, on Ray: what every offline stage shares.
+"""What all offline stages share: one base shard in, one sidecar shard out, on Ray.
 
 A task reads a base shard, makes one row a sample, and publishes the sidecar shard whole. The driver alone writes the
 manifest, once all shards are there, and keeps a journal of finished shards until then; a stage that is started again
@@ -20,13 +20,17 @@ import ray
 from mmclip_shards import storage
 from mmclip_shards.manifest import Kind, Manifest, Shard, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader
+from mmclip_shards.textfiles import read_json
 from mmclip_shards.writer import write_shard
+
+from mmclip_dist.data.join import check_sidecar
 
 Members = dict[str, bytes]
 Maker = Callable[[list[tuple[str, Members]]], list[tuple[str, Members]]]
 """Makes the sidecar rows of a batch of samples: (key, members of the base shard) -> (key, members of the sidecar)."""
 
 JOURNAL = "journal.json"
+_MEND = "delete it, and every shard is made again"
 _BATCH = 64
 _PUBLISH_EVERY_S = 2.0
 
@@ -80,11 +84,13 @@ def run_stage(stage: Stage, *, workers: int, report: Callable[[int, int], None])
     """Make all missing sidecar shards with `workers` processes, then the manifest.
 
     report(done, total) in shards. A worker process that dies is replaced and its shard made again, three times.
-    ValueError if `out` holds sidecars of another configuration.
+    ValueError if `out` holds sidecars of another configuration, or if the entities were made from other shards.
     """
     base = load_manifest(stage.base)
     if base.kind != "base":
         raise ValueError(f"{stage.base} holds {base.kind} sidecars; name the packed set itself")
+    if stage.entities is not None:
+        check_sidecar("entities", stage.base, base, stage.entities, load_manifest(stage.entities))
     wanted = {shard.path: shard.sha256 for shard in base.shards}
     if storage.exists(storage.join(stage.out, "manifest.json")):
         found = load_manifest(stage.out)
@@ -144,14 +150,17 @@ def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Shard])
 
 
 def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Shard]:
-    """Shards that an interrupted stage of the same identity finished."""
+    """Shards that an interrupted stage of the same identity has finished."""
     url = storage.join(stage.out, JOURNAL)
     if not storage.exists(url):
         return {}
-    document = json.loads(storage.read_bytes(url))
-    if (document["config_hash"], document["base"]) != (stage.config_hash, wanted):
-        return {}
-    return {int(number): Shard(**row) for number, row in document["shards"].items()}
+    document = read_json(url, _MEND)
+    try:
+        if (document["config_hash"], document["base"]) != (stage.config_hash, wanted):
+            return {}
+        return {int(number): Shard(**row) for number, row in document["shards"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
 
 
 def progress_line(unit: str) -> Callable[[int, int], None]:

@@ -147,7 +147,7 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
     image, patches = config.model.image, config.model.image.grid**2
     views: tuple[tuple[str, float], ...] = (("image", patches),)
     if config.attmim.mode == "split" and _rebuilds(config):
-        kept = round(config.attmim.salient_keep * patches), round(config.attmim.context_keep * patches)
+        kept = config.attmim.views(patches)
         views = (("salient view", kept[0]), ("context view", kept[1]))
     for index, (name, length) in enumerate(views):
         layer = _encoder_layer(name, load.images, length, image.width, image.heads, image.depth, number, masked=False)
@@ -212,9 +212,9 @@ def _entmlm(config: Config, load: Load, number: int) -> Iterator[Piece]:
     image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports
     for piece in _report_encoder("masked reports", text, rows, load.tokens, load.vocabulary, number):
         yield replace(piece, again=False)
-    patches = float(image.grid**2)
+    patches = image.grid**2
     if config.attmim.mode == "split" and _rebuilds(config):
-        patches = round(config.attmim.salient_keep * patches) + round(config.attmim.context_keep * patches)
+        patches = sum(config.attmim.views(patches))
     inputs = rows * (load.tokens * text.width + patches * image.width)
     yield Piece(
         "text decoder: inputs", flops=2.0 * decoder.width * inputs, again=False, saved=inputs * number, work=inputs * number,

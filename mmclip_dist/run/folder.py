@@ -16,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from mmclip_shards.storage import write_atomic
+from mmclip_shards.textfiles import read_json
 
-from mmclip_dist.config import Config, dump_config
+from mmclip_dist.config import Config, differences, dump_config, is_operational, load_config
+from mmclip_dist.run.metrics import read_metrics
 from mmclip_dist.run.orphans import ORPHAN_S
 
-# Variables that change what a run computes or how fast; never a name that may hold a secret.
+CONFIG, CHANGES, DATA = "config.yaml", "changes.jsonl", "data.json"
+_MEND = "set run_dir to another folder, or delete this one to start anew"
+# Prefixes of environment variables that change what a run computes or how fast.
 _TELLING = ("NCCL_", "TORCH_", "PYTORCH_", "DS_", "CUDA_", "OMP_", "TRITON_", "LOCAL_WORLD_SIZE")
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _README = """What lies here:
 
 config.yaml       the resolved configuration; `python -m mmclip_dist.train config.yaml` under the launcher is this run again
+changes.jsonl     keys that were changed when the run went on, with the last logged step before
+data.json         hashes of the training sets and their sidecars, which may move but not change
 deepspeed.json    what DeepSpeed was given, derived from it
 environment.json  command, versions, git state, cards and drivers, environment variables that matter
 packages.txt      every installed package and its version
@@ -44,7 +50,7 @@ Training started again with the same configuration goes on from the newest check
 
 @contextmanager
 def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
-    """Own a run folder. ValueError if another run does; one whose launcher was killed saves and lets go within the wait."""
+    """Own a run folder. ValueError if another run still owns it after `wait_s`; an orphaned run saves and ends within that."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
@@ -68,18 +74,27 @@ def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
         yield
 
 
-def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]) -> None:
+Identity = list[list[str]]
+"""Of the training sets: hashes of each set's manifest and of its sidecars'."""
+
+
+def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any], data: Identity | None = None) -> None:
     """Write what made this run: the resolved config, DeepSpeed's JSON, versions, devices, variables, git state and command.
 
-    ValueError if the folder holds a run of another configuration: its checkpoints would not be this run's.
+    A run that goes on with other operational keys (`config.OPERATIONAL`) notes them in changes.jsonl. ValueError if it would
+    compute something else than the run in the folder, whose checkpoints would then be of another run. data: content of the
+    training sets, which may move.
     """
-    path, text = folder / "config.yaml", dump_config(config)
-    if path.exists() and path.read_text() != text:
-        raise ValueError(
-            f"{folder} holds a run of another configuration (differs in {', '.join(_differences(path.read_text(), text))}); "
-            "set run_dir to another folder, or delete this one to start anew"
-        )
-    write_atomic(str(path), text.encode())
+    changed = _changes(folder, config, data)
+    if changed:
+        last = next((row["step"] for row in reversed(read_metrics(folder))), 0)
+        with (folder / CHANGES).open("a") as handle:
+            handle.write(json.dumps({"after_step": last, "changed": changed}) + "\n")
+        told = ", ".join(f"{key}={json.dumps(new)} (was {json.dumps(old)})" for key, (old, new) in changed.items())
+        print(f"going on with {told}; noted in {folder / CHANGES}", flush=True)
+    write_atomic(str(folder / CONFIG), dump_config(config).encode())
+    if data is not None:
+        write_atomic(str(folder / DATA), json.dumps(data, indent=2).encode())
     write_atomic(str(folder / "deepspeed.json"), json.dumps(deepspeed, indent=2).encode())
     environment = {
         "command": sys.argv,
@@ -96,6 +111,35 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
     write_atomic(str(folder / "README.txt"), _README.encode())
 
 
+def _changes(folder: Path, config: Config, data: Identity | None) -> dict[str, tuple[Any, Any]]:
+    """The keys that changed since the run in the folder was started. ValueError if one of them may not."""
+    path = folder / CONFIG
+    if not path.exists():
+        return {}
+    try:
+        before = load_config(str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}. It is the configuration of the run in {folder}: {_MEND}") from error
+    changed = differences(before, config)
+    fixed = [key for key in changed if not is_operational(key)]
+    if "data.sources" in fixed and data is not None and _same_data(folder, before, config, data):
+        fixed.remove("data.sources")  # the same sets, elsewhere
+    if fixed:
+        raise ValueError(
+            f"{folder} holds a run of another configuration (differs in {', '.join(fixed)}, which would change what it "
+            f"computes): give it the old values again, {_MEND}"
+        )
+    return changed
+
+
+def _same_data(folder: Path, before: Config, config: Config, data: Identity) -> bool:
+    """Whether sets and sidecars have the same content as before, and the same weights."""
+    path = folder / DATA
+    if not path.exists() or read_json(path, _MEND) != data:
+        return False
+    return [source.weight for source in before.data.sources] == [source.weight for source in config.data.sources]
+
+
 def telling_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that change what a run computes or how fast, without any that may hold a secret."""
     return {
@@ -105,8 +149,8 @@ def telling_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _devices() -> dict[str, Any]:
-    """The cards that this process sees, and what drives them; no card: an empty list."""
-    import torch  # the quick start and the report read run folders without it
+    """The GPUs that this process sees (an empty list without any), and the versions of driver and libraries."""
+    import torch  # imported here: readers of run folders do without torch
 
     driver = Path("/proc/driver/nvidia/version")
     gpu = torch.cuda.is_available()
@@ -123,10 +167,6 @@ def _devices() -> dict[str, Any]:
 def _packages() -> str:
     found = {f"{item.metadata['Name']}=={item.version}" for item in distributions() if item.metadata["Name"]}
     return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
-
-
-def _differences(old: str, new: str) -> list[str]:
-    return sorted({line.split(":")[0].strip() for line in set(old.splitlines()) ^ set(new.splitlines())})[:5]
 
 
 def _version(package: str) -> str | None:

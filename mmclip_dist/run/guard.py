@@ -24,7 +24,7 @@ class Guard:
         self.quarantine, self.health = Quarantine(run_dir, max_bad_fraction), Health(run_dir, limits)
 
     def after_step(self, step: int, batch: Batch, loss: Tensor, *, applied: bool, writing: bool) -> None:
-        """Share this rank's news in one all-reduce, then judge the step. A collective call; ValueError on all ranks alike.
+        """Share this rank's news in one all-reduce, then judge the step. A collective call; AgreedError ends the run.
 
         loss []: this rank's. applied: whether the weights changed. writing: whether this rank still writes a checkpoint.
         """

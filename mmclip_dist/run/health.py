@@ -1,4 +1,4 @@
-"""Numerical trouble: skipped steps are counted, jumps of the loss are listed, too many bad steps in a row end the run."""
+"""Numerical trouble: count skipped steps, list jumps of the loss, end the run after too many bad steps in a row."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from mmclip_dist.config import Health as Limits
+from mmclip_dist.engine.collective import AgreedError
 
 TROUBLE = "trouble-{rank}.jsonl"
-_LEAST = 16  # losses that make a median
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+_LEAST = 16  # losses; with fewer the median says little
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution: sigma / median absolute deviation
 
 
 def is_spike(loss: float, before: Sequence[float], limit: float) -> bool:
@@ -37,15 +38,15 @@ class Health:
         self._losses: deque[float] = deque(maxlen=limits.window)
 
     def check(self, step: int, keys: Sequence[str], loss: float, *, applied: bool) -> None:
-        """After every step, with the mean loss of all ranks and whether the weights changed; the same on all ranks.
+        """Call after every step, with the mean loss of all ranks and whether the weights changed.
 
-        ValueError, on all ranks alike, after too many bad steps in a row.
+        AgreedError after too many bad steps in a row.
         """
         if not applied:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             self._list("skipped", step, keys, loss)
             if self.in_a_row >= self.limits.max_bad_steps:
-                raise ValueError(
+                raise AgreedError(
                     f"loss or gradients were not finite in {self.in_a_row} steps in a row, up to step {step}; their samples are "
                     f"listed in {self._listed}. No weights were changed by them: go on from the last checkpoint in a new run, "
                     "with a lower optim.lr or without those samples"

@@ -155,9 +155,13 @@ def load_manifest(url: Url) -> Manifest:
 
 def save_manifest(url: Url, manifest: Manifest) -> None:
     """Write the manifest into folder `url`, atomically. The same manifest is the same bytes."""
-    document = {**asdict(manifest), "samples": manifest.samples}
-    document["digest"] = _digest(document)
+    document = {**asdict(manifest), "samples": manifest.samples, "digest": manifest_hash(manifest)}
     storage.write_atomic(storage.join(url, MANIFEST_NAME), canonical_json(document))
+
+
+def manifest_hash(manifest: Manifest) -> str:
+    """sha256 of a set's content: its manifest holds the hash of every shard and index. 64 hex digits."""
+    return _digest({**asdict(manifest), "samples": manifest.samples})
 
 
 def find_split(url: Url, split: str) -> str:

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from mmclip_shards.storage import join, remove, write_atomic
+from mmclip_shards.storage import exists, join, remove, write_atomic
 
 from mmclip_dist.checkpoint.folder import (
     MANIFEST,
     META,
     Meta,
     checkpoint_path,
+    checkpoints_of,
     entry_of,
     fault,
     read_meta,
@@ -133,6 +134,36 @@ def test_a_mirror_holds_what_is_kept_and_gives_it_back(tmp_path: Path, store: st
         remove(join(store, f"step-{step:08d}", MANIFEST))
     assert fetch_newest(store, tmp_path / "none", said.append) is None
     assert len([line for line in said if "step-00000012, which is torn" in line]) == 2
+
+
+def test_a_mirrored_checkpoint_of_another_version_stops_no_run(tmp_path: Path, store: str) -> None:
+    """It has no score and is kept or deleted as others are; to go on from it is refused with the reason."""
+    run = tmp_path / "run"
+    other = make(run, 4)
+    (other / META).write_text(json.dumps(vars(Meta(4, 2, 1, ("a",), ("b",))) | {"optimizer": "of the future"}))
+    files = [path for path in other.rglob("*") if path.is_file() and path.name != MANIFEST]
+    write_manifest(other, {str(path.relative_to(other)): entry_of(path) for path in files})
+    mirror(run, store, kept_by(Checkpoint(keep=2)))
+    make(run, 8, score=0.5)
+    mirror(run, store, kept_by(Checkpoint(keep=2)))
+    assert scores_of(checkpoints_of(run)) == {4: None, 8: 0.5}
+    remove(join(store, "step-00000008", MANIFEST))
+    found = fetch_newest(store, tmp_path / "elsewhere", print)
+    assert found == checkpoint_path(tmp_path / "elsewhere", 4)
+    with pytest.raises(ValueError, match=r"step-00000004: meta.json is not that of this version.*optimizer.*use the version"):
+        read_meta(found)
+    make(run, 12)
+    make(run, 16)
+    mirror(run, store, kept_by(Checkpoint(keep=2)))  # and it goes as any old one does
+    assert fetch_newest(store, tmp_path / "last", print) == checkpoint_path(tmp_path / "last", 16)
+    assert not exists(join(store, "step-00000004", MANIFEST))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": 4', b"\xcc", b'{"step": 4}'])
+def test_a_spoiled_meta_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / META).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{tmp_path}: meta.json is not that of this version"):
+        read_meta(tmp_path)
 
 
 def test_a_damaged_upload_is_passed_over(tmp_path: Path, store: str) -> None:

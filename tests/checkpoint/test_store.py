@@ -13,7 +13,7 @@ from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.checkpoint.store import check_data, check_shapes
 from mmclip_dist.config import load_config
-from mmclip_dist.engine.collective import agreed
+from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.folder import describe, locked
 
@@ -72,6 +72,6 @@ def test_a_run_folder_that_cannot_be_written_is_named(tmp_path: Path, one_rank: 
     with pytest.raises(ValueError, match=refusal), agreed(), locked(tmp_path / "file" / "run"):
         pass
     config = load_config("quickstart", [f"run_dir={tmp_path / 'run'}"])
-    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
-    with pytest.raises(ValueError, match="Is a directory"), agreed():  # an OSError of one rank is a refusal, too
+    (tmp_path / "run" / "deepspeed.json").mkdir(parents=True)
+    with pytest.raises(AgreedError, match="Is a directory"), agreed():  # an OSError of one rank is a refusal, too
         describe(tmp_path / "run", config, 1, {})

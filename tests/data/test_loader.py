@@ -17,6 +17,7 @@ from mmclip_shards import storage
 from mmclip_shards.chunks import MIB
 from mmclip_shards.images import prepare_image
 from mmclip_shards.manifest import load_manifest, save_manifest
+from mmclip_shards.reader import iterate
 from PIL import Image
 
 from mmclip_dist.config import Reading, Source
@@ -47,7 +48,7 @@ def test_ranks_workers_and_seeking_do_not_change_a_batch(sets, tokenizer) -> Non
             assert_equal(ours, theirs, half)
     for workers in (1, 2):
         parallel = sets.config(f"data.workers={workers}")
-        for ours, theirs in zip(islice(loader(parallel, tokenizer), 5), alone, strict=False):
+        for ours, theirs in zip(islice(loader(parallel, tokenizer), 5), alone[:5], strict=True):
             assert_equal(ours, theirs)
     assert_equal(next(loader(config, tokenizer, start=9)), alone[9])
 
@@ -68,14 +69,24 @@ def test_workers_go_on_after_the_launchers_sigterm_and_end_with_the_loader(sets,
     assert len(gone) == 2 and not alive
 
 
-def test_epochs_change_the_augmentation_and_seeds_the_masks(sets, tokenizer) -> None:
-    config = sets.config()
-    seen: dict[str, list[torch.Tensor]] = {}
-    for batch in islice(loader(config, tokenizer), 30):
-        for key, image in zip(batch["keys"], batch["image"], strict=True):
-            seen.setdefault(key, []).append(image)
-    twice = [images for images in seen.values() if len(images) > 1]
-    assert len(twice) > 20 and not any(torch.equal(images[0], images[1]) for images in twice)
+def test_every_epoch_draws_another_crop_and_other_masks(sets, tokenizer) -> None:
+    seen: dict[str, list[tuple[torch.Tensor, list[int]]]] = {}
+    for batch in islice(loader(sets.config(), tokenizer), 30):
+        for key, image, masked in zip(batch["keys"], batch["image"], batch["target_tokens"], strict=True):
+            seen.setdefault(key, []).append((image, (masked >= 0).nonzero().flatten().tolist()))
+    twice = [entries for entries in seen.values() if len(entries) > 1]
+    assert len(twice) > 20 and not any(torch.equal(first[0], second[0]) for first, second, *_ in twice)
+    reports = [entries for entries in twice if entries[0][1]]
+    differ = sum(first[1] != second[1] for first, second, *_ in reports)
+    assert len(reports) > 10 and differ > 0.3 * len(reports)  # a report with one entity masks the same one each time
+
+
+def test_another_seed_gives_another_order_and_other_draws(sets, tokenizer) -> None:
+    one, other = (list(islice(loader(sets.config(f"seed={seed}"), tokenizer), 8)) for seed in (0, 1))
+    assert one[0]["keys"] != other[0]["keys"]
+    noise = [{key: row for b in run for key, row in zip(b["keys"], b["noise"], strict=True)} for run in (one, other)]
+    shared = noise[0].keys() & noise[1].keys()
+    assert shared and not any(torch.equal(noise[0][key], noise[1][key]) for key in shared)
 
 
 def test_what_a_batch_holds(sets, tokenizer) -> None:
@@ -93,7 +104,10 @@ def test_what_a_batch_holds(sets, tokenizer) -> None:
     assert torch.equal(batch["masked_tokens"][~hidden], batch["tokens"][~hidden])
     assert torch.equal(batch["target_tokens"][hidden], batch["tokens"][hidden])
     assert not (batch["evidence"] & ~batch["token_mask"]).any() and batch["evidence"][paired].any(1).all()
-    assert set(batch["labels"].unique().tolist()) <= {0, 1}
+    stored = {key: json.loads(members["json"])["labels"] for url in (sets.paired, sets.unpaired) for key, members in iterate(url)}
+    names = load_manifest(sets.paired).labels  # the unpaired set has the same ones
+    assert batch["labels"].tolist() == [[stored[key][name] for name in names] for key in batch["keys"]]
+    assert set(batch["labels"].unique().tolist()) == {0, 1}
 
 
 def test_masked_tokens_are_entities(sets, tokenizer) -> None:
@@ -117,7 +131,9 @@ def test_a_report_without_entity_sidecar_stops_the_run(sets, tokenizer) -> None:
     config = sets.config(f"data.sources=[{{url: {sets.paired}}}]")
     with pytest.raises(MissingSidecar, match="mmclip entities"):
         next(loader(config, tokenizer))
-    assert next(loader(sets.config(f"data.sources=[{{url: {sets.paired}}}]", "loss.entity=0"), tokenizer))
+    batch = next(loader(sets.config(f"data.sources=[{{url: {sets.paired}}}]", "loss.entity=0"), tokenizer))
+    assert (batch["target_tokens"] >= 0).any(1).all()  # words are masked, but the term is not computed
+    assert torch.equal(batch["evidence"].sum(1), batch["token_mask"].sum(1) - 2)  # all tokens but [CLS] and [SEP]
 
 
 def test_undecodable_images_are_replaced_and_listed(sets, tokenizer, tmp_path: Path, monkeypatch) -> None:

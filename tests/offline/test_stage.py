@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+import torch
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import decode_npy
 
 from mmclip_dist.checkpoint.folder import Meta
-from mmclip_dist.checkpoint.model_files import write_model
+from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.config import Source
+from mmclip_dist.data.batch import collate
+from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, Stage, connect, run_stage
+from mmclip_dist.offline.stage import JOURNAL, Stage, _joined, connect, run_stage
+from tests.conftest import write_sidecar
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +107,21 @@ def test_a_worker_that_keeps_dying_stops_the_stage_and_leaves_no_manifest(sets, 
     assert not (tmp_path / "out" / "manifest.json").exists() and not list(tmp_path.glob("out/*.tar"))
 
 
-def test_attention_scores_are_the_models(sets, tokenizer, cluster: None, tmp_path: Path) -> None:
-    config = sets.config()
-    diseases = load_manifest(sets.paired).labels
-    checkpoint = tmp_path / "step"
-    checkpoint.mkdir()
-    write_model(checkpoint, build_model(config, tokenizer, diseases), tokenizer, config, Meta(1, 1, 1, diseases, ()))
+@pytest.fixture(scope="module")
+def checkpoint(sets, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config, diseases = sets.config(), load_manifest(sets.paired).labels
+    folder = tmp_path_factory.mktemp("checkpoint") / "step"
+    folder.mkdir()
+    write_model(folder, build_model(config, tokenizer, diseases), tokenizer, config, Meta(1, 1, 1, diseases, ()))
+    return folder
+
+
+def test_attention_scores_are_the_models(sets, checkpoint: Path, cluster: None, tmp_path: Path) -> None:
+    model, tokenizer, config, meta = load_model(checkpoint)
+    maker = ExampleMaker(
+        tokenizer, meta.diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
+        config.entmlm, augment=None,
+    )  # fmt: skip
     for base, entities in ((sets.paired, sets.sidecar("entities")), (sets.unpaired, None)):
         out = str(tmp_path / ("paired" if entities else "unpaired"))
         manifest, _ = run(attention_stage(base, out, str(checkpoint), entities), workers=1)
@@ -113,14 +131,112 @@ def test_attention_scores_are_the_models(sets, tokenizer, cluster: None, tmp_pat
         assert all(grid.dtype == np.float16 and grid.shape == (4, 4) for grid in grids)
         assert all(np.isfinite(grid).all() and grid.sum() > 0.9 for grid in grids)  # one softmax a word at least
         assert len({grid.tobytes() for grid in grids}) > 0.9 * len(grids)
-    assert attention_stage(sets.paired, "x", str(checkpoint)).config_hash != manifest.config_hash or entities is None
+        joined = JoinedSet(Source(url=base, entities=entities))
+        key = joined.key(0, 2)
+        with torch.no_grad():
+            batch = collate([maker(key, joined.read(0, key), epoch=0)], 0, tokenizer.pad_token_id)
+            expected = model.attention_grid(batch)[0].numpy()
+        np.testing.assert_allclose(grids[2].astype(np.float32), expected, rtol=2e-3, atol=1e-4)
 
 
-def test_undecodable_images_get_no_scores_and_stop_nothing(sets, tokenizer, tmp_path: Path) -> None:
-    config, diseases = sets.config(), load_manifest(sets.paired).labels
-    checkpoint = tmp_path / "step"
-    checkpoint.mkdir()
-    write_model(checkpoint, build_model(config, tokenizer, diseases), tokenizer, config, Meta(1, 1, 1, diseases, ()))
+def spans_of(word: str) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
+    """Entities of every report: where it has this word."""
+
+    def make(members: dict[str, bytes]) -> dict[str, bytes]:
+        report = json.loads(members["json"])["report"]["text"]
+        start = report.lower().find(word)
+        span = {"start": start, "end": start + len(word), "text": report[start : start + len(word)]}
+        return {"entities.json": json.dumps([span | {"label": "FINDING", "negated": False}] if start >= 0 else []).encode()}
+
+    return make
+
+
+def test_the_identity_of_scores_holds_every_input(sets, checkpoint: Path, tmp_path: Path) -> None:
+    """Weights, model configuration, diseases, prompts and tokenizer; which entities, not only whether. Moving changes nothing."""
+    heart, lung = str(tmp_path / "heart"), str(tmp_path / "lung")
+    write_sidecar(sets.paired, heart, "entities", spans_of("heart"))
+    write_sidecar(sets.paired, lung, "entities", spans_of("lung"))
+
+    def identity(folder: Path = checkpoint, entities: str | None = heart) -> str:
+        return attention_stage(sets.paired, "unused", str(folder), entities).config_hash
+
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    assert identity(moved) == identity()
+    assert len({identity(), identity(entities=lung), identity(entities=None)}) == 3
+
+    def edited(name: str, old: str, new: str) -> str:
+        """The identity after a change of one file."""
+        folder = tmp_path / name.replace("/", "-")
+        shutil.copytree(checkpoint, folder)
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+        return identity(folder)
+
+    weights = tmp_path / "weights"
+    shutil.copytree(checkpoint, weights)
+    data = bytearray((weights / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (weights / "model.safetensors").write_bytes(data)
+    others = [
+        identity(weights),
+        edited("prompts.yaml", "There is", "One sees"),
+        edited("meta.json", "Cardiomegaly", "Large heart"),
+        edited("config.yaml", "score_temperature: 0.1", "score_temperature: 0.2"),
+        edited("tokenizer/tokenizer.json", "##", "#@"),
+        edited("image/config.json", '"num_attention_heads": 2', '"num_attention_heads": 4'),
+    ]
+    assert len({identity(), *others}) == 1 + len(others)
+
+
+def test_an_interrupted_stage_with_other_entities_mixes_no_scores(sets, cluster: None, checkpoint: Path, tmp_path: Path) -> None:
+    """The first run, with one set of entities, died after its first shard; the second has others."""
+    heart, lung, out = (str(tmp_path / name) for name in ("heart", "lung", "out"))
+    write_sidecar(sets.paired, heart, "entities", spans_of("heart"))
+    write_sidecar(sets.paired, lung, "entities", spans_of("lung"))
+    first = attention_stage(sets.paired, out, str(checkpoint), heart)
+    manifest, _ = run(first, workers=1)
+    rows = {"0": asdict(manifest.shards[0])}
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / JOURNAL).write_text(
+        json.dumps({"config_hash": first.config_hash, "base": manifest.base, "shards": rows})
+    )
+    second = attention_stage(sets.paired, out, str(checkpoint), lung)
+    found, seen = run(second, workers=1)
+    assert seen[0] == (0, len(manifest.shards))  # nothing of the first run counts
+    assert found.shards[0].sha256 != manifest.shards[0].sha256
+    joined = JoinedSet(Source(url=sets.paired, entities=lung))
+    samples = [(joined.key(0, row), joined.read(0, joined.key(0, row))) for row in range(joined.counts[0])]
+    assert list(ShardReader(out, found).samples(0)) == second.build()(samples)
+
+
+def test_a_sidecar_that_does_not_fit_the_base_is_refused(sets, checkpoint: Path, tmp_path: Path) -> None:
+    """Before any worker starts: attention given as entities, and entities of another set."""
+    out = str(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds attention, not entities; rebuild it with `mmclip entities"):
+        run(attention_stage(sets.paired, out, str(checkpoint), sets.sidecar("attention")))
+    with pytest.raises(ValueError, match="was made from other shards"):
+        run(attention_stage(sets.unpaired, out, str(checkpoint), sets.sidecar("entities")))
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("content", [b'{"config_hash": "00', b"\xff\xfe{}", b'["no journal"]'])
+def test_a_spoiled_journal_is_named_with_its_mend(sets, tmp_path: Path, content: bytes) -> None:
+    out = tmp_path / "entities"
+    out.mkdir()
+    (out / JOURNAL).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{out}/{JOURNAL} .*delete it, and every shard is made again"):
+        run(entities_stage(sets.paired, str(out)))
+
+
+def test_rows_of_different_keys_are_never_joined() -> None:
+    assert _joined((("a", {"json": b"1"}), ("a", {"entities.json": b"2"}))) == ("a", {"json": b"1", "entities.json": b"2"})
+    with pytest.raises(ValueError, match="the sidecar has b where the set has a: rebuild it"):
+        _joined((("a", {"json": b"1"}), ("b", {"entities.json": b"2"})))
+
+
+def test_undecodable_images_get_no_scores_and_stop_nothing(sets, checkpoint: Path) -> None:
     make = attention_stage(sets.paired, "unused", str(checkpoint)).build()
     reader = ShardReader(sets.paired, load_manifest(sets.paired))
     samples = [(key, reader.read(0, key)) for key in reader.keys(0)[:3]]

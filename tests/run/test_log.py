@@ -86,10 +86,17 @@ def test_a_row_of_two_steps(
     assert tracker.rows[-1] == (5, {"auc/macro": 0.75, "auc/Nodule": 0.75})
     assert "macro AUC 0.7500" in (told := capsys.readouterr().out) and "broken off by a stop" in told
 
+    with log.aside():  # an evaluation and a save of an hour: no training time
+        clock.now += 3600
     log.wait_for(stream)
     clock.now += 0.5
     log.write(6, losses, 1e-3, engine_of(model))  # counts start anew
-    assert read_metrics(tmp_path)[-1]["samples_per_s"] == 4.0
+    row = read_metrics(tmp_path)[-1]
+    assert row["samples_per_s"] == 4.0 and row["eta_s"] == 6.0 and row["data_wait"] == 0.5 and row["aside_s"] == 3600
+    log.wait_for(stream)
+    clock.now += 0.5
+    log.write(7, losses, 1e-3, engine_of(model))
+    assert read_metrics(tmp_path)[-1]["aside_s"] == 0 and read_metrics(tmp_path)[-1]["samples_per_s"] == 4.0
 
 
 @pytest.mark.parametrize(("precision", "peak"), [("bf16", 989e12), ("fp32", 67e12)])

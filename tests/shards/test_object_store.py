@@ -163,6 +163,7 @@ def test_a_shard_cut_at_an_entry_boundary_is_noticed(url: str) -> None:
         read_all(reader)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_down_and_comes_back_costs_no_sample(s3: S3Server, packed: tuple[str, Manifest]) -> None:
     url, manifest = packed
     reader = reader_of(url, manifest, None, STEADY)
@@ -423,6 +424,7 @@ def test_once_a_lasting_fault_is_over_the_same_reader_goes_on(packed: tuple[str,
     assert read_all(reader) == SAMPLES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [6000, None])
 def test_an_epoch_with_hundreds_of_faults_delivers_every_sample_once(
     url: str, faulty: FaultProxy, chunk_bytes: int | None
