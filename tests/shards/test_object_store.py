@@ -116,6 +116,13 @@ def test_write_read_list_remove(url: str) -> None:
     assert storage.list_folder(storage.join(url, "train")) == ["b.bin"]
 
 
+def test_a_listing_shows_what_another_process_published(s3: S3Server, url: str) -> None:
+    storage.write_atomic(storage.join(url, "a.bin"), b"a")
+    assert storage.list_folder(url) == ["a.bin"]
+    s3.client().put_object(Bucket=s3.bucket, Key=f"{url.rpartition('/')[2]}/b.bin", Body=b"b")
+    assert storage.list_folder(url) == ["a.bin", "b.bin"] and storage.exists(storage.join(url, "b.bin"))
+
+
 @pytest.mark.parametrize(
     "fault", [Fault("silence"), Fault("error", status=500, code="InternalError"), Fault("reset", 0)]
 )
