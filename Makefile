@@ -9,10 +9,11 @@ TORCH_PIP_ARGS ?=
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart check test lint clean
 help:
 	@echo "make quickstart   the whole job on synthetic radiographs, on this machine (OUT=$(OUT))"
-	@echo "make test         lint, type check, tests"
+	@echo "make check        lint, types and the quick tests: under two minutes"
+	@echo "make test         lint, types and all tests"
 	@echo "make install      only set up $(VENV)"
 
 install: $(STAMP)
@@ -32,8 +33,11 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+check: lint
+	$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

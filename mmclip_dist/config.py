@@ -56,12 +56,12 @@ class Augment(Section):
 class Reading(Section):
     """How each loader process reads shards that are on object storage; local ones need none of it."""
 
-    memory_mib: int = Field(1024, gt=0)  # bytes fetched and kept; too little for the blocks: one request a sample
+    memory_mib: int = Field(1024, gt=0)  # for fetched bytes; if the blocks do not fit, each sample is one request
     connections: int = Field(16, gt=0)  # requests under way at once
     cache: str | None = (
         None  # folder on a local disk where fetched bytes are kept, shared by the processes of a machine
     )
-    cache_gib: float = Field(100.0, gt=0)  # its limit
+    cache_gib: float = Field(100.0, gt=0)  # limit of that folder
     budget_s: float = Field(120.0, gt=0)  # seconds without a new byte after which the run stops
     stall_s: float = Field(10.0, gt=0)  # seconds without a byte after which a request is made again
 
@@ -249,8 +249,8 @@ class Checkpoint(Section):
     keep: int = Field(2, gt=0)  # newest ones kept
     keep_every: int | None = Field(None, gt=0)  # steps: a checkpoint of a multiple of it is kept for good
     keep_best: int = Field(1, ge=0)  # those with the highest score of an evaluation, if there is one
-    asynchronous: bool = False  # written while training goes on, from a copy of the state in host memory
-    url: str | None = None  # copied there, too, and fetched from there into an empty run folder: s3://BUCKET/RUN
+    asynchronous: bool = False  # write in the background, from a copy of the state in host memory
+    url: str | None = None  # keep a copy there (s3://BUCKET/RUN); an empty run folder fetches the newest
     start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
 
 
@@ -266,8 +266,8 @@ class Health(Section):
 
     max_bad_steps: int = Field(25, gt=0)  # steps in a row without finite gradients; fp16 needs some 16 to find its scale
     spike: float = Field(8.0, gt=0)  # robust standard deviations of the loss above its running median
-    window: int = Field(128, ge=16)  # steps that the median is over
-    timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer hangs: the run ends
+    window: int = Field(128, ge=16)  # steps of the running median
+    timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer counts as hung and ends the run
 
 
 class Evaluation(Section):
@@ -312,7 +312,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _engine(self) -> Self:
-        """What the kernels or DeepSpeed would refuse late, or take and do wrong."""
+        """Refuse what the kernels or DeepSpeed would refuse late, or would accept and do wrong."""
         if self.loss.image:
             self.attmim.check_patches(self.model.image.grid**2)
         if self.offload.optimizer != "none" and self.zero_stage == 0:
@@ -448,7 +448,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not valid YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text, and so do its users once
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with suppress(ValueError):
             value = float(value)
     node[leaf] = value

@@ -38,16 +38,16 @@ from mmclip_dist.run.orphans import exit_with_launcher
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
 
-_OTHER_RANK_S = 20.0  # that a failed rank may take to print its error and end
+_OTHER_RANK_S = 20.0  # a failed rank may take so long to print its error and end
 
 
 def train(config: Config, stop: StopRequest) -> bool:
     """Train until `config.optim.last_step`, from the newest checkpoint of the run folder if there is one.
 
-    True: to the end. False: until a stop was requested; starting again goes on.
+    True if training reached its end; False if it stopped on request and can go on when it is started again.
     """
     rank, world, device = join_ranks(config)
-    from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which had to be set up first
+    from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which needs the set-up above
 
     run_dir, first = Path(config.run_dir), rank == 0
     with ExitStack() as held:
@@ -75,9 +75,9 @@ def train(config: Config, stop: StopRequest) -> bool:
         while step < config.optim.last_step and not stop.agreed:
             watchdog.beat("waiting for data", step + 1)
             batch = log.wait_for(batches)
-            rate = set_learning_rate(engine, step, config)
-            losses = forward_backward(engine, to_device(batch, device), config)
-            engine.step()  # none, on all ranks, if a gradient of any is not finite
+            rate = set_learning_rate(engine, step, config.optim)
+            losses = forward_backward(engine, to_device(batch, device), config.loss, config.optim.micro_batch)
+            engine.step()  # skipped on every rank if any gradient is not finite
             step += 1
             loss = weighted_sum(losses, config.loss)
             guard.after_step(step, batch, loss, applied=engine.was_step_applied(), writing=checkpoints.writing)
@@ -106,7 +106,7 @@ def announce(config: Config, device: torch.device, data: TrainingData, step: int
 
 
 def join_ranks(config: Config) -> tuple[int, int, torch.device]:
-    """Join the process group -> rank, world size, device. ValueError for what can be told without the other ranks."""
+    """Join the process group -> rank, world size, device. ValueError for faults that need no other rank to see."""
     config.check_sources()
     check_trackers(config.track)
     return start_distributed(config.threads, config.health.timeout_s)
@@ -145,7 +145,7 @@ def tell(error: Exception, *, ending: bool) -> int:
     if joined and isinstance(error, AgreedError | AgreedFailure):
         speaks, where = dist.get_rank() == 0, ""
     elif joined and broken(error):
-        # The launcher ends this rank as soon as the one that failed is gone. If it still runs then, that one was elsewhere.
+        # On one machine the launcher ends this rank once the failed one is gone. Still alive after that: it was elsewhere.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(0 if ending else _OTHER_RANK_S)
         speaks, trace = first_of_machine and not ending, ""

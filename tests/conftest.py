@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,28 @@ def wait_for(condition: Callable[[], bool], timeout: float = 120.0) -> None:
         time.sleep(0.1)
 
 
+LONGEST_FIRST = ("test_end_to_end.py", "test_faults.py", "test_optimizer.py", "test_training.py", "test_stage.py")
+"""Files that take long. They start first, so that at the end no process waits for one of them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for machines: `slowest {"total_s": ..., "tests": [[test, seconds], ...]}`, set-up and tear-down included."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] += report.duration
+    slowest = [[name, round(value, 1)] for name, value in seconds.most_common(20) if value >= 1]
+    terminalreporter.write_line(f"slowest {json.dumps({'total_s': round(seconds.total(), 1), 'tests': slowest})}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,7 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from mmclip_launch.deepspeed_command import free_port
+from mmclip_launch.deepspeed_command import accelerator_environment, free_port
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([
@@ -35,7 +35,7 @@ class Ranks:
         folder.mkdir(parents=True, exist_ok=True)
         shared = {
             "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "DS_ACCELERATOR": "cpu", "MMCLIP_OWNER_PID": str(os.getpid()), **(variables or {}),
+            **accelerator_environment(), "MMCLIP_OWNER_PID": str(os.getpid()), **(variables or {}),
         }  # fmt: skip
         self.logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
         for log in self.logs:

@@ -219,6 +219,7 @@ def test_too_few_samples_are_said_at_once(sets, tmp_path: Path) -> None:
         check(job)
 
 
+@pytest.mark.slow
 def test_training_without_launcher_says_how_to_start_it() -> None:
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
     found = subprocess.run(

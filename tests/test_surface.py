@@ -20,7 +20,7 @@ import mmclip_dist
 from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.checkpoint.model_files import write_model
 
-HEAVY = ("torch", "transformers", "ray", "deepspeed", "scipy", "PIL", "pydantic", "webdataset")
+HEAVY = ("torch", "transformers", "ray", "deepspeed", "scipy", "pydantic", "webdataset")
 
 
 def imported_by(statement: str) -> set[str]:

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mmclip_shards.chunks import Tally
+from mmclip_shards.images import decode_image
 from torch.utils.data import DataLoader
 
 from mmclip_dist.config import Data, Source
 from mmclip_dist.data.batch import Example
 from mmclip_dist.data.loader import StreamShare, as_it_is, build_order, open_sets, raised
-from mmclip_dist.data.transforms import WHOLE, crop_image, decode_image
+from mmclip_dist.data.transforms import WHOLE, crop_image
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from mmclip_shards import storage
+from mmclip_shards.images import decode_image
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
 from mmclip_shards.writer import ShardWriter
@@ -33,7 +34,7 @@ from PIL import Image
 
 from mmclip_dist.bench.loader import measure
 from mmclip_dist.config import Data, Reading, Source
-from mmclip_dist.data.transforms import WHOLE, crop_image, decode_image
+from mmclip_dist.data.transforms import WHOLE, crop_image
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = 224

@@ -1,4 +1,4 @@
-"""What the engine costs: a step of the training loop beside the bare model and optimizer, in turn on the same batches."""
+"""What the engine costs: steps of the training loop and of the bare model and optimizer, in turn on the same batches."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class _Loop:
         watchdog.beat("waiting for data", step + 1)
         batch = self.log.wait_for(batches)
         marks.append(seconds(device))
-        rate = set_learning_rate(engine, step, config)
-        losses = forward_backward(engine, to_device(batch, device), config)
+        rate = set_learning_rate(engine, step, config.optim)
+        losses = forward_backward(engine, to_device(batch, device), config.loss, config.optim.micro_batch)
         marks.append(seconds(device))
         engine.step()
         marks.append(seconds(device))

@@ -23,7 +23,7 @@ from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.engine import deepspeed_inside
 
 CLIENT_STATE = {UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}}
-"""What the conversion asks of a checkpoint, beyond DeepSpeed's own state."""
+"""What the conversion needs in a checkpoint besides DeepSpeed's own state."""
 _LAYOUTS = {0: "whole on every rank", 1: "optimizer cut into shares", 2: "optimizer cut into shares", 3: "weights cut, too"}
 
 
@@ -44,7 +44,7 @@ def convert(checkpoint: Path, scratch: Path) -> Path:
     scratch.mkdir(parents=True)
     converted = scratch / "universal"
     command = [sys.executable, "-m", "mmclip_dist.checkpoint.conversion_process", str(checkpoint), str(converted)]
-    # Of the launcher's variables none: the process is no rank.
+    # Without the launcher's variables: this process is not a rank.
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if found.returncode:
@@ -56,7 +56,7 @@ def convert(checkpoint: Path, scratch: Path) -> Path:
 def load_converted(engine: Any, converted: Path) -> bool:
     """Load a converted checkpoint into the engine; a collective call. False if DeepSpeed finds none."""
     groups = engine.optimizer.param_groups
-    # At stage 3, DeepSpeed gives every group the weight decay and rates of the first one: each gets its own back.
+    # At stage 3, DeepSpeed gives every group the settings of the first one. Give each its own back.
     own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     with deepspeed_inside.loading_universal(engine):
         loaded, _ = engine.load_checkpoint(str(converted.parent), tag=converted.name)
@@ -64,5 +64,5 @@ def load_converted(engine: Any, converted: Path) -> bool:
         group.update(settings)
     if engine.zero_optimization_stage() == 3:
         deepspeed_inside.mend_universal_stage_3(engine.optimizer, converted / "zero")
-    dist.barrier()  # all have read it: it may go
+    dist.barrier()  # the caller may delete it once all ranks have read it
     return loaded is not None

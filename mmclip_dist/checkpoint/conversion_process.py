@@ -1,5 +1,7 @@
-"""`python -m mmclip_dist.checkpoint.conversion_process CHECKPOINT OUT`: DeepSpeed's conversion, alone in its process, and what it
-lacks: of the optimizer it converts Adam's two moments by name. Other states (EMA weights, AMSGrad's maximum) are added here."""
+"""`python -m mmclip_dist.checkpoint.conversion_process CHECKPOINT OUT`: DeepSpeed's conversion, in a process of its own.
+
+DeepSpeed converts Adam's two moments only. This adds the optimizer's other states (averaged weights, AMSGrad's maximum).
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def _others(states: dict[str, Any]) -> list[str]:
 
 
 Share = tuple[str, dict[str, Any], int, int]
-"""A weight's name, the states of the flat tensor that holds its share on one rank, and where in it: start, length."""
+"""A weight's name, the states of the flat tensor with its share on one rank, and the share's start and length there."""
 
 
 def _shares_of_groups(optimizer: dict[str, Any]) -> Iterator[Share]:

@@ -20,9 +20,9 @@ from mmclip_shards.storage import write_atomic
 _NAME = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGED_WEIGHTS, CONFIG, META = "model.safetensors", "ema.safetensors", "config.yaml", "meta.json"
 MANIFEST = "checkpoint.json"
-"""Sizes and hashes of all other files, written last: what lacks it, or differs from it, is torn."""
+"""Sizes and hashes of all other files, written last. A checkpoint without it, or that differs from it, is torn."""
 _BLOCK = 1 << 22
-_READERS = 8  # files read at once: one reader does not saturate a parallel file system
+_READERS = 8  # files read at once; one reader cannot saturate a parallel file system
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Meta:
     zero_stage: int
     diseases: tuple[str, ...]
     trained_on: tuple[str, ...]
-    score: float | None = None  # of an evaluation; the higher, the better
+    score: float | None = None  # of an evaluation; higher is better
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run. A save that was torn never got the final name; later damage `fault` finds."""
+    """The newest checkpoint of a run. A torn save never gets a final name; `fault` finds later damage."""
     return max(checkpoints_of(run_dir), default=None)
 
 
@@ -89,7 +89,7 @@ def read_meta(checkpoint: Path) -> Meta:
 
 
 def parse_meta(data: bytes) -> Meta:
-    """ValueError for what another version of this package wrote, or no meta at all."""
+    """ValueError if another version of this package wrote it, or if it is damaged."""
     try:
         values: dict[str, Any] = json.loads(data)
         return Meta(**values | {name: tuple(values[name]) for name in ("diseases", "trained_on")})
@@ -101,7 +101,7 @@ def parse_meta(data: bytes) -> Meta:
 
 
 def weights_hash(checkpoint: Path, *, average: bool = False) -> str:
-    """sha256 of the weights (or of their average): the identity of a checkpoint for what is made with it."""
+    """sha256 of the weights, or of their average."""
     with (checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -125,7 +125,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
 
 
 def parse_manifest(data: bytes) -> dict[str, Entry]:
-    """ValueError for what is no manifest."""
+    """ValueError if it is not a manifest."""
     try:
         return {name: Entry(**row) for name, row in json.loads(data)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:

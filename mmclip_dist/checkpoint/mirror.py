@@ -1,5 +1,5 @@
-"""A second home of a run's checkpoints, on object storage or another disk: uploaded with the manifest last, fetched from
-there when the local folder has none."""
+"""A copy of a run's checkpoints on object storage or another disk. Uploads write the manifest last; a run whose folder has no
+checkpoint fetches the newest one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mmclip_dist.checkpoint.folder import (
     step_of,
 )  # fmt: skip
 
-_AT_ONCE = 8  # files on their way
+_AT_ONCE = 8  # files copied at once
 
 
 def mirror(run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], set[int]]) -> None:
-    """Upload the checkpoints that `url` lacks and delete there those that `keep({step: score})` does not name. OSError if the
-    store gives up; calling again goes on."""
+    """Upload the checkpoints that `url` lacks, and delete those there that `keep({step: score})` does not name. OSError if the
+    store fails; the next call goes on."""
     there = _whole_steps(url)
     for checkpoint in checkpoints_of(run_dir):
         step = step_of(checkpoint.name)
@@ -70,7 +70,7 @@ def _whole_steps(url: str) -> list[int]:
 
 
 def _score(meta: str) -> float | None:
-    """None, too, for a checkpoint of another version."""
+    """None also for a checkpoint of another version."""
     try:
         return parse_meta(read_bytes(meta)).score
     except ValueError:
@@ -85,7 +85,7 @@ def _upload(checkpoint: Path, url: str) -> None:
 
 def _delete(url: str) -> None:
     files = list(parse_manifest(read_bytes(join(url, MANIFEST))))
-    remove(join(url, MANIFEST))  # first: what is half deleted is torn
+    remove(join(url, MANIFEST))  # first, so that a half-deleted checkpoint counts as torn
     _together(remove, [(join(url, file),) for file in files])
     folders = {parent for file in files for parent in Path(file).parents}
     for folder in sorted(folders, reverse=True):  # the inner ones first

@@ -1,4 +1,4 @@
-"""What a checkpoint holds for every use that is not training: written beside DeepSpeed's state, and read back."""
+"""The files of a checkpoint that evaluation, scoring and export need. They lie beside DeepSpeed's state."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model_hash(checkpoint: Path, weights: str) -> str:
     config, meta = _stored_config(checkpoint), read_meta(checkpoint)
     shape = config.model_dump(mode="json", include={"model": True, "attmim": True, "entmlm": True})
     for part, name in (("image", "pretrained"), ("text", "pretrained"), ("text", "tokenizer")):
-        del shape["model"][part][name]  # where they came from; what they are lies in the checkpoint
+        del shape["model"][part][name]  # only where they came from; the checkpoint has copies
     files = [checkpoint / _PROMPTS, *(path for part in ("image", "text", _TOKENIZER) for path in (checkpoint / part).rglob("*"))]
     hashes = {
         str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()

@@ -52,24 +52,24 @@ _RANDOM = "random-{rank:05d}.pt"
 
 
 class Checkpoints:
-    """Those of one run. All methods are collective calls; what fails on one rank is a ValueError on all."""
+    """The checkpoints of one run. All methods are collective calls; a failure on one rank is raised on all."""
 
     def __init__(self, run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         self.run_dir, self.engine, self.tokenizer, self.config = run_dir, engine, tokenizer, config
         self.device = torch.device(engine.device)
         self.writer = engine.checkpoint_engine = CheckpointWriter(config.checkpoint.asynchronous)
         deepspeed_inside.leave_out_recovery_script(engine)
-        self._under_way: tuple[Meta, Path, float] | None = None  # and since when
+        self._under_way: tuple[Meta, Path, float] | None = None  # what, where, since when
 
     # -- Saving -------------------------------------------------------------------------------------------------------
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes a checkpoint that is not published yet. No collective call."""
+        """Whether this rank still writes a checkpoint that is not published yet. Not a collective call."""
         return self._under_way is not None and self.writer.busy
 
     def save(self, meta: Meta) -> None:
-        """Save all ranks' state; asynchronously, only begin to. Older checkpoints that need not be kept are removed after it."""
+        """Save the state of all ranks, or, if asynchronous, begin to. Publishing it removes checkpoints that need not stay."""
         self.publish()
         watchdog.beat("saving a checkpoint")
         began = time.monotonic()
@@ -94,11 +94,11 @@ class Checkpoints:
         self, folder: Path, weights: dict[str, Tensor], averages: dict[str, Tensor] | None, meta: Meta
     ) -> dict[Path, Entry]:
         write_model(folder, self.engine.module, self.tokenizer, self.config, meta, weights, averages)
-        # All others are .pt files, that this or another rank writes through `CheckpointWriter.save`, perhaps just now.
+        # .pt files are excluded: their writers verify them, perhaps just now on another rank.
         return {path: read_back(path) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"}
 
     def publish(self) -> None:
-        """Give the checkpoint under way, if there is one, its name, once every rank has written and read back its files."""
+        """Wait until every rank has written and read back its files, then give the checkpoint under way its final name."""
         if self._under_way is None:
             return
         meta, folder, began = self._under_way
@@ -144,7 +144,7 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def _mirror(self, url: str) -> None:
-        """To the second home: by the first rank, behind training if that is asynchronous. A store that fails stops no run."""
+        """Copy checkpoints to `url`, in the background if saving is asynchronous. If the store fails, warn and go on."""
 
         def copy() -> dict[Path, Entry]:
             try:
@@ -159,7 +159,7 @@ class Checkpoints:
             self.writer.write(copy)
 
     def finish(self) -> None:
-        """Wait for all that is under way: files, publication and upload."""
+        """Finish files, publication and upload."""
         self.publish()
         while sums(self.device, busy=self.writer.busy)["busy"]:
             watchdog.beat("uploading a checkpoint")
@@ -214,7 +214,7 @@ class Checkpoints:
 
 
 def kept_by(settings: Settings) -> Any:
-    """{step: score} -> the steps to keep."""
+    """The function from {step: score} to the steps to keep."""
     return partial(to_keep, newest=settings.keep, every=settings.keep_every, best=settings.keep_best)
 
 
@@ -234,7 +234,7 @@ def newest_whole(run_dir: Path, settings: Settings) -> Path | None:
     A torn one is said, and gets another name, so that it neither counts as one to keep nor is looked at again.
     """
     for left in (run_dir / "checkpoints").glob(".step-*"):
-        shutil.rmtree(left)  # of a killed save or conversion
+        shutil.rmtree(left)  # left by a killed save or conversion
     for checkpoint in reversed(checkpoints_of(run_dir)):
         torn = fault(checkpoint)
         if torn is None:
@@ -262,7 +262,7 @@ def _say(text: str) -> None:
 
 
 def check_data(checkpoint: Path, meta: Meta, trained_on: tuple[str, ...]) -> None:
-    """ValueError if a run would go on with other data, in another order, than it began with."""
+    """ValueError if a run would go on with other data, or in another order, than it began with."""
     if meta.trained_on == trained_on:
         return
     gone, new = len(set(meta.trained_on) - set(trained_on)), len(set(trained_on) - set(meta.trained_on))
@@ -274,7 +274,7 @@ def check_data(checkpoint: Path, meta: Meta, trained_on: tuple[str, ...]) -> Non
 
 
 def check_shapes(checkpoint: Path, model: torch.nn.Module) -> None:
-    """ValueError if a checkpoint is of another model than this one."""
+    """ValueError if a checkpoint belongs to another model."""
     with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     here = {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in model.named_parameters()}

@@ -1,7 +1,7 @@
-"""How DeepSpeed's files of a checkpoint get onto the disk: hashed as they are written, read back, perhaps in the background.
+"""Write the files of a checkpoint: hash them on the way, read them back, on request in the background.
 
-DeepSpeed calls it as its checkpoint engine. Its own asynchronous one (`checkpoint.writer.decoupled`) hands the tensors
-themselves to a second process and makes the next optimizer step wait for it; here a copy is written while training goes on.
+DeepSpeed calls it as its checkpoint engine. DeepSpeed's own asynchronous engine (`checkpoint.writer.decoupled`) hands the tensors
+to a second process, and the next optimizer step waits for it. Here a copy is written while training goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mmclip_dist.checkpoint.folder import Entry, entry_of
 
 
 class _Hashing:
-    """A file that is only written to, with the hash of what was."""
+    """A file for writing that hashes what it is given."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self.handle, self.digest, self.size = handle, xxhash.xxh3_128(), 0
@@ -49,7 +49,7 @@ def save_verified(state: Any, path: Path) -> Entry:
         try:
             torch.save(state, file)  # type: ignore[arg-type]  # it only writes
         except RuntimeError:
-            if file.failed is not None:  # torch hides a full disk behind the state of its archive
+            if file.failed is not None:  # torch reports a full disk as a fault of its archive
                 raise file.failed from None
             raise
     return read_back(path, Entry(file.size, file.digest.hexdigest()))
@@ -60,7 +60,7 @@ def read_back(path: Path, wanted: Entry | None = None) -> Entry:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-        with suppress(OSError):  # a file system that keeps no pages has none to drop
+        with suppress(OSError):  # not every file system has a page cache to drop
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
@@ -71,8 +71,8 @@ def read_back(path: Path, wanted: Entry | None = None) -> Entry:
 
 
 class CheckpointWriter(CheckpointEngine):
-    """Writes this rank's files. What fails is kept until `finished`: raised within DeepSpeed's save, on one rank, it would
-    leave the others waiting for this one.
+    """Writes this rank's files. `finished` reports failures: an error inside DeepSpeed's save, on one rank, would leave the
+    others waiting.
 
     asynchronous: `save` copies the state to host memory and returns.
     """
@@ -96,7 +96,7 @@ class CheckpointWriter(CheckpointEngine):
         """Nothing to prepare."""
 
     def commit(self, info: CheckpointCommitInfo) -> bool:
-        """Nothing is published here: `Checkpoints` does when all ranks have finished."""
+        """Nothing to do: `Checkpoints` publishes when all ranks have finished."""
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -108,7 +108,7 @@ class CheckpointWriter(CheckpointEngine):
         self.write(lambda: {Path(path): save_verified(state_dict, Path(path))})
 
     def write(self, files: Callable[[], dict[Path, Entry]]) -> None:
-        """files() writes some and says which; at once, or after what is being written."""
+        """Run files(), which writes files and returns them: at once, or after what is queued."""
 
         def job() -> None:
             try:
@@ -128,7 +128,7 @@ class CheckpointWriter(CheckpointEngine):
         return self._jobs.unfinished_tasks > 0
 
     def finished(self) -> tuple[dict[Path, Entry], str | None]:
-        """Wait until all is written; the files since the last call, and what went wrong."""
+        """Wait until all is written. Returns the files since the last call, and what failed."""
         self._jobs.join()
         files, failed = self._files, self._failed
         self._files, self._failed = {}, None

@@ -26,5 +26,5 @@ def progress_bar(description: str, unit: str = "") -> Iterator[Callable[[int, in
         try:
             yield report
         except BaseException:
-            bar.live.transient = True  # what went wrong is then one line, without the bar above it
+            bar.live.transient = True  # remove the bar: the error is then one line on its own
             raise

@@ -25,9 +25,9 @@ class Batch(TypedDict):
     labels: Tensor  # [B, C] int64: 1 present, 0 absent, -1 uncertain or not mentioned
     attention: Tensor  # [B, g, g] float32, scores per patch
     has_attention: Tensor  # [B] bool
-    noise: Tensor  # [B, g * g] float32 in [0, 1): what is random in the choice of patches
-    replaced: list[tuple[str, str]]  # (key, reason) of samples that could not be decoded and gave way to others
-    reading: Tally  # what it took to read them
+    noise: Tensor  # [B, g * g] float32 in [0, 1): the random part of the choice of patches
+    replaced: list[tuple[str, str]]  # (key, reason) of samples that could not be decoded and were replaced
+    reading: Tally  # requests, bytes and waiting of reading the samples
 
 
 Example = dict[str, Any]

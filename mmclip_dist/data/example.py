@@ -1,5 +1,5 @@
-"""From the members of one packed sample to the tensors of one training example. Everything random is a function of
-(seed, epoch, key), so it survives resume and does not depend on who reads the sample."""
+"""Make the tensors of a training example from the members of a packed sample. Everything random is a function of (seed, epoch,
+key), so it is the same after a resume and on any rank."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import numpy as np
 import torch
 import xxhash
 from mmclip_shards.document import read_document
+from mmclip_shards.images import decode_image
 from mmclip_shards.schema import decode_npy
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, EntMLM
 from mmclip_dist.data.batch import Example
 from mmclip_dist.data.entity_mask import masked_tokens
-from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, decode_image, random_crop
+from mmclip_dist.data.transforms import WHOLE, crop_grid, crop_image, random_crop
 from mmclip_dist.errors import Mendable
 
 _UNKNOWN = -1
@@ -47,7 +48,7 @@ class ExampleMaker:
     needs_entities: bool = False
 
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
-        """ValueError if the image cannot be decoded, or what the sample says cannot be read."""
+        """The example. ValueError if the image or the document cannot be decoded."""
         random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}".encode())))
         crop = random_crop(random, self.augment) if self.augment else WHOLE
         data = members.get("jpg") or members.get("png")
@@ -103,7 +104,7 @@ class ExampleMaker:
             probability=self.entmlm.probability, word_probability=self.entmlm.word_probability,
         )  # fmt: skip
         evidence = overlaps[[row for row, span in enumerate(spans) if not span["negated"]]].any(0)
-        if not evidence.any():  # nothing but negated findings, or no entity: the words as a whole
+        if not evidence.any():  # only negated findings, or no entity: use all words
             evidence = words >= 0
         return {
             "tokens": torch.from_numpy(tokens),

@@ -5,38 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mmclip_shards.chunks import ChunkReader
-from mmclip_shards.manifest import Manifest, load_manifest
+from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
+from mmclip_shards.sidecars import check_sidecar
 
 from mmclip_dist.config import Source
-
-REBUILD = {
-    "entities": "mmclip entities {base} --out {sidecar}",
-    "attention": "mmclip attention {base} --checkpoint CHECKPOINT --out {sidecar}",
-}
-
-
-def check_sidecar(kind: str, base_url: str, base: Manifest, url: str, sidecar: Manifest) -> None:
-    """Raise ValueError unless `sidecar` was made, complete, from exactly the shards of `base`."""
-    command = REBUILD[kind].format(base=base_url, sidecar=url)
-    if sidecar.kind != kind:
-        raise ValueError(f"{url} holds {sidecar.kind}, not {kind}; rebuild it with `{command}`")
-    wanted = {shard.path: shard.sha256 for shard in base.shards}
-    if sidecar.base != wanted:
-        raise ValueError(
-            f"the {kind} sidecar {url} was made from other shards than {base_url}; rebuild it: `{command}`"
-        )
-    if [shard.samples for shard in sidecar.shards] != [shard.samples for shard in base.shards]:
-        raise ValueError(
-            f"the {kind} sidecar {url} holds {sidecar.samples} of {base.samples} samples; rebuild it: `{command}`"
-        )
 
 
 class JoinedSet:
     """Random access to the samples of one source: members of the base shard and of its sidecars together."""
 
     def __init__(self, source: Source, open_shards: int = 64) -> None:
-        """open_shards: as of `ShardReader`."""
+        """open_shards: as in `ShardReader`."""
         self.url = source.url
         self.manifest = load_manifest(source.url)
         if self.manifest.kind != "base":
@@ -57,11 +37,11 @@ class JoinedSet:
 
     @property
     def readers(self) -> list[ShardReader]:
-        """Of the set itself and of its sidecars."""
+        """Readers of the set itself and of its sidecars."""
         return [self._base, *self._sidecars]
 
     def read_through(self, chunks: ChunkReader) -> None:
-        """Read remote shards through these chunks from now on: sets that share them share one memory."""
+        """Read remote shards through these chunks from now on. Sets that share chunks share one memory."""
         self.chunks = chunks
         for reader in self.readers:
             reader.chunks = chunks
@@ -77,6 +57,6 @@ class JoinedSet:
         return members
 
     def prefetch(self, shard: int, rows: Sequence[int]) -> None:
-        """Have samples of a shard fetched from object storage; returns at once."""
+        """Start fetching samples of a shard from object storage, and return at once."""
         for reader in self.readers:
             reader.prefetch(shard, rows)

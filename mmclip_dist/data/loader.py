@@ -24,16 +24,16 @@ from mmclip_dist.data.order import Order
 from mmclip_dist.errors import exit_code
 
 T = TypeVar("T")
-_MAX_RETRIES = 16  # replacements tried for one undecodable sample before its block is given up
-_LAST_BATCHES_S = 60  # that a loader process goes on for after SIGTERM
-_CHUNKS = MIB // 4, 8 * MIB  # bytes of one request: below, the store's latency rules; above, nothing is gained
+_MAX_RETRIES = 16  # replacements tried for one undecodable sample before the run ends
+_LAST_BATCHES_S = 60  # a loader process goes on for so long after SIGTERM
+_CHUNKS = MIB // 4, 8 * MIB  # bytes of one request, least and most: smaller ones wait for latency, larger ones gain nothing
 
 
 def open_sets(sources: Sequence[Source], data: Data, world: int) -> list[JoinedSet]:
-    """The training sets, each with its sidecars, all reading through the memory and the cache of one process."""
+    """The training sets with their sidecars. All read through one memory and one cache."""
     readers = world * max(1, data.workers)
     streams = max(1, data.streams // readers)
-    sets = [JoinedSet(source, 16 + 2 * streams) for source in sources]  # a stream lies in two shards, as a rule
+    sets = [JoinedSet(source, 16 + 2 * streams) for source in sources]  # a stream usually lies in two shards
     blocks = [
         min(data.shuffle_block, reader.manifest.samples // data.streams) * _bytes_per_sample(reader.manifest)
         for joined in sets for reader in joined.readers if local_path(reader.url) is None
@@ -49,7 +49,7 @@ def _bytes_per_sample(manifest: Manifest) -> int:
 
 
 def chunk_reading(reading: Reading, blocks: Sequence[int], streams: int) -> ChunkReading:
-    """How to read remote sets whose shuffle blocks are of so many bytes each, in so many streams side by side.
+    """How to read remote sets. blocks: bytes of a shuffle block of each set. streams: read side by side.
 
     The samples of a block lie together but come in random order, so it is read in chunks that are kept until it is used up. Where
     all blocks of all streams find no room in memory, chunks would be fetched over and over: then each sample is fetched alone,
@@ -79,14 +79,14 @@ def build_order(sets: Sequence[JoinedSet], data: Data, seed: int) -> Order:
 
 
 class Maker(Protocol):
-    """From a sample's members to its entries of a batch: `ExampleMaker`, as a rule."""
+    """Makes a sample's entries of a batch from its members: usually `ExampleMaker`."""
 
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
         """ValueError if the sample cannot be decoded."""
 
 
 def as_it_is(item: T) -> T:
-    """DataLoader's own conversion walks through every example to find nothing to convert."""
+    """The identity, as `collate_fn`: DataLoader's default walks through every example and finds nothing to convert."""
     return item
 
 
@@ -106,8 +106,8 @@ class StreamShare(IterableDataset):
         self.remote = any(local_path(reader.url) is None for joined in sets for reader in joined.readers)
 
     def __iter__(self) -> Iterator[tuple[list[Example], Tally] | Exception]:
-        """In a worker process, an error that is no bug is the last item: raised there, it would reach the rank as the text of
-        a traceback, without its kind."""
+        """In a worker process, an error that is not a bug becomes the last item. Raised there, it would reach the rank as the
+        text of a traceback, without its type."""
         if get_worker_info() is None:
             yield from self._parts()
             return
@@ -153,7 +153,7 @@ class StreamShare(IterableDataset):
             place = self.order.locate(stream, position, retry)
             joined = self.sets[place.set]
             key = joined.key(place.shard, place.row)
-            members = joined.read(place.shard, key)  # damaged or missing bytes are no decoding fault: they stop the run
+            members = joined.read(place.shard, key)  # damaged or missing bytes are not a decoding fault: they end the run
             try:
                 example = self.maker(key, members, place.epoch)
             except ValueError as error:
@@ -167,7 +167,7 @@ class StreamShare(IterableDataset):
 
 
 def raised(items: Iterable[T | Exception]) -> Iterator[T]:
-    """The items, up to an error that is one of them, which is raised."""
+    """Yield the items; raise the first one that is an error."""
     for item in items:
         if isinstance(item, Exception):
             raise item
@@ -175,8 +175,8 @@ def raised(items: Iterable[T | Exception]) -> Iterator[T]:
 
 
 def outlive_sigterm(worker: int) -> None:
-    """For a loader process: the launcher sends SIGTERM to it, too, but its rank needs batches until all ranks have stopped."""
-    # It ends with its rank. Should that fail, an alarm ends it.
+    """Let a loader process ignore the launcher's SIGTERM: its rank needs batches until all ranks have stopped."""
+    # It ends with its rank, or at the latest by this alarm.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_BATCHES_S))
 
 
@@ -201,7 +201,7 @@ def build_loader(
         share, batch_size=None, num_workers=data.workers, prefetch_factor=data.prefetch if data.workers else None,
         pin_memory=False, collate_fn=as_it_is, worker_init_fn=outlive_sigterm,
     )  # fmt: skip
-    # The DataLoader takes its workers in turn, so `parts` items in a row are the parts of one step, in stream order.
+    # DataLoader asks its workers in turn, so `parts` consecutive items are the parts of one step, in stream order.
     items = raised(loader)
     for step in count(start):
         examples: list[Example] = []

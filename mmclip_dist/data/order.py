@@ -69,9 +69,9 @@ class SetOrder:
                 f"a set of {self.samples} samples cannot fill data.streams={streams} streams; "
                 f"lower data.streams to at most {self.samples} or add data"
             )
-        # An epoch's line costs 16 bytes a shard; two are in use at once where streams cross an epoch's end.
+        # An epoch's line costs 16 bytes a shard. Two are in use while streams cross the end of an epoch.
         self._line = lru_cache(maxsize=4)(self._epoch_line)
-        # Two blocks of a stream are in use at once, the one being read and the one being fetched ahead.
+        # Each stream uses two blocks at once: one is read, the next one is fetched.
         self._block = lru_cache(maxsize=2 * streams)(self._places_of_block)
 
     @property
@@ -92,8 +92,7 @@ class SetOrder:
         return Place(self.number, epoch, shards[at], rows[at])
 
     def _phase(self, stream: int) -> int:
-        """How much shorter a stream's first block is: streams then end their blocks in turn, not all at one step, and the store
-        sees an even load."""
+        """How much shorter a stream's first block is. So streams end their blocks in turn, and the store has an even load."""
         return stream * self.block // self.streams
 
     def _bounds(self, stream: int, block: int) -> tuple[int, int]:
@@ -107,7 +106,7 @@ class SetOrder:
         return shards, np.cumsum(self.counts[shards])
 
     def _places_of_block(self, epoch: int, stream: int, block: int) -> tuple[list[int], list[int]]:
-        """Shard and row of every position of a block: all at once, since one by one they cost more than reading does."""
+        """Shard and row of every position of a block. Computed together: one by one they would cost more than reading."""
         first, stop = self._bounds(stream, block)
         order = permutation(stop - first, self.seed, self.number, epoch, stream, block)
         line = stream * self.stream_length + first + order
@@ -118,7 +117,7 @@ class SetOrder:
 
 
 class Order:
-    """The order over all sets: `locate(stream, position)` is the sample there, whoever asks."""
+    """The order over all sets: `locate(stream, position)` gives the same sample on any rank."""
 
     def __init__(
         self, sets: Sequence[Sequence[int]], weights: Sequence[float], *, seed: int, streams: int, block: int
@@ -129,7 +128,7 @@ class Order:
             SetOrder(counts, number=number, seed=seed, streams=streams, block=block)
             for number, counts in enumerate(sets)
         ]
-        # Set k is told from the sets after it by one binary choice of probability w_k / (w_k + ... + w_last).
+        # One binary choice of probability w_k / (w_k + ... + w_last) decides between set k and the sets after it.
         parts = [Fraction(weight) for weight in weights]
         self._shares = [int(part / sum(parts[k:]) * _UNIT) for k, part in enumerate(parts)]
 

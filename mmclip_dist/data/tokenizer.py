@@ -33,7 +33,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
             "model.text.tokenizer is not set: name a transformers tokenizer (id or folder), "
             "or train one with `mmclip tokenizer SET/train --out DIR`"
         )
-    # Reports are tokenised one at a time, where a pool of threads only adds their hand-over.
+    # Reports are tokenised one at a time, so a pool of threads would only add overhead.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -81,7 +81,7 @@ def tokenizer_of_sets(urls: Sequence[str], vocabulary: int = 8192) -> PreTrained
     """A tokenizer trained on the reports of packed sets and on the prompts of their diseases."""
     diseases = sorted({name for url in urls for name in load_manifest(url).labels})
     prompts = [text for texts in load_prompts(diseases).texts for text in texts]
-    return train_tokenizer(chain(reports_of(urls), prompts, prompts), vocabulary)  # a word met once would be left out
+    return train_tokenizer(chain(reports_of(urls), prompts, prompts), vocabulary)  # twice: a word met once is left out
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

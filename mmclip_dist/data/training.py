@@ -1,4 +1,4 @@
-"""The data of a training run: its sets and their order, and what makes a batch of them."""
+"""The data of a training run: its sets, their order, and what turns samples into batches."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TrainingData:
 
     @property
     def identity(self) -> list[list[str]]:
-        """Hashes of each set's manifest and of its sidecars': the same wherever the sets lie."""
+        """Hashes of each set's manifest and of its sidecars' manifests. They do not change when sets move."""
         return [[manifest_hash(reader.manifest) for reader in joined.readers] for joined in self.sets]
 
     def batches(self, rank: int, world: int, start: int) -> Iterator[Batch]:
@@ -54,7 +54,7 @@ class TrainingData:
 
 @contextmanager
 def open_training_data(config: Config, tokenizer: PreTrainedTokenizerBase, world: int) -> Iterator[TrainingData]:
-    """Open the sets of `config.data`; what reads them ahead is stopped at the end."""
+    """Open the sets of `config.data`, and stop reading ahead at the end."""
     sets = open_sets(config.data.sources, config.data, world)
     try:
         diseases = config.prompts.diseases or label_names(sets)

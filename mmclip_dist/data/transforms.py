@@ -1,8 +1,7 @@
-"""Image and attention grid, decoded, cropped, flipped and resized together: the one home of their geometry."""
+"""Image and attention grid, cropped, flipped and resized together: the one home of their geometry."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,6 @@ PIXEL_MEAN, PIXEL_DEVIATION = (
     0.5,
     0.25,
 )  # of radiographs scaled to [0, 1], roughly; fixed, so that a model needs no statistics
-MAX_PIXELS = 100_000_000  # a decompression bomb is refused by its header
 
 
 @dataclass(frozen=True)
@@ -31,25 +29,10 @@ class Crop:
 WHOLE = Crop()
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """A single-channel 8-bit image from the bytes of a jpg or png; ValueError if they cannot be decoded."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        if image.mode.startswith("I"):  # 16 bit: .convert("L") would clip at 255 and give a white image
-            pixels = np.asarray(image, dtype=np.float32)
-            low, high = pixels.min(), pixels.max()
-            return Image.fromarray(((pixels - low) * (255 / max(high - low, 1))).astype(np.uint8))
-        return image.convert("L")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"not a decodable jpg or png: {error}") from error
-
-
 def random_crop(random: np.random.Generator, augment: Augment) -> Crop:
     """A crop of `augment.crop_area` of the area, nearly square, mirrored with probability `augment.flip`."""
     area = random.uniform(*augment.crop_area)
-    aspect = np.exp(random.uniform(-np.log(4 / 3), np.log(4 / 3)) * (1 - area))  # the whole image has no room to vary
+    aspect = np.exp(random.uniform(-np.log(4 / 3), np.log(4 / 3)) * (1 - area))  # a crop of the whole image cannot vary
     width, height = min(1.0, (area * aspect) ** 0.5), min(1.0, (area / aspect) ** 0.5)
     left, top = random.uniform(0, 1 - width), random.uniform(0, 1 - height)
     return Crop(left, top, left + width, top + height, bool(random.random() < augment.flip))

@@ -17,16 +17,16 @@ from mmclip_dist.engine import watchdog
 from mmclip_dist.errors import FAILED, Mendable, exit_code
 
 T = TypeVar("T")
-_POLL_S = 0.02, 1.0  # between two looks at whether rank 0 is ready: at first, at last
+_POLL_S = 0.02, 1.0  # seconds between two questions whether rank 0 is ready: at first, at last
 _SHARED = (ValueError, OSError, Mendable)
 
 
 class AgreedError(ValueError):
-    """A fault that the user can mend, raised on every rank with the same text: rank 0 tells it."""
+    """A fault that the user can mend, raised on every rank with the same text. Rank 0 prints it."""
 
 
 class AgreedFailure(OSError):
-    """A failure of a machine or a store, raised on every rank with the same text: rank 0 tells it."""
+    """A failure of a machine or a store, raised on every rank with the same text. Rank 0 prints it."""
 
 
 class Refusal(NamedTuple):
@@ -42,7 +42,7 @@ def place() -> str:
 
 
 def broken(error: Exception) -> bool:
-    """Whether a collective call failed because another rank is gone: that rank's own error is the one to tell."""
+    """Whether a collective call failed because another rank is gone: the user needs that rank's own error."""
     backend = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
     return backend or isinstance(error, dist.DistError)
 
@@ -86,7 +86,7 @@ def gathered(value: T) -> list[T]:
 
 
 def sums(device: torch.device, **values: float | Tensor) -> dict[str, float]:
-    """Each value summed over the ranks, in one small all-reduce. A value that is not finite spoils no other."""
+    """Sum each value over the ranks, in one small all-reduce. A value that is not finite does not affect the others."""
     known = [0.0 if isinstance(value, Tensor) else float(value) for value in values.values()]
     row = torch.tensor(known, dtype=torch.float64).to(device)  # one copy to the device for all of them
     for place, value in enumerate(values.values()):
@@ -98,9 +98,9 @@ def sums(device: torch.device, **values: float | Tensor) -> dict[str, float]:
 
 
 def first_rank_does(action: Callable[[], T], doing: str) -> T:
-    """action() on rank 0 alone, its result on all; its ValueError or OSError is raised on all as by `agreed`.
+    """Run action() on rank 0 alone and return its result on all ranks; its ValueError or OSError is raised as by `agreed`.
 
-    However long it takes, no rank sits in one collective call: they ask again and again whether it is ready.
+    However long it takes, no collective call times out: the ranks ask again and again whether rank 0 is ready.
     """
     done: list[tuple[Any, Refusal | None]] = []
 

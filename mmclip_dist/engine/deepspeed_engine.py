@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mmclip_dist.config import Config
+from mmclip_dist.config import Config, Optim
 from mmclip_dist.engine import deepspeed_inside, watchdog
 from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.engine.finite import skip_non_finite
@@ -18,11 +18,11 @@ from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
 from mmclip_dist.model.mmclip import MMCLIP
 
-_AFTER_WATCHDOG_S = 30.0  # that the process group waits longer: its message names neither rank nor step
+_AFTER_WATCHDOG_S = 30.0  # the process group times out so much later than the watchdog, whose message names rank and step
 
 
 def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived; `config.deepspeed` adds to it and wins.
+    """DeepSpeed's configuration, derived from ours. `config.deepspeed` adds to it and has the last word.
 
     ValueError where precision=fp16 asks for what the CPU cannot do.
     """
@@ -46,11 +46,11 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
         "gradient_clipping": optim.clip,
         "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
-        "fp16": {"enabled": config.precision == "fp16"},  # the loss scale is dynamic, from 2^16 on
-        # The optimizer is ours (engine/optimizer.py), unless optim.name=deepspeed.
+        "fp16": {"enabled": config.precision == "fp16"},  # with a dynamic loss scale that starts at 2^16
+        # We hand over our own optimizer (engine/optimizer.py), unless optim.name=deepspeed.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": optim.name == "lamb",
-        "steps_per_print": 10**9,  # the progress line is ours
+        "steps_per_print": 10**9,  # never: run/log.py prints progress
     }
     return _merge(derived, config.deepspeed)
 
@@ -115,19 +115,19 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
         model=model, optimizer=ours, model_parameters=groups if ours is None else None, config=json
     )
     if ours is not None:
-        # At stage 0 in half precision DeepSpeed takes a step on zero gradients to make the state (FP16_UnfusedOptimizer):
-        # Adam's bias correction would start one step late.
+        # At stage 0 in half precision DeepSpeed steps once on zero gradients to create the state (FP16_UnfusedOptimizer).
+        # Adam's bias correction would then start one step late.
         ours.state.clear()
     elif optim.layer_decay < 1 and any("lr_scale" not in group for group in engine.optimizer.param_groups):
         raise AgreedError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
-    if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: none of DeepSpeed's own
+    if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed does not wrap it
         skip_non_finite(engine.optimizer)
     return engine
 
 
-def set_learning_rate(engine: Any, step: int, config: Config) -> float:
-    """Give every parameter group the step's learning rate, times its `lr_scale`; the rate itself is returned."""
-    rate = learning_rate(step, config.optim)
+def set_learning_rate(engine: Any, step: int, optim: Optim) -> float:
+    """Give every parameter group the step's learning rate, times its `lr_scale`. Returns the rate itself."""
+    rate = learning_rate(step, optim)
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)  # an optimizer of DeepSpeed's may have made groups of its own
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # DeepSpeed's own optimizers may regroup, without lr_scale
     return rate

@@ -1,7 +1,7 @@
-"""A step whose loss or gradients are not finite is skipped, on all ranks alike.
+"""Skip a step on every rank if any gradient or loss is not finite.
 
-The optimizer skips it once the gradients of all ranks are summed. DeepSpeed does so under ZeRO 1 to 3 and in bf16 and fp16;
-torch's optimizer, which it uses bare at stage 0 in fp32, is taught to.
+The optimizer decides after the gradients of all ranks are summed, so all ranks agree. DeepSpeed does this under ZeRO 1 to 3 and
+in bf16 and fp16. At stage 0 in fp32 it uses torch's optimizer directly, which `skip_non_finite` extends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite, with gradients that are not finite either, so that the step is skipped.
+    """The loss itself. If it is not finite, its gradients become NaN, so that the optimizer skips the step.
 
     An infinite loss may have finite gradients. A test of the loss itself would make every step wait for the forward pass.
     """
@@ -21,7 +21,7 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def skip_non_finite(optimizer: torch.optim.Optimizer) -> None:
-    """Let a bare torch optimizer take no step where a gradient is not finite, and tell DeepSpeed by `overflow` as its own do."""
+    """Make a torch optimizer skip steps with gradients that are not finite, and set `overflow` as DeepSpeed's optimizers do."""
 
     def check(optimizer: Any, args: Any, kwargs: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -29,6 +29,6 @@ def skip_non_finite(optimizer: torch.optim.Optimizer) -> None:
         optimizer.overflow = bool(gradients) and not bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
         if optimizer.overflow:
             for parameter in parameters:
-                parameter.grad = None  # without a gradient, neither weight nor state is touched
+                parameter.grad = None  # without gradients, weights and state stay as they are
 
     optimizer.register_step_pre_hook(check)

@@ -14,25 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmclip_dist.config import Config, Loss
+from mmclip_dist.config import Loss
 from mmclip_dist.data.batch import Batch, split_batch
 from mmclip_dist.engine.finite import poisoned
 from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part, sum_over_ranks
 
 
-def forward_backward(engine: Any, batch: Batch, config: Config) -> dict[str, Tensor]:
-    """Losses of this rank's batch, and their gradients in the engine, ready for `engine.step()`. A collective call."""
-    size = config.optim.micro_batch or len(batch["keys"])
-    parts = split_batch(batch, size)
+def forward_backward(engine: Any, batch: Batch, weights: Loss, micro_batch: int | None) -> dict[str, Tensor]:
+    """Losses of this rank's batch, and their gradients in the engine, ready for `engine.step()`. A collective call.
+
+    micro_batch: samples that are in memory at once; None: all.
+    """
+    parts = split_batch(batch, micro_batch or len(batch["keys"]))
     if len(parts) == 1:
         losses: dict[str, Tensor] = engine(batch)
-        engine.backward(poisoned(weighted_sum(losses, config.loss)))
+        engine.backward(poisoned(weighted_sum(losses, weights)))
         return losses
     states, embedded = [], []
     for part in parts:
         states.append(random_state())
-        if config.loss.contrastive:
+        if weights.contrastive:
             with torch.no_grad():
                 embedded.append(engine(part, embed_only=True))
     contrastive, gradients = _contrast(engine.module, embedded, batch) if embedded else (None, [None] * len(parts))
@@ -43,7 +45,7 @@ def forward_backward(engine: Any, batch: Batch, config: Config) -> dict[str, Ten
         engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
         with _replayed(state):
             losses = engine(part, Part(len(parts), hidden, gradient))
-        engine.backward(poisoned(weighted_sum(losses, config.loss)), scale_wrt_gas=False)
+        engine.backward(poisoned(weighted_sum(losses, weights)), scale_wrt_gas=False)
         shares.append({name: value.detach() for name, value in losses.items()})
     totals = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
     return totals if contrastive is None else totals | {"contrastive": contrastive}
@@ -72,7 +74,7 @@ def _contrast(model: MMCLIP, embedded: list[Embedded], batch: Batch) -> tuple[Te
 
 @contextmanager
 def _replayed(state: dict[str, Any]) -> Iterator[None]:
-    """Draw what was drawn after `state`; the generators go on afterwards as if nothing had been drawn."""
+    """Inside, repeat the random draws that followed `state`; afterwards restore the generators."""
     now = random_state()
     set_random_state(state)
     try:

@@ -34,10 +34,10 @@ def compile_encoders(model: MMCLIP, backend: str = "inductor") -> None:
 
 
 def _try_backend(backend: str, device: torch.device) -> None:
-    """Build one addition, so that a missing compiler is told before the run and not out of its first step."""
+    """Build one addition, so that a missing compiler is reported before the run, not at its first step."""
     try:
         torch.compile(lambda value: value + 1, backend=backend)(torch.zeros(2, device=device))
-    except Exception as error:  # whatever dynamo, inductor, Triton or the C++ compiler raise; the cause goes with it
+    except Exception as error:  # dynamo, inductor, Triton and compilers raise many kinds
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise ValueError(
             f"model.compile=true, but torch.compile ({backend}) cannot build code here: {type(error).__name__}: {first_line}. "

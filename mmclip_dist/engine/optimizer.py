@@ -52,10 +52,10 @@ def layer_scales(model: MMCLIP, layer_decay: float) -> dict[nn.Parameter, float]
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: Optim, *, sharded: bool) -> torch.optim.Optimizer:
-    """AdamW or LAMB at learning rate 0: every step is given its own.
+    """AdamW or LAMB. The learning rate is 0 here and set before every step.
 
-    AdamW is torch's one-pass one, for CUDA tensors and CPU ones alike. DeepSpeed's own FusedAdam and CPUAdam are built at first
-    use by a C++ compiler, and a killed build leaves a lock that every later run waits on without end; torch's come built.
+    AdamW is torch's fused one, on GPUs and CPUs. DeepSpeed's FusedAdam and CPUAdam need a C++ compiler at first use, and a
+    killed build leaves a lock on which every later run waits forever.
     sharded: ZeRO hands each rank its part of every tensor.
     """
     optimizer: torch.optim.Optimizer
@@ -124,10 +124,10 @@ class Lamb(torch.optim.Optimizer):
 def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Average every weight after each step, average = decay * average + (1 - decay) * weight, from the initial weights on.
 
-    The average is one more entry of the optimizer's state, of the very tensor that the optimizer updates: ZeRO shards and
-    offloads it with the rest (in float32, whatever the model computes in), and checkpoints carry it.
+    The average is one more entry in the optimizer's state of each weight. So ZeRO shards and offloads it in float32 with the
+    rest, and checkpoints contain it.
     """
-    before: dict[Tensor, Tensor] = {}  # the state itself must stay empty until the optimizer has filled it
+    before: dict[Tensor, Tensor] = {}  # kept here, because the optimizer must find an empty state at its first step
 
     def start(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for weight in _stepped(optimizer):

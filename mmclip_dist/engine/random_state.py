@@ -1,5 +1,5 @@
-"""The random generators of this process. Order and masks of training are functions of the step and need none of them; a
-model with dropout, or one from elsewhere, does."""
+"""The random generators of this process. The order of samples and their masks are functions of the step and do not use them;
+dropout does."""
 
 from __future__ import annotations
 

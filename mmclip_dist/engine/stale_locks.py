@@ -1,4 +1,4 @@
-"""Locks that a killed compilation left behind: torch's extension loader waits on them without end and without a word."""
+"""Locks that a killed compilation left behind. torch's extension loader waits on them forever, without a message."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def refuse_stale_locks(root: Path | None = None) -> None:
     stale = [str(lock) for lock in sorted(root.rglob("lock")) if time.time() - lock.stat().st_mtime > _LONGEST_BUILD_S]
     if stale:
         raise ValueError(
-            f"a build of DeepSpeed's optimizer was killed and left {', '.join(stale)}, on which this run would wait without "
-            "end: delete it if no other run is building, and start again"
+            f"a build of DeepSpeed's optimizer was killed and left {', '.join(stale)}, on which this run would wait "
+            "forever: delete it if no other run is building, and start again"
         )

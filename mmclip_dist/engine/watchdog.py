@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import socket
 import sys
 import threading
 import time
 from dataclasses import dataclass
 
 EXIT_CODE = 70
-"""Of a process that hung (EX_SOFTWARE). It is no zero, so the launcher ends the other ranks."""
+"""Exit code of a process that hung (EX_SOFTWARE). As it is not 0, the launcher ends the other ranks."""
 
 
 @dataclass
@@ -28,7 +29,7 @@ _progress = _Progress()
 
 
 def beat(doing: str | None = None, step: int | None = None) -> None:
-    """Progress: from now on, this process does `doing`; None: what it did before."""
+    """Report progress. doing: what this process does from now on; None: the same as before."""
     _progress.since = time.monotonic()
     if doing is not None:
         _progress.doing = doing
@@ -37,15 +38,16 @@ def beat(doing: str | None = None, step: int | None = None) -> None:
 
 
 def start(rank: int, timeout_s: float) -> None:
-    """Watch this process from a thread; it ends when `timeout_s` pass without a `beat`."""
+    """Watch this process from a thread, which ends it after `timeout_s` without a `beat`."""
     beat("starting")
 
     def watch() -> None:
         while (left := _progress.since + timeout_s - time.monotonic()) > 0:
             time.sleep(min(left + 0.01, 1.0))
         print(
-            f"error: rank {rank} hangs: no progress for {timeout_s:g} s at step {_progress.step}, in: {_progress.doing}. The "
-            "other rank of a collective call may have died or be slow; health.timeout_s sets how long to wait. Where it hangs:",
+            f"failed: rank {rank} on {socket.gethostname()} hangs: no progress for {timeout_s:g} s at step {_progress.step}, in: "
+            f"{_progress.doing}. The other rank of a collective call may have died or be slow; health.timeout_s sets how long to "
+            "wait. Where it hangs:",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)

@@ -1,4 +1,4 @@
-"""Whole weights out of an engine whose ZeRO stage spreads them over ranks. Every function is a collective call."""
+"""Collect whole weights from an engine whose ZeRO stage spreads them over ranks. Every function is a collective call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmclip_dist.engine.optimizer import AVERAGE
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
-    """The optimizer's own float32 weights, and buffers, by their names in `state_dict`: on the first rank's CPU, {} elsewhere."""
+    """The optimizer's float32 weights, and the buffers, by their names in `state_dict`: on the CPU of rank 0, {} elsewhere."""
     first, masters = dist.get_rank() == 0, deepspeed_inside.masters(engine)
     parameters = dict(engine.module.named_parameters())
     found: dict[str, Tensor] = {}
@@ -37,7 +37,7 @@ def _whole(parameter: nn.Parameter, masters: dict[nn.Parameter, Tensor]) -> Tens
 
 
 def averaged_weights(engine: Any) -> dict[str, Tensor]:
-    """Like `full_weights`, of the exponential average; before the first step that is the weights themselves."""
+    """Like `full_weights`, of the exponential average. Before the first step the average is the weights themselves."""
     _exchange(engine)
     try:
         return full_weights(engine)
@@ -69,8 +69,8 @@ def _exchange(engine: Any) -> None:
 def temperature(engine: Any) -> float:
     """The model's temperature, from the optimizer's float32 weight.
 
-    Not by gathering the model's own: at stage 3 that would cut a weight that DeepSpeed keeps whole between steps, and the next
-    backward pass would fail.
+    Do not gather the model's own at stage 3: DeepSpeed keeps small weights whole between steps, gathering would partition
+    this one, and the next backward pass would fail.
     """
     model = engine.module
     learned = _whole(model.log_scale, deepspeed_inside.masters(engine)).detach().float()

@@ -1,4 +1,4 @@
-"""Zero-shot scores of a run under way: every rank takes its share of the images, and all may stop between two batches."""
+"""Zero-shot evaluation while training. Every rank scores its share of the images; all can stop between two batches."""
 
 from __future__ import annotations
 

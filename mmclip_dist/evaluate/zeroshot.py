@@ -15,6 +15,7 @@ from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.storage import write_atomic
+from mmclip_shards.textfiles import read_json
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -218,7 +219,7 @@ def save_result(result: ZeroShot, path: Path) -> None:
 
 
 def load_result(path: Path) -> ZeroShot:
-    values = json.loads(path.read_text())
+    values = read_json(path, "evaluate again")
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }

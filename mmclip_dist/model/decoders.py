@@ -1,4 +1,4 @@
-"""The two decoders: each rebuilds what was masked in one modality while looking at the other."""
+"""The two decoders. Each rebuilds what was masked in one modality with the help of the other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CrossDecoder(nn.Module):
         if packing is None and len(query) == 0:
             return with_a_row(self, query, memory, memory_mask)
         position = self.position[:, : query.shape[1]] if packing is None else self.position[0, packing.column]
-        if packing is not None and packing.texts == 0:  # the one row that packing leaves, over one row of padding
+        if packing is not None and packing.texts == 0:  # packing then leaves one row of padding
             packing, memory = None, pad_row(memory)
         hidden = self.query(query) + position
         seen = torch.cat([self.nothing.expand(len(memory), -1, -1).to(memory.dtype), self.memory(memory)], dim=1)
@@ -52,19 +52,19 @@ class CrossDecoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, attention to the memory, MLP; each normalises its input and adds its output."""
+    """Self-attention, cross-attention to the memory, MLP. Each normalises its input and adds its output (pre-norm)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.self_norm, self.cross_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
-        # No biases before attention: softmax cancels a key's, and a value's goes over into the output's.
+        # No biases before attention: softmax cancels a key's bias, and the output's bias covers a value's.
         self.self_in, self.self_out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.cross_query, self.cross_memory = (nn.Linear(width, times * width, bias=False) for times in (1, 2))
         self.cross_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        # As nn.MultiheadAttention begins: Glorot's bound for all three projections at once. AttMIM learned more slowly with
-        # that of each matrix alone (RESULTS.md).
+        # As in nn.MultiheadAttention: Glorot's bound for all three projections together. With a bound per matrix AttMIM
+        # learned more slowly (RESULTS.md).
         for module in (self.self_in, self.cross_query, self.cross_memory):
             nn.init.uniform_(module.weight, -((1.5 / width) ** 0.5), (1.5 / width) ** 0.5)
         for module in (self.self_out, self.cross_out):

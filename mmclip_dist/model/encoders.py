@@ -14,8 +14,8 @@ from mmclip_dist.model.packing import Packing
 
 
 class ImageTower(nn.Module):
-    """ViT over single-channel radiographs. It has no use for a [CLS] token: features are pooled over patches, so that a
-    patch and a whole image live in one space and attention scores need no training of their own."""
+    """ViT over single-channel radiographs. It does not use a [CLS] token: features are pooled over patches, so that patches and
+    whole images share one space, and attention scores need no training of their own."""
 
     def __init__(self, config: ImageEncoder, stored: Path | None = None) -> None:
         """stored: folder with the shape that a checkpoint was trained in, whose weights are about to be loaded."""
@@ -54,7 +54,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """BERT-family encoder of reports and prompts, several of which share a row: padding is not computed."""
+    """BERT-family encoder of reports and prompts. Several share a row, so that padding is not computed."""
 
     def __init__(self, config: TextEncoder, vocabulary: int, stored: Path | None = None) -> None:
         """vocabulary: tokens of the tokenizer. stored: as in `ImageTower`."""
@@ -91,7 +91,7 @@ class TextTower(nn.Module):
         return packing.unpack(features)
 
     def pack(self, mask: Tensor) -> Packing:
-        """mask [N, T] bool -> how its texts share rows, for every pass over them."""
+        """mask [N, T] bool -> how the texts share rows. Every pass over them uses it."""
         return Packing.of(mask, self.width)
 
     @property
@@ -101,7 +101,7 @@ class TextTower(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        # The families of transformers name the list differently; it is the one that is as long as the encoder is deep.
+        # Model families name the list of layers differently: take the one whose length is the encoder's depth.
         depth = self.bert.config.num_hidden_layers
         found = [m for m in self.bert.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if not found:
@@ -122,7 +122,7 @@ def with_a_row(module: nn.Module, *inputs: Tensor | None) -> Tensor:
 
 
 def pad_row(value: Tensor) -> Tensor:
-    """[0, L, ...] -> [1, max(L, 1), ...], still part of the graph that `value` comes from."""
+    """[0, L, ...] -> [1, max(L, 1), ...], still attached to the graph of `value`."""
     padding = (0, 0) * (value.ndim - 2) + (0, int(value.shape[1] == 0), 0, 1)
     return nn.functional.pad(value, padding, value=value.dtype == torch.bool)
 
@@ -134,7 +134,7 @@ def pool(features: Tensor, mask: Tensor) -> Tensor:
 
 
 def _first_position(bert: nn.Module) -> int:
-    """The position id of a text's first token: 0 for BERT, past the padding's id for RoBERTa and its kin."""
+    """The position id of a text's first token: 0 for BERT, one past the padding's id for RoBERTa-like encoders."""
     positions = getattr(getattr(bert, "embeddings", None), "position_embeddings", None)
     if not isinstance(positions, nn.Embedding):
         raise ValueError(f"model.text.pretrained: {_CANNOT_PACK.format(type(bert).__name__)}")
@@ -149,7 +149,7 @@ _CANNOT_PACK = (
 
 @torch.no_grad()
 def _check_packing(encoder: TextTower, name: str) -> None:
-    """ValueError if texts in one row are not encoded as each is alone: sliding windows, mixing without attention, ..."""
+    """ValueError if the encoder gives texts that share a row other features than each alone (sliding windows, FNet, ...)."""
     tokens = encoder.bert.config.vocab_size - 1 - torch.arange(5).expand(3, -1)
     mask = torch.arange(5) < torch.tensor([[5], [2], [3]])
     alone = [encoder.bert(input_ids=tokens[row : row + 1, : mask[row].sum()]).last_hidden_state[0] for row in range(3)]
@@ -168,7 +168,7 @@ def _resolve(name: str) -> str:
 
 
 def _spread(width: int) -> float:
-    """Standard deviation of initial weights: the usual 0.02 at width 768, kept in proportion to 1 / sqrt(fan-in).
+    """Standard deviation of initial weights: 0.02 at width 768, in proportion to 1 / sqrt(fan-in) elsewhere.
 
     At a small width, 0.02 leaves all pooled features nearly parallel, and the contrastive loss on its plateau for long.
     """
@@ -176,7 +176,7 @@ def _spread(width: int) -> float:
 
 
 def _vit_config(config: ImageEncoder) -> ViTConfig:
-    # Dropout stays at 0, the usual choice in pretraining, which also keeps a step a function of its batch.
+    # No dropout, as usual in pretraining. It also makes a step a function of its batch.
     return ViTConfig(
         image_size=config.size, patch_size=config.patch, num_channels=1, hidden_size=config.width,
         num_hidden_layers=config.depth, num_attention_heads=config.heads, intermediate_size=4 * config.width,

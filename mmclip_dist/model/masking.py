@@ -1,4 +1,4 @@
-"""What AttMIM rebuilds, and what patches are ranked by. Pure. Patches are chosen by a kernel."""
+"""What AttMIM rebuilds, and what ranks the patches. Pure functions; a kernel chooses the patches."""
 
 from __future__ import annotations
 

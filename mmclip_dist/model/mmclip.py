@@ -121,7 +121,7 @@ class MMCLIP(nn.Module):
         self.register_buffer("prompt_mask", prompt_mask, persistent=False)
 
     def save_shapes(self, folder: Path) -> None:
-        """Write what `stored` needs: a checkpoint must not depend on the folder or hub that its encoders came from."""
+        """Write the encoders' shapes, which `stored` reads: a checkpoint must not need the folder or hub they came from."""
         self.image.vit.config.save_pretrained(folder / "image")
         self.text.bert.config.save_pretrained(folder / "text")
 
@@ -131,13 +131,13 @@ class MMCLIP(nn.Module):
         """Losses of one batch: "contrastive", "image" and "entity", those with a weight. Each is a scalar whose mean over
         the ranks is the loss of the global batch.
 
-        part: `batch` is a part of this rank's, and the losses are its shares; "contrastive" is a number of no meaning whose
-        gradient is the part's. embed_only: no loss, only what `contrast` takes. Both are for `engine/gradient_cache.py`.
+        part: `batch` is a part of this rank's, and the losses are its shares. Of "contrastive" only the gradient is then
+        meaningful. embed_only: no loss, only what `contrast` takes. Both are for `engine/gradient_cache.py`.
         """
         weights = self.config.loss
         paired = batch["report_id"] >= 0
         packing = self.text.pack(batch["token_mask"][paired])
-        prompts = self._prompt_features(batch["step"])  # [2C, D]; packed, too, before a GPU has other work to wait for
+        prompts = self._prompt_features(batch["step"])  # [2C, D]; packed here, while a GPU has no work to wait for
         reports = self.text(batch["tokens"][paired], batch["token_mask"][paired], packing)  # [n, T, D]
         if embed_only:
             return self._embed(batch, reports, prompts, self._contrastive_view(batch))
@@ -207,14 +207,14 @@ class MMCLIP(nn.Module):
         return ImageFeatures(seen, self._embed_image(seen.mean(1)), hidden.masked, hidden.mask)
 
     def _encode_views(self, batch: Batch, patches: Tensor) -> ImageFeatures:
-        """Split mode: each patch enters the encoder once at most, in one of two views."""
+        """Split mode: each patch enters the encoder at most once, in one of two views."""
         views = self._views(batch, patches)
         salient, context = self.image.encode(views.salient), self.image.encode(views.context)
         query = self.mask_token.expand_as(patches).scatter(1, views.ids_context[:, :, None].expand_as(context), context)
         return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, views.mask)
 
     def _contrastive_view(self, batch: Batch) -> Tensor:
-        """The image's side of the contrastive loss alone [B, E]: what `_encode_images` embeds, and no more."""
+        """Only the embedding for the contrastive loss [B, E], as `_encode_images` computes it."""
         patches = self._patches(batch)
         if self._splits(batch["step"]):
             patches = self._views(batch, patches).salient
@@ -224,7 +224,7 @@ class MMCLIP(nn.Module):
         return self.image.embed(batch["image"].to(self.mask_token.dtype))
 
     def _splits(self, step: int) -> bool:
-        """Whether this step encodes two views: in split mode, but for the unmasked steps at the end."""
+        """Whether this step encodes two views: in split mode, except for the unmasked steps at the end."""
         options = self.config.attmim
         masked = step < self.config.optim.steps - options.unmasked_last_steps
         return options.mode == "split" and self.config.loss.image > 0 and masked
@@ -248,7 +248,7 @@ class MMCLIP(nn.Module):
             attention_topk_mask, seen, ratio=options.ratio, mode="replace", select="hint", hint=options.hint,
             mask_token=self.mask_token, noise=noise, impl=self.config.loss.impl,
         )  # fmt: skip
-        with torch.no_grad():  # on every rank, needed or not: ZeRO-3 gathers a layer's weights where it is called
+        with torch.no_grad():  # always, on every rank: ZeRO-3 gathers weights when a layer is called
             words, patches = self.text_head(memory.features), self.image_head(seen)
         temperature = options.score_temperature
         if bool(known.all()):
@@ -300,7 +300,7 @@ class MMCLIP(nn.Module):
     # -- Inference ------------------------------------------------------------------------------------------------
 
     def scale(self) -> Tensor:
-        """1 / temperature, shape [1]. Clamped here: a clamp of the weight itself is undone by ZeRO's fp32 copy."""
+        """1 / temperature, shape [1]. Clamped here, because ZeRO's fp32 copy would undo a clamp of the weight itself."""
         return self.log_scale.clamp(max=math.log(self.config.model.max_scale)).exp()
 
     def embed_images(self, image: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class MMCLIP(nn.Module):
 
 
 def _along(embedded: Embedded, part: Part) -> Tensor:
-    """A scalar whose gradient in `embedded` is the part's: shared by all parts where it is of them all."""
+    """A scalar whose gradient in `embedded` is that of the part. Its value has no meaning."""
     gradient = part.gradient
     assert gradient is not None
     own = [(embedded.image * gradient.image).sum(), (embedded.report * gradient.report).sum()]

@@ -1,4 +1,4 @@
-"""Several reports in one row, so that no padding is computed.
+"""Several reports share a row, so that no padding is computed.
 
 N texts of T columns each, padded; packed they fill R rows of L. Whatever works token by token runs over the rows as they are;
 attention sees the texts of a row apart by `blocks`. The rows are as long as the longest text, or a few times as long where that
@@ -57,19 +57,19 @@ class Packing:
         return cls(len(mask), mask.shape[1], rows, length, place_slot[0], place_slot[1], segment, columns_of)
 
     def pack(self, values: Tensor) -> Tensor:
-        """Of padded texts [N, T, ...] -> of rows [R, L, ...], 0 where a row has room left."""
+        """Padded texts [N, T, ...] -> rows [R, L, ...], 0 where a row has room left."""
         shape = values.shape[2:]
         packed = values.new_zeros(self.rows * self.length, *shape)
         return packed.index_copy(0, self.slot, values.flatten(0, 1)[self.place]).unflatten(0, (self.rows, self.length))
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Of rows [R, L, ...] -> of padded texts [N, T, ...], 0 where there is no token."""
+        """Rows [R, L, ...] -> padded texts [N, T, ...], 0 where there is no token."""
         padded = values.new_zeros(self.texts * self.columns, *values.shape[2:])
         padded = padded.index_copy(0, self.place, values.flatten(0, 1)[self.slot])
         return padded.unflatten(0, (self.texts, self.columns))
 
     def blocks(self, dtype: torch.dtype) -> Tensor:
-        """Added to the attention of a row's tokens [R, 1, L, L]: 0 within a text, the least number between two.
+        """The bias on the attention of a row's tokens [R, 1, L, L]: 0 within a text, the least number between two.
 
         A number and no bool, since both `sdpa` and `eager` attention of transformers take it. The room left in a row attends to
         itself: attention to nothing is NaN.
@@ -81,7 +81,7 @@ class Packing:
 def _place_texts(lengths: Sequence[int], length: int) -> tuple[list[int], int, int]:
     """Best fit, longest first -> where each text begins in rows of `length` laid end to end, number of rows (>= 1), `length`."""
     first, rows = [0] * len(lengths), 0
-    room: list[tuple[int, int]] = []  # (slots left, row), ascending: the row that a text fills best comes first
+    room: list[tuple[int, int]] = []  # (slots left, row), ascending, so that the best fit comes first
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         wanted = lengths[text]
         if not wanted:

@@ -1,4 +1,4 @@
-"""One base shard in, one sidecar shard out, on Ray: what every offline stage shares.
+"""What all offline stages share: one base shard in, one sidecar shard out, on Ray.
 
 A task reads a base shard, makes one row a sample, and publishes the sidecar shard whole. The driver alone writes the
 manifest, once all shards are there, and keeps a journal of finished shards until then; a stage that is started again
@@ -150,7 +150,7 @@ def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Shard])
 
 
 def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Shard]:
-    """Shards that an interrupted stage of the same identity finished."""
+    """Shards that an interrupted stage of the same identity has finished."""
     url = storage.join(stage.out, JOURNAL)
     if not storage.exists(url):
         return {}

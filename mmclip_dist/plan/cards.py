@@ -1,4 +1,4 @@
-"""What the cards can do at best, as data. Vendors' figures are peaks: how much of one a run reaches is `Card.mfu`'s affair."""
+"""What the cards can do at best, as data. Vendors' figures are peaks; `Card.mfu` says which share of it a run reaches."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from mmclip_dist.run.orphans import ORPHAN_S
 
 CONFIG, CHANGES, DATA = "config.yaml", "changes.jsonl", "data.json"
 _MEND = "set run_dir to another folder, or delete this one to start anew"
-# Variables that change what a run computes or how fast; never a name that may hold a secret.
+# Prefixes of environment variables that change what a run computes or how fast.
 _TELLING = ("NCCL_", "TORCH_", "PYTORCH_", "DS_", "CUDA_", "OMP_", "TRITON_", "LOCAL_WORLD_SIZE")
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 _README = """What lies here:
@@ -50,7 +50,7 @@ Training started again with the same configuration goes on from the newest check
 
 @contextmanager
 def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
-    """Own a run folder. ValueError if another run does; one whose launcher was killed saves and lets go within the wait."""
+    """Own a run folder. ValueError if another run still owns it after `wait_s`; an orphaned run saves and ends within that."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
@@ -82,8 +82,8 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
     """Write what made this run: the resolved config, DeepSpeed's JSON, versions, devices, variables, git state and command.
 
     A run that goes on with other operational keys (`config.OPERATIONAL`) notes them in changes.jsonl. ValueError if it would
-    compute something else than the run in the folder: its checkpoints would not be this run's. data: of the training sets, which
-    may move.
+    compute something else than the run in the folder, whose checkpoints would then be of another run. data: content of the
+    training sets, which may move.
     """
     changed = _changes(folder, config, data)
     if changed:
@@ -133,7 +133,7 @@ def _changes(folder: Path, config: Config, data: Identity | None) -> dict[str, t
 
 
 def _same_data(folder: Path, before: Config, config: Config, data: Identity) -> bool:
-    """Whether the run's sets and sidecars have the content, and the weights, that they had before."""
+    """Whether sets and sidecars have the same content as before, and the same weights."""
     path = folder / DATA
     if not path.exists() or read_json(path, _MEND) != data:
         return False
@@ -149,8 +149,8 @@ def telling_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _devices() -> dict[str, Any]:
-    """The cards that this process sees, and what drives them; no card: an empty list."""
-    import torch  # the quick start and the report read run folders without it
+    """The GPUs that this process sees (an empty list without any), and the versions of driver and libraries."""
+    import torch  # imported here: readers of run folders do without torch
 
     driver = Path("/proc/driver/nvidia/version")
     gpu = torch.cuda.is_available()

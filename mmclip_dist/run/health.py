@@ -1,4 +1,4 @@
-"""Numerical trouble: skipped steps are counted, jumps of the loss are listed, too many bad steps in a row end the run."""
+"""Numerical trouble: count skipped steps, list jumps of the loss, end the run after too many bad steps in a row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmclip_dist.config import Health as Limits
 from mmclip_dist.engine.collective import AgreedError
 
 TROUBLE = "trouble-{rank}.jsonl"
-_LEAST = 16  # losses that make a median
-_MAD_TO_SIGMA = 1.4826  # of a normal distribution
+_LEAST = 16  # losses; with fewer the median says little
+_MAD_TO_SIGMA = 1.4826  # of a normal distribution: sigma / median absolute deviation
 
 
 def is_spike(loss: float, before: Sequence[float], limit: float) -> bool:
@@ -38,7 +38,7 @@ class Health:
         self._losses: deque[float] = deque(maxlen=limits.window)
 
     def check(self, step: int, keys: Sequence[str], loss: float, *, applied: bool) -> None:
-        """After every step, with the mean loss of all ranks and whether the weights changed; the same on all ranks.
+        """Call after every step, with the mean loss of all ranks and whether the weights changed.
 
         AgreedError after too many bad steps in a row.
         """

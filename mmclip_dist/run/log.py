@@ -1,4 +1,4 @@
-"""What a user sees of a run: the progress line, metrics.jsonl and the trackers, all from one row of the global batch."""
+"""What a user sees of a run: progress line, metrics.jsonl and trackers, all from one row about the global batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _COUNTS = ("reports", "tokens", "masked", "scored")
 
 
 class ProgressLog:
-    """Metrics of the global batch since the last row. Every rank counts; the first writes, to the run folder and `tracker`."""
+    """Metrics of the global batch since the last row. Every rank counts; rank 0 writes to the run folder and to `tracker`."""
 
     def __init__(self, config: Config, tracker: Tracker | None, start: int, device: torch.device) -> None:
         self.config, self.tracker, self.device = config, tracker, device
@@ -46,7 +46,7 @@ class ProgressLog:
         self.counts = dict.fromkeys(_COUNTS, 0.0)
 
     def wait_for(self, batches: Any) -> Batch:
-        """The next batch; the time it takes is the data's share of the step."""
+        """The next batch. The time it takes counts as waiting for data."""
         started = time.monotonic()
         batch: Batch = next(batches)
         self.waited += time.monotonic() - started
@@ -62,7 +62,7 @@ class ProgressLog:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """What is done inside, evaluation and saving, is no training time: it counts for neither speed, MFU nor time left."""
+        """Exclude the time inside (evaluation, saving) from speed, MFU and the estimate of the time left."""
         started = time.monotonic()
         try:
             yield
@@ -70,9 +70,9 @@ class ProgressLog:
             self.beside += time.monotonic() - started
 
     def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
-        """A collective call: losses are means over all ranks, what was read is summed, waiting and memory are the worst."""
+        """Write a row: losses are means over all ranks, reading is summed, waiting and memory are maxima. A collective call."""
         learned = temperature(engine)  # on every rank: ZeRO-3 gathers it
-        means, read, counts = self._over_ranks(losses)  # waits for the device: the clock is read after it
+        means, read, counts = self._over_ranks(losses)  # waits for the device, so read the clock afterwards
         elapsed, done = time.monotonic() - self.last_time - self.beside, step - self.last_step
         worst = torch.tensor([self.waited / elapsed, *self._memory()], dtype=torch.float64, device=self.device)
         dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -102,7 +102,7 @@ class ProgressLog:
         self._begin(step)
 
     def evaluated(self, step: int, scores: dict[str, float] | None) -> None:
-        """Zero-shot scores of a step; None: a stop came in between."""
+        """Write the zero-shot scores of a step. None: a stop interrupted the evaluation."""
         if self.evaluations is None:
             return
         if scores:
@@ -123,19 +123,19 @@ class ProgressLog:
         return means, read, dict(zip(_COUNTS, summed[-len(_COUNTS) :], strict=True))
 
     def _memory(self) -> tuple[float, float, float]:
-        """GiB: of this process now, at most so far, and at most on its device since the last row."""
+        """GiB: of this process now, its maximum so far, and the maximum on its device since the last row."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts in KiB
         now, device = host_memory_gib(), 0.0
         if self.device.type == "cuda":
             device = torch.cuda.max_memory_allocated(self.device) / 2**30
             torch.cuda.reset_peak_memory_stats(self.device)
-        return now, max(now, peak), device  # the kernel's own maximum may lag behind
+        return now, max(now, peak), device  # the kernel's maximum may lag behind
 
 
 @contextmanager
 def open_log(config: Config, step: int, device: torch.device) -> Iterator[ProgressLog]:
-    """The log of a run that goes on from `step`, with its trackers on the first rank; a collective call. ValueError on all ranks
-    if a tracker cannot start."""
+    """The log of a run that goes on from `step`, with its trackers on rank 0. A collective call; AgreedError if a tracker cannot
+    start."""
     with ExitStack() as held:
         tracker = None
         with agreed():
@@ -145,7 +145,7 @@ def open_log(config: Config, step: int, device: torch.device) -> Iterator[Progre
 
 
 def load_of_steps(counts: dict[str, float], model: MMCLIP, *, batch: int, world: int, steps: int) -> cost.Load:
-    """One rank's mean step: what all ranks counted in `steps` steps. Padding is no useful work and does not count."""
+    """The mean step of one rank, from what all ranks counted in `steps` steps. Padding is not work and does not count."""
     reports = max(counts["reports"], 1.0)
     return cost.Load(
         images=batch // world, reports=counts["reports"] / steps / world, tokens=counts["tokens"] / reports,
@@ -163,7 +163,7 @@ def utilisation(config: Config, model: MMCLIP, load: cost.Load, card: Card, seco
 
 
 def as_built(config: Config, model: MMCLIP) -> Config:
-    """The configuration with the encoders' real shapes, which pretrained ones bring along."""
+    """The configuration with the encoders' real shapes: pretrained encoders have their own."""
     shapes = {}
     for part, found in (("image", model.image.vit.config), ("text", model.text.bert.config)):
         shape = {"width": found.hidden_size, "depth": found.num_hidden_layers, "heads": found.num_attention_heads}
@@ -172,7 +172,7 @@ def as_built(config: Config, model: MMCLIP) -> Config:
 
 
 def progress_line(row: dict[str, Any], last_step: int) -> str:
-    """One row in one line; what is not known (MFU of an unknown card, device memory of a CPU) is left out."""
+    """One row as one line, without what is unknown (MFU of an unknown card, device memory of a CPU)."""
     read = row["read"]
     parts = [f"step {row['step']}/{last_step}", *(f"{name} {value:.4f}" for name, value in row["loss"].items())]
     parts += [f"lr {row['lr']:.2e}", f"temperature {row['temperature']:.4f}"]

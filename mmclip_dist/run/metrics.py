@@ -13,8 +13,8 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 
 class MetricsLog:
-    """A file of rows, one a logged step. Rows after the step that a run resumes from are dropped first, so that a run that
-    was killed leaves the same rows as one that was not."""
+    """A file with one row a logged step. It first drops rows after the step that a run resumes from, so that a killed run leaves
+    the same rows as an unbroken one."""
 
     def __init__(self, folder: Path, resumed_from: int, name: str = METRICS) -> None:
         self.path = folder / name
@@ -27,6 +27,6 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """The rows of a run so far; a row that a killed run left half-written is passed over."""
+    """The rows of a run so far, without a last row that a killed run left half-written."""
     path = folder / name
     return read_rows(path, "delete that line; the run loses the record of it, and nothing else") if path.exists() else []

@@ -1,5 +1,4 @@
-"""A rank must not outlive the launcher that started it: an orphan would go on writing into a folder that the next run
-is using."""
+"""End a rank whose launcher is gone: it would go on writing into a folder that the next run uses."""
 
 from __future__ import annotations
 
@@ -14,9 +13,9 @@ import psutil
 
 EXIT_CODE = 143
 ORPHAN_S = 25.0
-"""How long an orphan may take to save."""
+"""Seconds that an orphan has to save."""
 OWNER = "MMCLIP_OWNER_PID"
-"""Environment variable: process id of the job that this one works for, beyond the launcher; the quick start sets it."""
+"""Environment variable with the process id of a job above the launcher, to be watched as well. The quick start sets it."""
 
 
 def _watched() -> list[psutil.Process]:
@@ -36,8 +35,8 @@ def _is_launcher(process: psutil.Process) -> bool:
 
 
 def exit_with_launcher(ask: Callable[[str], None], interval_s: float = 0.5) -> None:
-    """Watch the launchers from a thread. When one is gone, ask for a stop, as after SIGTERM: of which the outer one of
-    DeepSpeed's two launchers dies without a word to the ranks. Who has not stopped after `ORPHAN_S` is ended, hard."""
+    """Watch the launchers from a thread. If a launcher dies, request a stop (DeepSpeed's outer launcher does not forward
+    SIGTERM), and end this process `ORPHAN_S` later if it still runs."""
     try:
         watched = _watched()
     except psutil.NoSuchProcess:

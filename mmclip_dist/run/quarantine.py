@@ -1,4 +1,4 @@
-"""Samples that could not be decoded: each one counted, listed by key, and too many of them stop the run."""
+"""Samples that could not be decoded: count them, list their keys, end the run if there are too many."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmclip_dist.engine.collective import AgreedError
 
 
 class Quarantine:
-    """Counts replaced samples over all ranks; this rank's go to quarantine-RANK.jsonl in the run folder."""
+    """Counts replaced samples over all ranks, and lists those of this rank in quarantine-RANK.jsonl of the run folder."""
 
     def __init__(self, run_dir: Path, max_fraction: float) -> None:
         self.path = run_dir / f"quarantine-{dist.get_rank()}.jsonl"
@@ -27,7 +27,7 @@ class Quarantine:
                     json.dumps({"step": step, "key": key, "reason": reason}) + "\n" for key, reason in batch["replaced"]
                 )
         self.bad, self.seen = self.bad + int(replaced), self.seen + int(seen)
-        # A bad sample or two in the first batches measure no fraction, unless none at all is allowed.
+        # Early on, one or two bad samples are a large fraction of few. They pass, unless none at all is allowed.
         if self.bad > (max(2.0, self.max_fraction * self.seen) if self.max_fraction else 0):
             raise AgreedError(
                 f"{self.bad} of {self.seen} samples could not be decoded, more than "

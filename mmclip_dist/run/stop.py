@@ -1,8 +1,8 @@
-"""Stopping a run from outside: SIGTERM, SIGUSR1 or a file `stop` in the run folder, on any rank, stops all at one step.
+"""Stop a run from outside: SIGTERM, SIGUSR1 or a file `stop` in the run folder, on any rank, stops all ranks at the same step.
 
-The run saves and ends with `EXIT_CODE`, on which the templates in launch/templates start it again. The `deepspeed` launcher
-passes the code on when the ranks end by themselves (SIGUSR1 to a rank, the stop file), but answers a SIGTERM that it gets
-itself with 1, and the outer one of its two processes dies of it: a preempted run therefore leaves `stopped.json`, too.
+The run saves and ends with `EXIT_CODE`; the templates in launch/templates then start it again. The `deepspeed` launcher passes
+this code on if the ranks end by themselves (SIGUSR1 to a rank, the stop file). If the launcher receives SIGTERM, it exits with 1.
+So `stopped.json` in the run folder tells as well.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mmclip_shards.storage import write_atomic
 from mmclip_dist.engine.collective import sums
 
 EXIT_CODE = 75
-"""Of a run that was asked to stop, has saved, and goes on when it is started again (EX_TEMPFAIL)."""
+"""Exit code of a run that was asked to stop and has saved. It goes on when it is started again (EX_TEMPFAIL)."""
 STOP_FILE, STOPPED = "stop", "stopped.json"
-_LOOK_S = 1.0  # between two looks for the file: a shared file system answers to every machine
+_LOOK_S = 1.0  # seconds between two looks for the file: every machine asks the shared file system
 
 
 class StopRequest:
-    """Whether the run shall stop: asked of this process (`wanted`), and agreed by all ranks (`agreed`)."""
+    """Whether the run is to stop: `wanted` by this process, `agreed` by all ranks."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.agreed = run_dir, False
         self._reason: str | None = None
         self._looked = 0.0
-        # One process of a machine looks for the file.
+        # Only one process of a machine looks for the file.
         self._looks = os.environ.get("LOCAL_RANK", "0") == "0"
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._heard)
@@ -45,7 +45,7 @@ class StopRequest:
         self._reason = self._reason or reason
 
     def wanted(self) -> bool:
-        """Whether this process was asked; not a collective call."""
+        """Whether this process was asked to stop. Not a collective call."""
         if self._looks and self._reason is None and time.monotonic() - self._looked > _LOOK_S:
             self._looked = time.monotonic()
             if (self.run_dir / STOP_FILE).exists():
@@ -53,17 +53,17 @@ class StopRequest:
         return self._reason is not None
 
     def requested(self, device: torch.device) -> bool:
-        """Whether any rank was asked: a collective call, for evaluation loops and others that all ranks walk in step."""
+        """Whether any rank was asked to stop. A collective call, for loops that all ranks run in step."""
         self.agreed = self.agreed or sums(device, stop=self.wanted())["stop"] > 0
         return self.agreed
 
     def forget_file(self) -> None:
-        """A new run begins, or this one obeys: neither the file nor the mark of an earlier stop holds any longer."""
+        """Delete the stop file and the mark of an earlier stop: a run starts, or has obeyed."""
         (self.run_dir / STOP_FILE).unlink(missing_ok=True)
         (self.run_dir / STOPPED).unlink(missing_ok=True)
 
     def leave_mark(self, step: int) -> None:
-        """Say in the run folder that the run stopped on request, whole, and at which step."""
+        """Write stopped.json: the run stopped on request at this step, and its checkpoint is whole."""
         self.forget_file()
         mark = {"step": step, "reason": self._reason or "another rank was asked", "exit_code": EXIT_CODE}
         write_atomic(str(self.run_dir / STOPPED), json.dumps(mark).encode())

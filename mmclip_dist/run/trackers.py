@@ -34,7 +34,7 @@ def check_trackers(track: Track) -> None:
         if not getattr(track, name):
             continue
         found = find_spec(module)
-        if found is None or found.origin is None:  # a mere folder of that name, such as W&B's own beside a run, is no package
+        if found is None or found.origin is None:  # a folder of that name is not a package; W&B makes one beside a run
             raise ValueError(f"track.{name} needs a package that is missing: pip install {package}, or leave track.{name} out")
 
 
@@ -72,7 +72,7 @@ def _open(name: str, config: Config, folder: Path, step: int) -> Tracker:
     }  # fmt: skip
     try:
         tracker = kinds[name](config, folder, step)
-    except Exception as error:  # whatever a service throws at us: all ranks must stop with it, not the first alone
+    except Exception as error:  # services raise many kinds; as a ValueError it ends all ranks, not only the first
         hint = {"wandb": "; `wandb login`, or WANDB_MODE=offline", "mlflow": "; is the URI right and the server up?"}
         raise ValueError(f"track.{name} cannot start: {' '.join(str(error).split())}{hint.get(name, '')}") from error
     return tracker
@@ -94,7 +94,7 @@ class _TensorBoard:
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Rows after the step that the run goes on from are shown no more, as in metrics.jsonl.
+        # Drop rows after the step that the run resumes from, as metrics.jsonl does.
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -107,7 +107,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """W&B takes rising steps only: rows that a resumed run computes again are left out there, and are equal anyway."""
+    """W&B accepts rising steps only, so it skips the rows that a resumed run computes again. They are equal anyway."""
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         import wandb
@@ -126,7 +126,7 @@ class _WandB:
 
 
 class _MLflow:
-    """A server that is away costs a warning, not the run: every row is in metrics.jsonl too."""
+    """If the server is away, warn and go on: metrics.jsonl has every row."""
 
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         from mlflow.entities import Metric

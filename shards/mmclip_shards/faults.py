@@ -1,4 +1,4 @@
-"""How often and how long a remote store is tried again: exponential backoff with full jitter, within a budget."""
+"""Retries of a remote store: exponential backoff with full jitter, within a budget of seconds."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import threading
 import time
 from dataclasses import dataclass
 
-_waits = random.SystemRandom()  # stateless: neither shared by forked workers nor a draw from the training's generators
+# It has no state: forked workers draw different waits, and training's generators are not touched.
+_waits = random.SystemRandom()
 
-OUR_OWN = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
-"""What no second try mends."""
+NOT_RETRIED = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
+"""Errors of our own code: raised at once, never tried again."""
 
 _SETTLED = (FileNotFoundError, PermissionError, ValueError)
-# A store that says 404 or 403, or sends damaged bytes, may do so for a moment, but not for two minutes.
-_SETTLED_TRIES = 4
+_SETTLED_TRIES = 4  # for 404, 403 and damaged bytes: they can be passing errors of a store, but not for two minutes
+_MENDABLE = (FileNotFoundError, PermissionError, NotADirectoryError, ValueError)
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to bear with a store.
+    """How long to keep trying a store.
 
     budget_s: seconds without progress after which a read fails. stall_s: seconds without a byte that end one try.
-    The n-th wait is drawn from [0, min(longest_wait_s, first_wait_s 2^n)] ("full jitter"): ranks that fail together do not come
-    back together.
+    The n-th wait is drawn from [0, min(longest_wait_s, first_wait_s 2^n)] ("full jitter"), so ranks that fail together do
+    not all retry at the same moment.
     """
 
     budget_s: float = 120.0
@@ -32,12 +33,27 @@ class Patience:
     longest_wait_s: float = 10.0
 
 
+class CutFile(OSError):
+    """A file ends before the wanted bytes. No second try mends it: the file must be copied again."""
+
+
+def renamed(error: Exception, message: str) -> Exception:
+    """A new error with this message. Its kind tells whether the user can mend the cause.
+
+    What a user can mend keeps its kind: FileNotFoundError, PermissionError, NotADirectoryError, ValueError. A cut file
+    becomes a ValueError, like other damaged bytes. All else (time-outs, refused connections, 5xx) becomes an OSError.
+    """
+    if isinstance(error, CutFile):
+        return ValueError(message)
+    return next((kind for kind in _MENDABLE if isinstance(error, kind)), OSError)(message)
+
+
 class GaveUp(Exception):
-    """Raised instead of waiting on, once the reader was closed."""
+    """The reader was closed while a read waited for its next try."""
 
 
 class Tries:
-    """The tries of one read. `count`: how many failed."""
+    """Counts the tries of one read and waits between them. count: failed tries. closed: ends the waiting when it is set."""
 
     def __init__(self, patience: Patience, closed: threading.Event | None = None) -> None:
         self.patience, self.closed = patience, closed or threading.Event()
@@ -45,8 +61,11 @@ class Tries:
         self._since = time.monotonic()
 
     def wait(self, what: str, fault: Exception, *, progress: bool = False) -> None:
-        """Sleep before the next try; once the budget is spent, raise an error of the fault's kind that names `what`."""
-        if isinstance(fault, OUR_OWN):
+        """Sleep before the next try. Once the budget is spent, raise `renamed(fault)` with a message that names `what`.
+
+        progress: the failed try brought bytes, so the budget starts anew. GaveUp when the reader is closed meanwhile.
+        """
+        if isinstance(fault, NOT_RETRIED):
             raise fault
         if progress:
             self._in_a_row, self._settled, self._since = 0, 0, time.monotonic()
@@ -57,8 +76,8 @@ class Tries:
         if spent > self.patience.budget_s or self._settled >= _SETTLED_TRIES:
             if isinstance(fault, ValueError):
                 raise fault
-            kind = next((kind for kind in _SETTLED if isinstance(fault, kind)), OSError)
-            raise kind(f"{what}: tried {self.count} times in {spent:.0f} s: {type(fault).__name__}: {fault}") from fault
+            tried = f"tried {self.count} times in {spent:.0f} s"
+            raise renamed(fault, f"{what}: {tried}: {type(fault).__name__}: {fault}") from fault
         longest = min(self.patience.longest_wait_s, self.patience.first_wait_s * 2 ** min(self._in_a_row, 30))
         if self.closed.wait(_waits.uniform(0, min(longest, max(0.0, self.patience.budget_s - spent)))):
             raise GaveUp(what) from fault

@@ -1,14 +1,13 @@
-"""Shards that another program wrote: a manifest and offset indexes, so that our reader takes them where they lie."""
+"""Index the shards that another program wrote, so that our reader can read them where they are."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -22,16 +21,16 @@ from mmclip_shards.tarwalk import Entry, TarFault, TarWalk
 
 DEFAULT_SPLIT = "train"
 
-_FOREIGN = "foreign-"  # how the config_hash of such a set begins
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # webdataset's rule: the basename's first dot divides
-_METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset passes over
-_JSON_LIMIT = 16 << 20  # bytes; a larger one holds no labels
-_MOST_SUFFIXES = 256  # of one shard: the reader keeps a byte a member for it
+_FOREIGN = "foreign-"  # the config_hash of such a set begins with this
+_METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset skips
+_HIDDEN = re.compile(r"(?:.*/)?\.[^/]*", re.DOTALL)
+_JSON_LIMIT = 16 << 20  # bytes; labels are not read from a larger member
+_MOST_SUFFIXES = 256  # of one shard: the reader stores a suffix's number in one byte
 
 
 @dataclass(frozen=True)
 class Indexed:
-    """What `index_set` made of a folder. left_out: what was not taken up -> how often."""
+    """The result of `index_set`. left_out: kind of thing that was left out -> how many."""
 
     manifest: Manifest
     left_out: Counter[str]
@@ -44,6 +43,13 @@ class _Tar:
     labels: set[str]
 
 
+class _Content(NamedTuple):
+    """A file that was read. json: the bytes of `KEY.json`, unless it is too large; b"" for all other files."""
+
+    member: Member
+    json: bytes
+
+
 def index_set(
     url: Url,
     *,
@@ -53,10 +59,10 @@ def index_set(
 ) -> Indexed:
     """Write a manifest, and an index NAME.index.json beside each NAME.tar, into the folder `url`. No tar is changed.
 
-    Only what may be decoded is taken up (`schema.ALLOWED_SUFFIXES`), of samples that have a jpg or png; the rest is counted.
+    Indexes the members that may be decoded (`schema.ALLOWED_SUFFIXES`), of samples that have a jpg or png; counts the rest.
     Keys are mapped by `schema.make_key`, `jpeg` becomes `jpg`. dataset: the folder's name by default.
-    progress(done, total): in shards. ValueError, with nothing written, for a folder that is indexed already, a damaged
-    tar (names shard and offset), or a sample whose members come twice or apart (names shard and key).
+    progress(done, total): in shards. ValueError, and nothing is written, for a folder that is indexed already, a damaged tar
+    (names shard and offset), or a sample whose members come twice or do not lie together (names shard and key).
     """
     check_split_name(split)
     names = _tar_names(url)
@@ -99,21 +105,27 @@ def index_set(
 
 
 def is_foreign(manifest: Manifest) -> bool:
-    """Whether `index_set` made it: then members may be missing from the index, and JSON may have any fields."""
+    """Whether `index_set` made the manifest. Then the index may leave out members, and JSON may have any fields."""
     return manifest.config_hash.startswith(_FOREIGN)
 
 
 def foreign_member(name: str) -> tuple[str, str] | None:
-    """(the other program's key, suffix as we store it) of a file in its tar; None if it is no part of a sample."""
-    parts = _MEMBER.fullmatch(name)
-    if parts is None or _METADATA.match(name) or name.startswith("/") or ".." in name.split("/"):
+    """(key in the foreign tar, suffix in our index) of a file's name; None if the file is not part of a sample.
+
+    webdataset divides the name. Unsafe names and those that webdataset skips are None, and so are hidden files (such as
+    `a/._k.jpg`, which macOS adds): webdataset would take their folder for the key.
+    """
+    from webdataset.tariterators import base_plus_ext  # slow to import: it imports torch
+
+    if _METADATA.match(name) or _HIDDEN.fullmatch(name) or name.startswith("/") or ".." in name.split("/"):
         return None
-    before, dot, last = parts[2].lower().rpartition(".")
-    return parts[1], before + dot + ("jpg" if last == "jpeg" else last)
+    key, suffix = base_plus_ext(name)
+    # webdataset stores its own facts in a sample under names like `__key__`.
+    return None if key is None or suffix.startswith("__") else (key, _our_suffix(suffix))
 
 
 def may_hold(suffix: str) -> bool:
-    """Whether members with this suffix are taken up."""
+    """Whether members with this suffix are indexed."""
     try:
         check_suffix(suffix)
     except ValueError:
@@ -122,7 +134,7 @@ def may_hold(suffix: str) -> bool:
 
 
 def listed(left_out: Counter[str], most: int = 12) -> str:
-    """The counts as one line."""
+    """The largest `most` counts in one line."""
     parts = [f"{count} {what}" for what, count in left_out.most_common(most)]
     return ", ".join([*parts, *(["..."] if len(left_out) > most else [])]) or "nothing"
 
@@ -152,7 +164,7 @@ def _folder_name(url: Url) -> str:
 
 
 def _check_free(where: str) -> None:
-    """ValueError if another program's file has the name of our index; one that an interrupted run left is replaced."""
+    """ValueError if a file of another program has the name of our index. An index that an interrupted run left is no fault."""
     if not storage.exists(where):
         return
     try:
@@ -160,11 +172,13 @@ def _check_free(where: str) -> None:
     except ValueError:
         ours = False
     if not ours:
-        raise ValueError(f"{where} is in the way, a file that is no index of ours: move it elsewhere")
+        raise ValueError(f"{where} is in the way: it is a file of another program; move it elsewhere")
 
 
 def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
-    """Index one tar; None if it holds no sample."""
+    """Index one tar; None if it holds no sample with an image."""
+    from webdataset.tariterators import group_by_keys  # slow to import: it imports torch
+
     where = storage.join(url, path)
     try:
         walk = TarWalk(where)
@@ -173,7 +187,8 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
         suffixes: set[str] = set()
         labels: set[str] = set()
         samples = 0
-        for raw_key, entries in groupby(_named_entries(walk, left_out), key=itemgetter(0)):
+        for sample in group_by_keys(_files(walk, where, left_out)):
+            raw_key = sample["__key__"]
             key = make_key(raw_key)
             if key in seen:
                 raise ValueError(
@@ -181,7 +196,7 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
                     "and two samples cannot share a key"
                 )
             seen.add(key)
-            members, names = _sample(walk, raw_key, entries, left_out)
+            members, names = _members(sample, left_out)
             if members.keys().isdisjoint(IMAGE_SUFFIXES):
                 left_out["samples without jpg or png"] += 1
                 continue
@@ -190,7 +205,9 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
             labels |= names
             samples += 1
         if len(suffixes) > _MOST_SUFFIXES:
-            raise ValueError(f"its members have {len(suffixes)} different suffixes; {_MOST_SUFFIXES} can be indexed")
+            raise ValueError(
+                f"its members have {len(suffixes)} different suffixes; {_MOST_SUFFIXES} can be indexed at most"
+            )
         if not samples:
             return None
         sha256 = walk.sha256()
@@ -204,43 +221,61 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
     return _Tar(shard, index, labels)
 
 
-def _named_entries(walk: TarWalk, left_out: Counter[str]) -> Iterator[tuple[str, str, Entry]]:
-    """(key of the other program, our suffix, entry) of every file that is part of a sample."""
+def _files(walk: TarWalk, where: str, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Every file that may be part of a sample, in the form of webdataset's tar iteration: `fname`, `data`, `__url__`.
+
+    data: a `_Content` in place of the bytes; None for a member that is not indexed. ValueError when a sample has two
+    members with one suffix.
+    """
+    key, met = "", set[str]()
     for entry in walk.entries():
         if entry.kind == "folder":
             continue
         parts = foreign_member(entry.name) if entry.kind == "file" else None
         if parts is not None:
-            yield *parts, entry
+            if parts[0] != key:
+                key, met = parts[0], set()
+            if parts[1] in met:
+                raise ValueError(f"key {key!r} has two members .{parts[1]}: rename one of them")
+            met.add(parts[1])
+            content = _content(walk, entry, parts[1]) if may_hold(parts[1]) else None
+            yield {"fname": entry.name, "data": content, "__url__": where}
         elif entry.kind != "file":
             left_out["links, devices and the like"] += 1
         else:
             left_out["files whose name is unsafe or no KEY.SUFFIX"] += 1
 
 
-def _sample(
-    walk: TarWalk, raw_key: str, entries: Iterable[tuple[str, str, Entry]], left_out: Counter[str]
-) -> tuple[dict[str, Member], set[str]]:
-    """The members of one sample that are taken up, by suffix, and the names of its labels."""
+def _content(walk: TarWalk, entry: Entry, suffix: str) -> _Content:
+    digest, kept = xxhash.xxh3_64(), []
+    for piece in walk.pieces():
+        digest.update(piece)
+        if suffix == "json" and entry.length <= _JSON_LIMIT:
+            kept.append(piece)
+    return _Content(Member(entry.offset, entry.length, digest.hexdigest()), b"".join(kept))
+
+
+def _members(sample: dict[str, Any], left_out: Counter[str]) -> tuple[dict[str, Member], set[str]]:
+    """The indexed members of one sample, by our suffix, and the names of its labels. Counts the other members."""
     members: dict[str, Member] = {}
     labels: set[str] = set()
-    met: set[str] = set()
-    for _, suffix, entry in entries:
-        if suffix in met:
-            raise ValueError(f"key {raw_key!r} has two members .{suffix}: rename one of them")
-        met.add(suffix)
-        if not may_hold(suffix):
+    for theirs, content in sample.items():
+        if theirs.startswith("__"):
+            continue
+        suffix = _our_suffix(theirs)
+        if content is None:
             left_out[f"members .{suffix}"] += 1
             continue
-        digest, kept = xxhash.xxh3_64(), []
-        for piece in walk.pieces():
-            digest.update(piece)
-            if suffix == "json" and entry.length <= _JSON_LIMIT:
-                kept.append(piece)
-        members[suffix] = Member(entry.offset, entry.length, digest.hexdigest())
+        members[suffix] = content.member
         if suffix == "json":
-            labels = _label_names(b"".join(kept), left_out)
+            labels = _label_names(content.json, left_out)
     return members, labels
+
+
+def _our_suffix(suffix: str) -> str:
+    """A suffix as our index holds it: lower case, and `jpg` for `jpeg`."""
+    before, dot, last = suffix.lower().rpartition(".")
+    return before + dot + ("jpg" if last == "jpeg" else last)
 
 
 def _label_names(data: bytes, left_out: Counter[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""One study image, as it comes, to the 8-bit single-channel image that a shard holds."""
+"""Decode a study image to 8 bits and a single channel, and prepare it for a shard."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from PIL import Image, ImageOps
 from mmclip_shards.schema import Box
 
 MAX_PIXELS = 100_000_000
-"""A decompression bomb is refused by the size in its header. The largest radiographs have about 25 million pixels."""
+"""Larger images are refused by the size in their header (decompression bombs). The largest radiographs have about 25
+million pixels."""
 
 JPEG_QUALITY = 95
 
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _DECODE_ERRORS = (
     OSError,
-    SyntaxError,  # what Pillow raises for a broken PNG
+    SyntaxError,  # Pillow raises it for a broken PNG
     ValueError,
     EOFError,
     struct.error,
@@ -33,7 +34,8 @@ _DECODE_ERRORS = (
 
 
 class PreparedImage(NamedTuple):
-    """data: JPEG or PNG, 8-bit single channel; suffix: "jpg" or "png"; width, height and boxes: in its pixels."""
+    """An image as a shard holds it. data: JPEG or PNG, 8-bit single channel; suffix: "jpg" or "png"; width, height, boxes: in
+    its pixels."""
 
     data: bytes
     suffix: str
@@ -43,7 +45,7 @@ class PreparedImage(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What an encoded image is. suffix: "jpg" or "png"; mode: Pillow's, "L" for 8-bit single channel."""
+    """Facts about an encoded image. suffix: "jpg" or "png"; mode: Pillow's, "L" for 8-bit single channel."""
 
     suffix: str
     mode: str
@@ -51,18 +53,26 @@ class ImageFacts(NamedTuple):
     height: int
 
 
-def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
-    """Upright, 8-bit, single channel, the shorter side reduced to at most `short_side` pixels (never enlarged).
+def decode_image(data: bytes | Path) -> Image.Image:
+    """A JPEG or PNG, as a file or its bytes -> an 8-bit image of mode "L", upright. Everything that reads pixels uses this.
 
-    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. Anything deeper than 8 bits is rescaled
-    from its own minimum and maximum. No metadata is kept: it can name the patient. ValueError that names the file when
-    it cannot be used.
+    EXIF orientation is applied, colour becomes luma, transparent pixels become black, and anything deeper than 8 bits
+    is rescaled (`rescale_to_8_bit`). The image carries no metadata: it can name the patient. ValueError that names the
+    file when it cannot be used.
     """
-    name = str(image) if isinstance(image, Path) else "image data"
+    return _decode(data)[0]
+
+
+def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
+    """Decode an image (`decode_image`), reduce its shorter side to at most `short_side` pixels, encode it, scale its boxes.
+
+    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. No image is enlarged. No metadata is kept: it
+    can name the patient. ValueError that names the file when it cannot be used.
+    """
     if isinstance(image, np.ndarray):
-        pixels, suffix = Image.fromarray(_array_to_8_bit(image, name)), "png"
+        pixels, suffix = Image.fromarray(_array_to_8_bit(image)), "png"
     else:
-        pixels, suffix = _decode(image, name)
+        pixels, suffix = _decode(image)
     before = pixels.size
     pixels = _reduce(pixels, short_side)
     scale_x, scale_y = pixels.width / before[0], pixels.height / before[1]
@@ -76,7 +86,7 @@ def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequ
 
 
 def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
-    """Facts from an image's header; with `decode`, all of it must be decodable too. ValueError when it cannot be used."""
+    """Facts from an image's header. decode: also decode all of it. ValueError when that fails."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as source:
             _check_pixels(source.size)
@@ -88,9 +98,9 @@ def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
 
 
 def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Minimum to 0, maximum to 255, linearly; a constant image becomes 0. values [height, width] -> uint8.
+    """Scale linearly, minimum to 0 and maximum to 255; a constant image becomes 0. values [height, width] -> uint8.
 
-    Pillow's own `.convert("L")` clips at 255 instead, which turns a 16-bit radiograph white.
+    Pillow's `.convert("L")` clips at 255 instead, which turns a 16-bit radiograph white.
     """
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -100,18 +110,24 @@ def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
     return np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
 
 
-def _decode(image: Path | bytes, name: str) -> tuple[Image.Image, str]:
-    """The upright 8-bit image and the suffix to store it under."""
+def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
+    """The upright 8-bit image, and the suffix to store it under."""
     try:
-        # Only these two decoders: Pillow knows some 40 formats, among them ones that start other programs.
-        source = Image.open(image if isinstance(image, Path) else io.BytesIO(image), formats=("JPEG", "PNG"))
+        # Pillow knows some 40 formats, and some of them start other programs: allow only these two.
+        source = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=("JPEG", "PNG"))
         with source:
             _check_pixels(source.size)
             suffix = _suffix(source)
-            source.load()
-            return _to_8_bit(ImageOps.exif_transpose(source)), suffix
+            ImageOps.exif_transpose(source, in_place=True)
+            image = _to_8_bit(source)
+            image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
+            return image, suffix
     except _DECODE_ERRORS as error:
-        raise ValueError(f"{name} is not a usable JPEG or PNG: {_reason(error)}") from error
+        raise ValueError(f"{_name(data)} is not a usable JPEG or PNG: {_reason(error)}") from error
+
+
+def _name(image: object) -> str:
+    return str(image) if isinstance(image, Path) else "image data"
 
 
 def _suffix(source: Image.Image) -> str:
@@ -119,18 +135,21 @@ def _suffix(source: Image.Image) -> str:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
+    """A loaded image in mode "L". Returns the same object if it has that mode already."""
     if image.mode in _DEEP_MODES:
         return Image.fromarray(rescale_to_8_bit(np.asarray(image)))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, "black")  # the background of a radiograph
         image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    if image.mode not in ("1", "L"):
-        image = image.convert("RGB")  # palettes and CMYK have no direct way to luma
-    # Through an array, because Pillow would copy comments and profiles of the source into the output.
-    return Image.fromarray(np.asarray(image.convert("L")))
+    if image.mode == "L":
+        return image
+    if image.mode != "1":
+        image = image.convert("RGB")  # Pillow does not convert palettes and CMYK to luma directly
+    return image.convert("L")
 
 
-def _array_to_8_bit(array: np.ndarray, name: str) -> np.ndarray:
+def _array_to_8_bit(array: np.ndarray) -> np.ndarray:
+    name = _name(array)
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; a single-channel image [height, width] is needed")
     if array.dtype.kind not in "uif":
@@ -171,5 +190,5 @@ def _scale_box(box: Box, scale_x: float, scale_y: float) -> Box:
 
 
 def _reason(error: BaseException) -> str:
-    # Pillow's message for an unknown format holds the address of a buffer, which differs from run to run.
+    # Pillow's message for an unknown format holds the address of a buffer, which changes from run to run.
     return "it has another format" if isinstance(error, Image.UnidentifiedImageError) else str(error)

@@ -1,4 +1,4 @@
-"""The manifest beside a set's shards, and the offset index beside each shard: read, checked, written."""
+"""The manifest of a set and the offset index of each shard: read, check, write."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Manifest:
     def __post_init__(self) -> None:
         _check_version(self.version)
         if self.kind not in get_args(Kind):
-            raise ValueError(f"kind {self.kind!r} is none of {', '.join(get_args(Kind))}")
+            raise ValueError(f"kind {self.kind!r} is unknown; it must be one of {', '.join(get_args(Kind))}")
         if not all(isinstance(text, str) and text for text in (self.dataset, self.split, self.config_hash)):
             raise ValueError("dataset, split and config_hash must be non-empty texts")
         if not self.shards:
@@ -100,7 +100,7 @@ class Member:
 
 
 class MemberColumns(NamedTuple):
-    """One entry a member. suffix: its number among the shard's suffixes; offset, length: bytes in the tar; xxh3: hash."""
+    """One entry for each member. suffix: number in the shard's list of suffixes; offset, length: bytes in the tar; xxh3: hash."""
 
     suffix: array[int]
     offset: array[int]
@@ -109,7 +109,7 @@ class MemberColumns(NamedTuple):
 
 
 class ShardIndex:
-    """Where every sample of a shard lies, in compact arrays: some 150 bytes a sample.
+    """Where each sample of a shard lies, in compact arrays: about 150 bytes a sample.
 
     keys: of the samples, in the order of the tar; rows: key -> number of the sample.
     """
@@ -135,7 +135,7 @@ class ShardIndex:
 
 
 def load_manifest(url: Url) -> Manifest:
-    """The checked manifest in folder `url`. ValueError when it is missing, of another version, or malformed."""
+    """The checked manifest in folder `url`. ValueError when it is missing, malformed, or of another version."""
     where = storage.join(url, MANIFEST_NAME)
 
     def parse(data: bytes) -> Manifest:
@@ -148,7 +148,7 @@ def load_manifest(url: Url) -> Manifest:
         return storage.read_parsed(where, parse)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack` (or `mmclip index`, for shards of others), "
+            f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack` (or `mmclip index`, for shards of another program), "
             "or correct the path"
         ) from error
 
@@ -165,7 +165,7 @@ def manifest_hash(manifest: Manifest) -> str:
 
 
 def find_split(url: Url, split: str) -> str:
-    """The folder that holds a split: `url` itself, or its sub-folder `split`. ValueError that says what was found."""
+    """The folder that holds a split: `url` itself, or its sub-folder `split`. ValueError when neither has a manifest."""
     for folder in (str(url), storage.join(url, split)):
         if storage.exists(storage.join(folder, MANIFEST_NAME)):
             return folder
@@ -187,12 +187,12 @@ def find_sets(url: Url) -> list[str]:
         return found
     raise ValueError(
         f"no {MANIFEST_NAME} in {url} or a folder of it ({len(names)} entries there): make a set with `mmclip pack` "
-        "(or `mmclip index`, for shards of others), or correct the path"
+        "(or `mmclip index`, for shards of another program), or correct the path"
     )
 
 
 def index_bytes(members: list[tuple[str, Member]], sha256: str) -> bytes:
-    """The index file of a shard, from (member name, Member) in the order of the tar, and the sha256 of the tar."""
+    """The content of a shard's index file. members: (name, Member), in the order of the tar; sha256: of the tar."""
     rows = [[name, member.offset, member.length, member.xxh3] for name, member in members]
     return canonical_json({"version": SCHEMA_VERSION, "sha256": sha256, "members": rows})
 
@@ -200,7 +200,7 @@ def index_bytes(members: list[tuple[str, Member]], sha256: str) -> bytes:
 def load_index(url: Url, shard: Shard, tries: Tries | None = None) -> ShardIndex:
     """The checked index of one shard of the set in folder `url`. ValueError when it is missing or does not fit.
 
-    tries: of a remote read; a fresh one by default.
+    tries: as in `storage.read_parsed`.
     """
     where = storage.join(url, shard.index)
 
@@ -220,7 +220,7 @@ def load_index(url: Url, shard: Shard, tries: Tries | None = None) -> ShardIndex
 
 
 def check_relative(path: str) -> None:
-    """ValueError unless `path` is a plain relative one: no root, `..`, scheme or command (`pipe:`), hidden name."""
+    """ValueError unless `path` is a plain relative path: no root, `..`, scheme, command (`pipe:`) or hidden name."""
     if not isinstance(path, str) or not all(_PATH_PART.fullmatch(part) for part in path.split("/")):
         raise ValueError(f"path {path!r} is refused: a set may only name files below its own folder")
 
@@ -228,7 +228,7 @@ def check_relative(path: str) -> None:
 def _parse_manifest(document: dict[str, Any]) -> Manifest:
     if not isinstance(document, dict) or not isinstance(document.get("labels"), list):
         raise ValueError("it is not a JSON object with the fields of a manifest")
-    _check_version(document["version"])  # before the fields: another version may have others
+    _check_version(document["version"])  # first: another version may have other fields
     fields = {name: value for name, value in document.items() if name not in ("samples", "digest")}
     fields["shards"] = tuple(Shard(**row) for row in document["shards"])
     fields["labels"] = tuple(document["labels"])
@@ -243,14 +243,14 @@ def _parse_manifest(document: dict[str, Any]) -> Manifest:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """Hash of a manifest's content: a byte that an object store got wrong must not become a path or a count."""
+    """Hash of a manifest's content, so that one wrong byte from an object store is noticed."""
     content = {name: value for name, value in document.items() if name != "digest"}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 
 def _parse_index(document: dict[str, Any], shard: Shard) -> ShardIndex:
     _check_version(document["version"])
-    # Ties the hashes of the members to the manifest: shard and index replaced together would agree with each other.
+    # A shard and an index that were replaced together agree with each other, but not with the manifest.
     if document["sha256"] != shard.sha256:
         raise ValueError("it was written for another build of the shard than the manifest: copy or pack the set again")
     keys: list[str] = []

@@ -1,4 +1,4 @@
-"""Pack a raw data set: check it, decode its images in parallel, write DEST/SPLIT/000000.tar and the manifests."""
+"""Pack a raw data set: check it, prepare its images in parallel, write DEST/SPLIT/000000.tar and so on, then the manifests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WINDOW_PER_WORKER = 8
 _NAMED_FAILURES = 5
 
 Numbered = tuple[int, Record]
-"""A record and its place in the caller's sequence, from 1: what errors name instead of a patient."""
+"""A record and its place in the caller's sequence, from 1. Errors name the place, never the patient."""
 
 
 def pack(
@@ -51,14 +51,14 @@ def pack(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
-    """Write a base set below `dest`, one folder per split; its manifests by split.
+    """Write a base set below `dest`, one folder per split -> its manifests, by split.
 
-    splits: fractions, by which patients are spread; or, with None, split_of_record: key -> split, for every record.
-    short_side: pixels. config_hash: names the records (see `datasets`); pack adds its own settings to it.
-    patient_key: for the stored patient hash, else `split.patient_key()`. progress(done, total): after every image.
+    splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
+    short_side: pixels (see `prepare_image`). config_hash: identifies the records (see `datasets`); pack adds its own settings.
+    patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
 
-    Packing again skips what is done. Everything but the images' content is checked before anything is written; when
-    images turn out unreadable, one error lists them and nothing is left behind. ValueError for all of it.
+    Packing again skips finished splits. All is checked before anything is written, except the content of the images: if some
+    are unreadable, one error lists them and nothing is left behind. ValueError for all that the caller can mend.
     """
     for name, value in (("short_side", short_side), ("samples_per_shard", samples_per_shard), ("workers", workers)):
         if value < 1:
@@ -117,7 +117,7 @@ def pack(
 
 
 def _check_records(records: Iterable[Record]) -> list[Numbered]:
-    """The records with their numbers, sorted by key. ValueError naming the first that cannot be stored."""
+    """The records with their numbers, sorted by key. ValueError that names the first record that cannot be stored."""
     numbered = list(enumerate(records, 1))
     if not numbered:
         raise ValueError("there are no records to pack")
@@ -139,7 +139,7 @@ def _check_records(records: Iterable[Record]) -> list[Numbered]:
 def _assign(
     numbered: list[Numbered], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int
 ) -> dict[str, list[Numbered]]:
-    """Split -> its records, sorted by key. ValueError for a split that would stay empty, or a patient in two."""
+    """Split -> its records, sorted by key. ValueError for a split that would be empty, or a patient in two splits."""
     if (splits is None) == (split_of_record is None):
         raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
     plan: dict[str, list[Numbered]] = {}
@@ -171,12 +171,12 @@ def _assign(
 
 
 def _hash_settings(**settings: object) -> str:
-    """What makes two packings the same: with equal hashes the second is skipped."""
+    """Hash of everything that shapes a packed set. Packing with an equal hash is skipped."""
     return hashlib.sha256(canonical_json(settings)).hexdigest()
 
 
 def _load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
-    """Manifests that an earlier run with the same settings left in `dest`. ValueError when `dest` holds another set."""
+    """Manifests in `dest` of an earlier run with the same settings, by split. ValueError when `dest` holds another set."""
     if storage.exists(storage.join(dest, MANIFEST_NAME)):
         raise ValueError(f"{dest} is itself a split of a packed set: name a new folder, or the folder above it")
     finished: dict[str, Manifest] = {}
@@ -214,7 +214,10 @@ def _encode_samples(
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> Generator[tuple[str, str, dict[str, bytes]], None, None]:
-    """(split, key, members) of every record. After an unreadable image the rest are only tried, then listed."""
+    """(split, key, members) of every record. After the first unreadable image it yields no more, but finds all others too.
+
+    ValueError at the end that lists the unreadable images.
+    """
     jobs = [(split, number, record) for split, rows in todo.items() for number, record in rows]
     failures: list[str] = []
     with closing(_prepare_all([record for _, _, record in jobs], short_side, workers)) as images:
@@ -243,11 +246,11 @@ def _encode_samples(
 
 
 def _prepare_all(records: list[Record], short_side: int, workers: int) -> Generator[PreparedImage | str, None, None]:
-    """The prepared image of every record in order, or why there is none; a bounded number is under way at once."""
+    """The prepared image of every record, in order, or a text that says why there is none. Holds a bounded number in memory."""
     if workers == 1:
         yield from (_prepare(record, short_side) for record in records)
         return
-    # Not forked: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
+    # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     window: deque[Future[PreparedImage | str]] = deque()
     try:

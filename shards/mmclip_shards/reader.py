@@ -1,4 +1,4 @@
-"""Read any sample of a set by shard and key, every byte checked against the shard's offset index."""
+"""Read any sample of a set by shard and key. Every byte is checked against the shard's offset index."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import xxhash
 
 from mmclip_shards import storage
 from mmclip_shards.chunks import ChunkReader
-from mmclip_shards.faults import Tries
+from mmclip_shards.faults import CutFile, Tries, renamed
 from mmclip_shards.manifest import Manifest, ShardIndex, load_index, load_manifest
 from mmclip_shards.storage import Url
 
-_AHEAD = 32  # samples that sequential reading has fetched ahead
+_AHEAD = 32  # samples that sequential reading fetches ahead
 
 
 class ShardReader:
     """Random access to the samples of the set in folder `url`.
 
-    open_shards: how many indexes and open local files are kept (the last used ones); fewer than are read side by side would
-    thrash. chunks: what remote shards are read through; readers may share one, with its memory.
-    Threads may share a reader; a copy sent to another process opens its own files there.
+    open_shards: how many indexes and open local files to keep; the least recently used are closed first. Keep at least as
+    many as you read side by side. chunks: reads remote shards; several readers may share one, and its memory.
+    Threads may share a reader. A reader sent to another process opens its own files there.
     """
 
     def __init__(
@@ -46,7 +46,11 @@ class ShardReader:
         return self._index(shard_number).keys
 
     def read(self, shard_number: int, key: str) -> dict[str, bytes]:
-        """A sample's members: suffix -> bytes. ValueError naming shard, key, offset and cause when a byte is wrong."""
+        """A sample's members: suffix -> bytes. Errors name shard, key, offset and cause.
+
+        ValueError when the shard or its index is damaged or has no such key; FileNotFoundError or PermissionError when
+        the shard is missing or access is refused; OSError when the store or the disk failed.
+        """
         index = self._index(shard_number)
         row = index.rows.get(key)
         if row is None:
@@ -54,7 +58,7 @@ class ShardReader:
         start, length = index.span(row, row + 1)
         tries: Tries | None = None
         while True:
-            # One read from the first byte to the last: one request on object storage.
+            # Read all members at once: that is one request on object storage.
             span = self._read_span(shard_number, key, start, length)
             sample, damaged = {}, None
             for suffix, offset, size, xxh3 in index.sample(row):
@@ -77,12 +81,12 @@ class ShardReader:
             tries.wait("", fault)
 
     def prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
-        """Have samples fetched from object storage; returns at once. Local files need none."""
+        """Start fetching samples from object storage and return at once. Does nothing for local files."""
         if not self._local:
             self.chunks.submit(self._prefetch, shard_number, rows)
 
     def samples(self, shard_number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Every (key, members) of a shard, in order, fetched ahead."""
+        """Every (key, members) of a shard, in order. Remote samples are fetched ahead."""
         keys = self.keys(shard_number)
         for row, key in enumerate(keys):
             if not self._local and row % _AHEAD == 0:
@@ -110,14 +114,14 @@ class ShardReader:
             return data
         except OSError as error:
             where = f"shard {self._where(shard_number)}, key {key}, offset {offset}"
-            raise ValueError(f"{where}: cannot be read: {error}") from error
+            raise renamed(error, f"{where}: cannot be read: {error}") from error
 
     def _load_index(self, shard_number: int) -> ShardIndex:
         tries = Tries(self.chunks.reading.patience)
         try:
             return load_index(self.url, self.manifest.shards[shard_number], tries)
         except OSError as error:
-            raise ValueError(f"shard {self._where(shard_number)}: its index cannot be read: {error}") from error
+            raise renamed(error, f"shard {self._where(shard_number)}: its index cannot be read: {error}") from error
         finally:
             if tries.count:
                 self.chunks.count(retries=tries.count)
@@ -130,26 +134,26 @@ class ShardReader:
 
 
 def iterate(url: Url) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Every (key, members) of the set in folder `url`, in order, checked like `ShardReader.read`."""
+    """Every (key, members) of the set in folder `url`, in order. Checks and errors are those of `ShardReader.read`."""
     reader = ShardReader(url, load_manifest(url))
     for number in range(len(reader.manifest.shards)):
         yield from reader.samples(number)
 
 
 class _LocalFile:
-    """An open shard. It closes when its last user lets go, so eviction cannot pull it from under a reading thread."""
+    """An open shard. It closes when nothing refers to it any more, so a thread can finish reading one that was evicted."""
 
     def __init__(self, path: Path, size: int) -> None:
         self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         found = os.fstat(self._descriptor).st_size
         if found != size:
-            raise OSError(f"the file has {found} bytes, its manifest promises {size}: copy the shard again")
+            raise CutFile(f"the file has {found} bytes, its manifest promises {size}: copy the shard again")
 
     def read(self, offset: int, length: int) -> bytes:
         data = os.pread(self._descriptor, length, offset)
         if len(data) != length:
-            raise OSError(f"{length} bytes wanted at offset {offset}, {len(data)} came")
+            raise CutFile(f"{length} bytes wanted at offset {offset}, {len(data)} came")
         return data
 
     def __del__(self) -> None:

@@ -1,4 +1,4 @@
-"""What is inside a shard: names of members, the sample key, and the raw record that packing turns into one sample."""
+"""What is inside a shard: keys, names of members, encodings; and the raw record that packing turns into one sample."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import numpy as np
 SCHEMA_VERSION = 1
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
-"""A dot splits a WebDataset member name at its *first* dot, so a dotted key silently merges two samples into one."""
+"""WebDataset splits a member's name at its *first* dot, so a key with a dot would silently merge two samples into one."""
 
 MAX_KEY_LENGTH = 80
 """A ustar name holds 100 bytes; this leaves 20 for the longest suffix."""
 
 ALLOWED_SUFFIXES = ("jpg", "png", "json", "txt", "npy")
-"""The last extension of a member. Nothing else is ever decoded: shards are untrusted, and a pickle runs code."""
+"""Allowed last extensions of a member. Nothing else is ever decoded: shards are untrusted, and a pickle runs code."""
 
 ENTITIES_SUFFIX = "entities.json"
 ATTENTION_SUFFIX = "attention.npy"
@@ -34,7 +34,7 @@ LABEL_VALUES = (1, 0, -1, None)
 """present, absent, uncertain, not mentioned."""
 
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-# NumPy parses a header as Python source, and lets the parser's own errors through.
+# NumPy parses a header as Python source and does not catch the parser's errors.
 _NPY_HEADER_ERRORS = (
     ValueError, TypeError, KeyError, SyntaxError, EOFError, tokenize.TokenError, RecursionError, MemoryError,
 )  # fmt: skip
@@ -43,7 +43,7 @@ _SUFFIX_PATTERN = re.compile(r"(?:[a-z0-9_]{1,12}\.)?[a-z]{3,4}")
 
 @dataclass(frozen=True)
 class Box:
-    """Where a finding is, in pixels of the image it comes with (origin top left; upright, where EXIF turns it)."""
+    """Where a finding is, in pixels of its image. The origin is the top left corner, after EXIF orientation is applied."""
 
     label: str
     x: float
@@ -57,11 +57,11 @@ class Record:
     """One study image of a raw data set, before packing.
 
     image: a file, encoded bytes, or 8/16-bit single-channel pixels [height, width].
-    report: full text, or "" for an unpaired image; findings and impression are its sections where known.
+    report: full text, or "" for an unpaired image; findings and impression: its sections, if known.
     labels: disease -> 1 present, 0 absent, -1 uncertain, None not mentioned.
     patient: the raw patient id; only its keyed hash is ever written.
     source: the image's path relative to the raw data set (or any stable name).
-    split: the data set's own split of this image, where it has one.
+    split: the split that the data set itself gives this image, if any.
     """
 
     key: str
@@ -86,10 +86,10 @@ def check_key(key: str) -> None:
 
 
 def make_key(text: str) -> str:
-    """Map any text (a DICOM UID, a dotted file name) to a legal key; two different texts never share one.
+    """Map any text (a DICOM UID, a dotted file name) to a legal key. Different texts get different keys.
 
-    Characters outside the set become `-`. Where that, or cutting to the longest key, loses anything, 8 hex digits of
-    the text's BLAKE2b are appended. ValueError for an empty text.
+    Illegal characters become `-`, and long texts are cut. If that changes the text, 8 hex digits of its BLAKE2b hash are
+    appended. ValueError for an empty text.
     """
     if not text:
         raise ValueError("a sample key cannot be made from an empty text")
@@ -101,20 +101,20 @@ def make_key(text: str) -> str:
 
 
 def check_suffix(suffix: str) -> None:
-    """ValueError unless a member may end in `suffix` (what follows the key's dot, such as `jpg` or `entities.json`)."""
+    """ValueError unless a member may have this suffix: the part after the key's dot, such as `jpg` or `entities.json`."""
     if not _SUFFIX_PATTERN.fullmatch(suffix) or suffix.rpartition(".")[2] not in ALLOWED_SUFFIXES:
         raise ValueError(f"member suffix {suffix!r} is refused: it must end in one of {', '.join(ALLOWED_SUFFIXES)}")
 
 
 def member_name(key: str, suffix: str) -> str:
-    """The checked name of a member inside a shard."""
+    """The name of a member inside a shard. ValueError for a key or suffix that is refused."""
     check_key(key)
     check_suffix(suffix)
     return f"{key}.{suffix}"
 
 
 def split_member(name: str) -> tuple[str, str]:
-    """The checked (key, suffix) of a member's name. ValueError for a name that may not be in a shard."""
+    """(key, suffix) of a member's name. ValueError for a name that may not be in a shard."""
     key, _, suffix = name.partition(".")
     check_key(key)
     check_suffix(suffix)
@@ -122,7 +122,7 @@ def split_member(name: str) -> tuple[str, str]:
 
 
 def canonical_json(value: object) -> bytes:
-    """The one JSON encoding used for everything written, so that the same content is the same bytes."""
+    """The JSON encoding of everything that is written: the same content gives the same bytes."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8") + b"\n"
 
@@ -136,13 +136,13 @@ def encode_npy(array: np.ndarray) -> bytes:
 
 def decode_npy(data: bytes) -> np.ndarray:
     """The array in .npy bytes. ValueError for anything else, pickled objects included."""
-    # The header ends where its length field says; a shard's arrays share one, which NumPy would parse as Python each time.
+    # Cut the header out by its length field and cache it: all arrays of a shard share one, and NumPy parses it slowly.
     length = (
         10 + int.from_bytes(data[8:10], "little") if data[6:7] == b"\x01" else 12 + int.from_bytes(data[8:12], "little")
     )
     shape, fortran_order, dtype = _npy_header(data[:length])
     body = memoryview(data)[length:]
-    # Checked before anything is allocated: the header is untrusted and may claim terabytes.
+    # Check before anything is allocated: the header is untrusted and may claim terabytes.
     if math.prod(shape) * dtype.itemsize != len(body) or any(length < 0 for length in shape):
         raise ValueError(f".npy data of shape {shape} and type {dtype} does not fit its {len(body)} bytes")
     flat = np.frombuffer(body, dtype=dtype) if len(body) else np.empty(0, dtype)
@@ -151,7 +151,7 @@ def decode_npy(data: bytes) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, type) of an array from the bytes before its values. ValueError for what is none."""
+    """(shape, Fortran order, type) of an array, from its header. ValueError unless this is a header."""
     buffer = io.BytesIO(header)
     try:
         shape, fortran_order, dtype = _NPY_HEADERS[np.lib.format.read_magic(buffer)](buffer)
@@ -186,7 +186,7 @@ def sample_document(
     height: int,
     boxes: tuple[Box, ...],
 ) -> dict[str, Any]:
-    """What `KEY.json` holds. width, height, boxes: of the stored image, in pixels; all `label_names` are present."""
+    """The content of `KEY.json`. width, height, boxes: of the stored image, in pixels. Each of `label_names` gets a value."""
     document: dict[str, Any] = {
         "report": _report(record),
         "labels": {name: record.labels.get(name) for name in label_names},

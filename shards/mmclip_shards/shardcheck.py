@@ -1,4 +1,4 @@
-"""One shard, checked in one pass: the tar's structure, its index, and the content of every member."""
+"""Check one shard in one pass: the tar's structure, its index, and the content of every member."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mmclip_shards.schema import (
 from mmclip_shards.tarwalk import Entry, TarFault, TarWalk
 
 MEMBER_LIMIT = 256 << 20
-"""Bytes of a member that is held in memory to be decoded: far above an image within the pixel limit."""
+"""Bytes of the largest member that is decoded in memory. Images within the pixel limit are far smaller."""
 
 _SIDECAR_SUFFIX = {"entities": ENTITIES_SUFFIX, "attention": ATTENTION_SUFFIX}
 
 
 class Finding(NamedTuple):
-    """Something wrong. where: the file; member: a key or a member of it, "" for the file as a whole."""
+    """One fault. where: the file; member: the key or member that is at fault, "" for the file as a whole."""
 
     where: str
     member: str
@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 
 
 class ShardVerdict(NamedTuple):
-    """What was found in one shard. first_key, last_key: "" when it could not be read."""
+    """The result of checking one shard. first_key, last_key: "" when it could not be read."""
 
     findings: list[Finding]
     samples: int
@@ -66,12 +66,12 @@ class ShardPlace(NamedTuple):
 
     @property
     def sorted(self) -> bool:
-        """Whether keys must rise, inside the shard and from one to the next: so in every set that we pack."""
+        """Whether keys must rise within the shard and from shard to shard, as in every set that we pack."""
         return self.manifest.kind == "base" and not is_foreign(self.manifest)
 
 
 class _Row(NamedTuple):
-    """What the index says of a member."""
+    """A member, as the index describes it."""
 
     offset: int
     length: int
@@ -80,7 +80,7 @@ class _Row(NamedTuple):
 
 
 def check_shard(place: ShardPlace) -> ShardVerdict:
-    """Read a shard once. What is wrong with the data is a finding, never an exception."""
+    """Read a shard once. Faults of the data become findings, not exceptions."""
     return _Check(place).run()
 
 
@@ -95,7 +95,7 @@ class _Check:
         self.met: set[str] = set()  # names of members
         self.keys: list[str] = []
         self.seen: set[str] = set()  # the same keys
-        self.sample: dict[str, object] = {}  # suffix -> what its content told, of the sample at hand
+        self.sample: dict[str, object] = {}  # of the current sample: suffix -> result of `_content`
         self.samples = self.bytes = self.faults = 0
 
     def run(self) -> ShardVerdict:
@@ -146,7 +146,7 @@ class _Check:
             except TarFault as fault:
                 self.faults += 1
                 self._find("", str(fault))
-            # The index leads past the damage: what comes after it is checked all the same.
+            # Go on after the damage: the index says where the next member starts.
             at = bisect_left(self.rows, (walk.position,))
             if at == len(self.rows) or self.rows[at].offset + self.rows[at].length > walk.size:
                 self._end_sample()
@@ -164,7 +164,7 @@ class _Check:
             self._find(name, "it comes twice")
         elif row is None and self.index:
             key, _, suffix = name.partition(".")
-            # Another program's samples without an image are no part of the set.
+            # In a foreign set, samples without an image are not indexed.
             if not self.foreign or key in self.index.rows or suffix in IMAGE_SUFFIXES:
                 self._find(name, "the index does not name it")
         else:
@@ -174,7 +174,7 @@ class _Check:
             self._member(walk, name, entry.length)
 
     def _name(self, entry: Entry) -> str | None:
-        """What the index calls an entry; None for one that is never read."""
+        """The name of an entry in the index; None for an entry that is never read."""
         if self.foreign:
             parts = foreign_member(entry.name) if entry.kind == "file" else None
             return member_name(make_key(parts[0]), parts[1]) if parts and may_hold(parts[1]) else None
@@ -210,7 +210,7 @@ class _Check:
             self._find(name, str(error))
 
     def _content(self, suffix: str, data: bytes) -> object:
-        """What a member tells that its sample must agree with. ValueError when it cannot be used."""
+        """What `_end_sample` must know of a member: facts of an image, fields of a json. ValueError when it cannot be used."""
         extension = suffix.rpartition(".")[2]
         packed = self.kind == "base" and not self.foreign
         if extension in IMAGE_SUFFIXES:
@@ -242,7 +242,7 @@ class _Check:
         self.seen.add(key)
 
     def _end_sample(self) -> None:
-        """Whether the members of the sample at hand belong together. Not judged once the walk lost its way."""
+        """Check that the members of the current sample belong together. After a damaged header they may be incomplete."""
         sample, self.sample = self.sample, {}
         images = [suffix for suffix in sample if suffix in IMAGE_SUFFIXES]
         self.samples += bool(images) if self.foreign else bool(sample)
@@ -251,7 +251,7 @@ class _Check:
         key = self.keys[-1]
         if self.kind != "base":
             if list(sample) != [_SIDECAR_SUFFIX[self.kind]]:
-                self._find(key, f"its members are {', '.join(sample)}, where a sidecar of {self.kind} has one")
+                self._find(key, f"its members are {', '.join(sample)}; a sidecar of kind {self.kind} has one")
             return
         if len(images) != 1 or "json" not in sample:
             self._find(key, f"its members are {', '.join(sample)}; it needs a json and either a jpg or a png")

@@ -1,4 +1,4 @@
-"""Who goes where: the one place that assigns patients to splits, and that turns a patient id into a keyed hash."""
+"""Assign patients to splits, and turn patient ids into keyed hashes. No other module does either."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_KEY_LENGTH = 16
 def split_of(patient: str, splits: Mapping[str, float], seed: int = 0) -> str:
     """The split of a patient: a pure function of the raw id, the fractions (in any order) and the seed.
 
-    ValueError for fractions that are not a partition, or an empty id (it would throw many patients together).
+    ValueError for fractions that do not sum to 1, or an empty id (many patients would count as one).
     """
     check_splits(splits)
     check_patient(patient)
@@ -30,11 +30,11 @@ def split_of(patient: str, splits: Mapping[str, float], seed: int = 0) -> str:
             chosen, upper = name, upper + splits[name]
             if position < upper:
                 break
-    return chosen  # the last one also takes what rounding leaves over
+    return chosen  # rounding can leave a rest below 1: the last split takes it
 
 
 def parse_splits(text: str) -> dict[str, float]:
-    """`"train=.8,val=.1,test=.1"` as fractions by name. ValueError that shows the form."""
+    """Parse `"train=.8,val=.1,test=.1"` -> fractions by name. ValueError that shows the form."""
     splits: dict[str, float] = {}
     for part in text.split(","):
         name, equals, fraction = (piece.strip() for piece in part.partition("="))
@@ -79,7 +79,7 @@ def check_patient(patient: str) -> None:
 
 
 def check_patients_stay(rows: Iterable[tuple[str, str, str]]) -> None:
-    """ValueError when a patient is in two splits. rows: (place, patient, split); names places, never the id."""
+    """ValueError when a patient is in two splits. rows: (place, patient, split). The message names places, never the id."""
     first: dict[str, tuple[str, str]] = {}
     for place, patient, split in rows:
         first_place, first_split = first.setdefault(patient, (place, split))
@@ -91,7 +91,7 @@ def check_patients_stay(rows: Iterable[tuple[str, str, str]]) -> None:
 
 
 def hash_patient(patient: str, key: bytes) -> str:
-    """What is stored of a patient id: keyed BLAKE2b, 32 hex digits. Without the key, ids cannot be tried out."""
+    """The stored form of a patient id: keyed BLAKE2b, 32 hex digits. Without the key nobody can test which id it is."""
     check_patient(patient)
     if not 0 < len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
         raise ValueError(f"the patient key has {len(key)} bytes; it must have 1 to {hashlib.blake2b.MAX_KEY_SIZE}")
@@ -99,10 +99,10 @@ def hash_patient(patient: str, key: bytes) -> str:
 
 
 def patient_key() -> bytes:
-    """The secret for `hash_patient`: $MMCLIP_PATIENT_KEY, or else a private file that is made once with random content.
+    """The key for `hash_patient`: $MMCLIP_PATIENT_KEY, or else a private file, made with random content if it is missing.
 
-    The variable and the file (`mmclip/patient.key` in $XDG_CONFIG_HOME or ~/.config) hold the same text, so the
-    file's content may be exported to other machines. ValueError when it is too short or others may read the file.
+    The file is `mmclip/patient.key` in $XDG_CONFIG_HOME or ~/.config. To use its key on another machine, put its content
+    into the variable. ValueError when the key is too short or other users may read the file.
     """
     text = os.environ.get(KEY_VARIABLE)
     if text is not None:
@@ -125,7 +125,7 @@ def _key_from_text(text: str, where: str) -> bytes:
 
 
 def _make_key_file(path: Path) -> None:
-    """Publish a fresh key under `path`; where two processes do so at once, one key wins and both then read it."""
+    """Publish a fresh key at `path`. If two processes do so at the same time, one key wins and both use it."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -135,7 +135,7 @@ def _make_key_file(path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         try:
-            os.link(temporary, path)  # unlike a rename, never replaces a key that is already in use
+            os.link(temporary, path)  # unlike a rename, a link never replaces a key that is already in use
         except FileExistsError:
             return
     finally:

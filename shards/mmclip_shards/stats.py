@@ -1,4 +1,4 @@
-"""What a packed set holds, in numbers. Samples are streamed; only counts and hashes of patients are kept."""
+"""Count what a packed set holds. Samples are streamed: memory holds only counts, and hashes of patients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NO_VIEW = "(unknown)"
 
 @dataclass(frozen=True)
 class Spread:
-    """Of whole numbers, by nearest rank."""
+    """Minimum, median, 95th percentile and maximum of whole numbers, by nearest rank."""
 
     min: int
     median: int
@@ -35,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """Samples by what they say of one disease; the four add up to all samples."""
+    """Samples by their label for one disease. The four counts add up to all samples."""
 
     present: int
     absent: int
@@ -45,9 +45,9 @@ class LabelCounts:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One split. bytes: of the tars; words: of the reports there are; widths, heights: of the images, in pixels.
+    """One split. bytes: of the tars; words: per report, without empty ones; widths, heights: of the images, in pixels.
 
-    unreadable: samples whose text or JSON cannot be read, and undecodable: whose image has no usable header.
+    unreadable: samples whose text or JSON cannot be read; undecodable: samples whose image has no usable header.
     """
 
     folder: str
@@ -71,7 +71,7 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class SetStats:
-    """All splits of a set. patients_in_several_splits: must be 0."""
+    """All splits of a set. patients_in_several_splits: must be 0, or evaluation sees patients of the training."""
 
     splits: tuple[SplitStats, ...]
     patients_in_several_splits: int
@@ -80,7 +80,8 @@ class SetStats:
 def collect_stats(url: Url, progress: Callable[[int, int], None] | None = None) -> SetStats:
     """Count the set at `url`, or every split below it. progress(done, total): in samples.
 
-    ValueError when there is no set, or a sample is damaged (`mmclip verify` lists all damage).
+    ValueError when there is no set, or a sample is damaged (`mmclip verify` lists all damage). Other errors as in
+    `ShardReader.read`.
     """
     manifests = {folder: load_manifest(folder) for folder in find_sets(url)}
     manifests = {folder: manifest for folder, manifest in manifests.items() if manifest.kind == "base"}
@@ -105,7 +106,7 @@ def collect_stats(url: Url, progress: Callable[[int, int], None] | None = None) 
 
 
 def spread(histogram: Mapping[int, int]) -> Spread | None:
-    """Of the values of a histogram (value -> how often); None for an empty one."""
+    """The spread of a histogram (value -> how often); None if it is empty."""
     total = sum(histogram.values())
     if not total:
         return None
@@ -116,7 +117,7 @@ def spread(histogram: Mapping[int, int]) -> Spread | None:
 
 
 class _Counts:
-    """What grows while a split is read. patients: short hash -> images."""
+    """The counts of one split, while it is read. patients: short hash -> images."""
 
     def __init__(self) -> None:
         self.views: Counter[str] = Counter()
@@ -149,7 +150,7 @@ class _Counts:
         else:
             self.without_report += 1
         if document.patient:
-            # Hashed again: another program's JSON may hold a raw id, which has no business in our memory.
+            # Hash it again: a foreign set may hold raw ids, and none may stay in memory.
             self.patients[
                 hashlib.blake2b(document.patient.encode("utf-8", "surrogatepass"), digest_size=12).digest()
             ] += 1

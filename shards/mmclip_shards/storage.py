@@ -1,6 +1,7 @@
-"""Bytes in and out of a folder, local or on object storage: thin over fsspec, with atomic writes and exact reads.
+"""Read and write files, local or on object storage: a thin layer over fsspec with atomic writes and exact reads.
 
-What a remote store refuses once is tried again (`faults.Patience`), with a new session where the credentials are at fault.
+A remote request that fails is tried again (`faults.Patience`). After an error of credentials, the next try opens a new
+session and reads them again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.asyn import sync as run_async
 
-from mmclip_shards.faults import Patience, Tries
+from mmclip_shards.faults import CutFile, Patience, Tries
 
 T = TypeVar("T")
 Url = str | os.PathLike[str]
@@ -29,25 +30,26 @@ Url = str | os.PathLike[str]
 PATIENCE = Patience()
 
 _OPTIONS: dict[str, dict[str, Any]] = {
-    # One try of its own and short time-outs: how long to try again is decided here, in one place.
+    # botocore makes one try with short time-outs: this module alone decides how often to try again.
     "s3": {"config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1},
                              "max_pool_connections": 64}},
 }  # fmt: skip
-_TRIES_BEFORE_SIZE = 2  # a short answer may be one broken body; after so many, the file's size is asked for
-_SLOWEST = 64 * 1024  # bytes a second: a read that is slower, all in all, counts as stalled
-_OPENING_S = 60.0  # for a session: it reads credentials, perhaps over the network
+_TRIES_BEFORE_SIZE = 2  # one short answer may be a broken response; after this many, ask for the file's size
+_SLOWEST = 64 * 1024  # bytes a second, on average: a slower read counts as stalled
+_OPENING_S = 60.0  # to open a session: it reads credentials, perhaps over the network
 _EXPIRED = {
     "ExpiredToken",
     "ExpiredTokenException",
     "TokenRefreshRequired",
-    "400",
-}  # a HEAD is refused without a reason
+    "400",  # a refused HEAD request gives no reason
+}
 
 _filesystems: dict[tuple[int, str], Any] = {}
 _opening = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_opening._at_fork_reinit)  # type: ignore[attr-defined]  # a thread of the parent may hold it at that moment
+# Another thread may hold the lock at the moment of a fork; the child would wait for it for ever.
+os.register_at_fork(after_in_child=_opening._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def local_path(url: Url) -> Path | None:
@@ -59,7 +61,7 @@ def local_path(url: Url) -> Path | None:
 
 
 def join(url: Url, *parts: str) -> str:
-    """`url` with names appended."""
+    """`url` with `parts` appended, separated by slashes."""
     text = os.fspath(url)
     if "://" not in text:
         return str(Path(text, *parts))
@@ -74,13 +76,13 @@ def exists(url: Url) -> bool:
         return path.exists()
 
     def found(filesystem: Any, name: str) -> bool:
-        try:  # s3fs's own `exists` takes a bucket that refuses access for one that is not there
+        try:  # s3fs's own `exists` answers False for a bucket that refuses access
             _call(filesystem, PATIENCE.stall_s, "info", name)
         except FileNotFoundError:
             return False
         return True
 
-    return _surely(url, found)
+    return _with_retries(url, found)
 
 
 def read_bytes(url: Url) -> bytes:
@@ -92,12 +94,15 @@ def read_bytes(url: Url) -> bytes:
 
 
 def read_parsed(url: Url, parse: Callable[[bytes], T], tries: Tries | None = None) -> T:
-    """parse(a whole file). A remote file for which it raises ValueError is read again: a store may have sent it damaged."""
+    """parse(the bytes of a whole file). A remote file is read again after a ValueError: the store may have sent damaged bytes.
+
+    tries: counts the failed tries and limits them; a fresh one by default.
+    """
     if local_path(url) is not None:
         return parse(read_bytes(url))
     tries = tries or Tries(PATIENCE)
     stall_s = tries.patience.stall_s
-    return _surely(url, lambda filesystem, name: parse(_read_whole(filesystem, name, stall_s)), tries)
+    return _with_retries(url, lambda filesystem, name: parse(_read_whole(filesystem, name, stall_s)), tries)
 
 
 def file_size(url: Url) -> int:
@@ -105,13 +110,13 @@ def file_size(url: Url) -> int:
     path = local_path(url)
     if path is not None:
         return path.stat().st_size
-    return _surely(url, lambda filesystem, name: int(_call(filesystem, PATIENCE.stall_s, "info", name)["size"]))
+    return _with_retries(url, lambda filesystem, name: int(_call(filesystem, PATIENCE.stall_s, "info", name)["size"]))
 
 
 def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -> bytes:
-    """Exactly `length` bytes from `offset` on. OSError when the file ends before or the store gives up.
+    """Exactly `length` bytes from `offset` on. CutFile when the file ends before that, OSError when the store fails.
 
-    A remote read that breaks goes on from the byte where it broke. `tries`: how often, and who counts it.
+    A remote read that breaks off continues at the byte where it stopped. tries: as in `read_parsed`.
     """
     path = local_path(url)
     if path is not None:
@@ -119,7 +124,7 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
             file.seek(offset)
             data = file.read(length)
         if len(data) != length:
-            raise OSError(f"{path}: {length} bytes wanted at offset {offset}, {len(data)} came")
+            raise CutFile(f"{path}: {length} bytes wanted at offset {offset}, {len(data)} came")
         return data
     got = _Received()
     tries = tries or Tries(PATIENCE)
@@ -134,7 +139,7 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
             if tries.count == _TRIES_BEFORE_SIZE:
                 _check_end(url, offset, length, tries.patience.stall_s)
             came = got.size - before
-            progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # a trickle would go on for days
+            progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # a trickle could last for days
             tries.wait(
                 f"{os.fspath(url)}, offset {offset + got.size}", _diagnose(url, filesystem, fault), progress=progress
             )
@@ -146,10 +151,10 @@ def write_atomic(url: Url, data: bytes) -> None:
     path = local_path(url)
     if path is None:
         patience = PATIENCE.stall_s + len(data) / _SLOWEST
-        _surely(url, lambda filesystem, name: _call(filesystem, patience, "pipe_file", name, data))
+        _with_retries(url, lambda filesystem, name: _call(filesystem, patience, "pipe_file", name, data))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name ends in .tmp, so that what a killed process leaves can never be taken for a shard.
+    # A killed process leaves this file. It ends in .tmp, so nobody takes it for a shard.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -163,11 +168,11 @@ def write_atomic(url: Url, data: bytes) -> None:
 
 
 def upload(source: Path, url: Url) -> None:
-    """Publish a local file whole or not at all, in parts where it is large; FileNotFoundError when missing, OSError otherwise."""
+    """Publish a local file whole or not at all; large files go in parts. FileNotFoundError without `source`, else OSError."""
     path, size = local_path(url), source.stat().st_size
     if path is None:
         patience = PATIENCE.stall_s + size / _SLOWEST
-        _surely(url, lambda filesystem, name: _call(filesystem, patience, "put_file", str(source), name))
+        _with_retries(url, lambda filesystem, name: _call(filesystem, patience, "put_file", str(source), name))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -180,14 +185,14 @@ def upload(source: Path, url: Url) -> None:
 
 
 def download(url: Url, target: Path) -> None:
-    """Fetch a whole file, whose folder is made. What is there after an error, or if this is killed, may be half of it."""
+    """Copy a whole file to `target` and make its folder. After an error or a kill, `target` may be incomplete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = local_path(url)
     if path is not None:
         shutil.copyfile(path, target)
         return
     patience = PATIENCE.stall_s + file_size(url) / _SLOWEST
-    _surely(url, lambda filesystem, name: _call(filesystem, patience, "get_file", name, str(target)))
+    _with_retries(url, lambda filesystem, name: _call(filesystem, patience, "get_file", name, str(target)))
 
 
 def remove(url: Url) -> None:
@@ -197,7 +202,7 @@ def remove(url: Url) -> None:
         path.unlink(missing_ok=True)
         return
     with contextlib.suppress(FileNotFoundError):
-        _surely(url, lambda filesystem, name: filesystem.rm_file(name))
+        _with_retries(url, lambda filesystem, name: filesystem.rm_file(name))
 
 
 def remove_empty_folder(url: Url) -> None:
@@ -208,7 +213,7 @@ def remove_empty_folder(url: Url) -> None:
 
 
 def list_folder(url: Url) -> list[str]:
-    """Sorted names in a folder; empty when there is no such folder. Refused access raises, it never reads as empty."""
+    """Sorted names in a folder; empty when there is no such folder. PermissionError when access is refused."""
     path = local_path(url)
     if path is not None:
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -220,14 +225,14 @@ def list_folder(url: Url) -> list[str]:
             return []
         return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != name.rstrip("/"))
 
-    return _surely(url, names)
+    return _with_retries(url, names)
 
 
 # -- Remote stores ----------------------------------------------------------------------------------------------------
 
 
-def _surely(url: Url, action: Callable[[Any, str], T], tries: Tries | None = None) -> T:
-    """action(file system, name), again after a fault."""
+def _with_retries(url: Url, action: Callable[[Any, str], T], tries: Tries | None = None) -> T:
+    """action(file system, name), repeated until it succeeds or `tries` gives up."""
     tries = tries or Tries(PATIENCE)
     while True:
         filesystem, name = _open_remote(url)
@@ -238,15 +243,15 @@ def _surely(url: Url, action: Callable[[Any, str], T], tries: Tries | None = Non
 
 
 def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
-    """The fault as it shall be judged. After one of credentials or session, the next try reads the credentials again."""
+    """The error that `Tries` should judge. After an error of credentials or session, the next try opens a new session."""
     expired = (getattr(fault.__cause__, "response", None) or {}).get("Error", {}).get("Code") in _EXPIRED
     missing = "Credentials" in type(fault).__name__
     if expired or missing or isinstance(fault, PermissionError | RuntimeError):
         session = os.getpid(), os.fspath(url).partition("://")[0]
-        with _opening:  # by the first of the threads that it failed
-            if _filesystems.get(session) is filesystem:
+        with _opening:
+            if _filesystems.get(session) is filesystem:  # else another thread has replaced it already
                 del _filesystems[session]
-    if expired:  # not settled like other refusals: who renews them may be late
+    if expired:  # an OSError, so that it is tried longer than other refusals: the renewal may come late
         return OSError(f"{fault} (expired credentials? they are read again at every try)")
     if missing:
         return PermissionError(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
@@ -254,26 +259,26 @@ def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
 
 
 def _check_end(url: Url, offset: int, length: int, stall_s: float) -> None:
-    """OSError at once, instead of a budget of tries, where the file really ends before the wanted bytes."""
+    """CutFile when the file really ends before the wanted bytes: more tries would not help."""
     try:
         filesystem, name = _open_remote(url)
         size = int(_call(filesystem, stall_s, "info", name)["size"])
     except Exception:
-        return  # no verdict: the tries go on
+        return  # the size is unknown: go on trying
     if size < offset + length:
-        raise OSError(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
+        raise CutFile(f"{length} bytes wanted at offset {offset}, but the file has {size} bytes")
 
 
 def _call(filesystem: Any, seconds: float, method: str, *arguments: object) -> Any:
-    """A method of the file system. OSError after so long, where it can be interrupted."""
+    """Call a method of the file system. OSError after `seconds`, if the file system is asynchronous (others cannot stop)."""
     if isinstance(filesystem, AsyncFileSystem):
         return run_async(filesystem.loop, _within, seconds, filesystem, getattr(filesystem, f"_{method}"), *arguments)
     return getattr(filesystem, method)(*arguments)
 
 
 class _Received:
-    """The bytes of a read, as they come. Joined once, at the end: growing one buffer copies them again and again, with
-    every other thread of the interpreter waiting."""
+    """The bytes of a read as they arrive, joined once at the end. Growing one buffer would copy them again and again, and
+    hold the interpreter's lock."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -296,8 +301,8 @@ def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
 
 
 def _read_some(filesystem: Any, name: str, offset: int, length: int, into: _Received, stall_s: float) -> None:
-    """Append up to `length` bytes from `offset` on to `into`; those that came before a fault stay there."""
-    if hasattr(filesystem, "_call_s3"):  # s3fs throws away what came before a connection broke
+    """Append up to `length` bytes from `offset` on to `into`. After an error, `into` keeps the bytes that came before it."""
+    if hasattr(filesystem, "_call_s3"):  # s3fs drops the bytes that came before a connection broke
         run_async(filesystem.loop, _stream_s3, filesystem, name, offset, length, into, stall_s)
     else:
         patience = stall_s + length / _SLOWEST
@@ -305,7 +310,7 @@ def _read_some(filesystem: Any, name: str, offset: int, length: int, into: _Rece
 
 
 async def _within(seconds: float, filesystem: Any, function: Callable[..., Awaitable[T]], *arguments: object) -> T:
-    """function(*arguments) of a file system; OSError after so long."""
+    """function(*arguments) of a file system. OSError after `seconds`."""
     async with _limit(filesystem, seconds, f"no answer within {seconds:g} s"):
         return await function(*arguments)
 
@@ -313,8 +318,10 @@ async def _within(seconds: float, filesystem: Any, function: Callable[..., Await
 async def _stream_s3(
     filesystem: Any, name: str, offset: int, length: int | None, into: _Received, stall_s: float
 ) -> None:
-    """One GET of a range, or of the whole file (None), appended to `into`. OSError if no byte comes for `stall_s`,
-    or too few, or those of another range."""
+    """Append the answer of one GET to `into`: of a range, or of the whole file if `length` is None.
+
+    OSError when no byte comes for `stall_s`, when the answer is too slow, or when it holds another range.
+    """
     bucket, key, _ = filesystem.split_path(name)
     asked = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
     now = asyncio.get_running_loop().time
@@ -328,7 +335,7 @@ async def _stream_s3(
                 found = answer.get("ContentRange") or "no range"
                 raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")
             end, latest = into.size + length, now() + stall_s + length / _SLOWEST
-            # A whole file is read until nothing comes: only then is its checksum compared.
+            # Read a whole file until nothing comes: the client compares its checksum only then.
             while (into.size < end or not asked) and (part := await body.read(1 << 20)):
                 into.add(part[: end - into.size])
                 stall.reschedule(min(now() + stall_s, latest))
@@ -338,22 +345,22 @@ async def _stream_s3(
 
 @contextlib.asynccontextmanager
 async def _limit(filesystem: Any, seconds: float, told: str) -> AsyncIterator[asyncio.Timeout]:
-    """OSError(told) after so long. Opening the session does not count: on a busy machine it takes seconds."""
+    """OSError(told) when the block takes longer than `seconds`. Opening the session does not count: it may take seconds."""
     try:
         async with asyncio.timeout(_OPENING_S) as limit:
             if hasattr(filesystem, "set_session"):
                 await filesystem.set_session()
             limit.reschedule(asyncio.get_running_loop().time() + seconds)
             yield limit
-    except TimeoutError as error:  # fsspec would drop its message
+    except TimeoutError as error:  # fsspec replaces a TimeoutError by one without a message
         raise OSError(told) from error
 
 
 def _open_remote(url: Url) -> tuple[Any, str]:
-    """This process's file system for a URL, and the name in it.
+    """This process's file system for a URL, and the file's name in it.
 
-    One inherited across fork raises or hangs (s3fs 369, 889, 914), hence the process id. Its listing cache is off: it
-    hides shards published after the first look.
+    Each process opens its own: one that was inherited through fork raises or hangs (s3fs issues 369, 889, 914). The
+    listing cache is off: it hides shards that were published after the first listing.
     """
     text = os.fspath(url)
     protocol = text.partition("://")[0]

@@ -1,7 +1,7 @@
-"""A strict walk over a tar: read once, from its first byte to its last, in bounded memory.
+"""A strict walk over a tar, which reads it once, from first byte to last, in bounded memory.
 
-`tarfile` takes any bad or cut header past offset 0 for the end of the archive, so that a damaged shard just seems to hold
-fewer samples. Here everything but a whole archive is a `TarFault`.
+`tarfile` treats a bad or cut header after offset 0 as the end of the archive, so a damaged shard seems to hold fewer
+samples. Here anything but a whole archive raises `TarFault`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mmclip_shards import storage
 from mmclip_shards.storage import Url
 
 BLOCK = 512
-PIECE = 8 << 20  # bytes of one read; whole blocks, so that a header never lies in two pieces
+PIECE = 8 << 20  # bytes of one read; a multiple of BLOCK, so that a header never lies in two pieces
 
-_EXTENSION_LIMIT = 1 << 20  # bytes of a long name or of pax records: the size in the header is not to be trusted
+_EXTENSION_LIMIT = 1 << 20  # bytes of a long name or of pax records; the size in the header is untrusted
 _NO_BLOCK = bytes(BLOCK)
 _OCTAL = re.compile(rb"[0-7]+")
 
 EntryKind = Literal["file", "folder", "link", "device", "other"]
-# The types that hold no data, whatever their size field says. Unknown types count as `other`, with data.
+# By the type field. Folders, links and devices hold no data, whatever their size says; unknown types (`other`) may.
 _KINDS: dict[bytes, EntryKind] = {
     b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link",
     b"3": "device", b"4": "device", b"6": "device",
@@ -31,7 +31,7 @@ _KINDS: dict[bytes, EntryKind] = {
 
 
 class TarFault(ValueError):
-    """What is wrong with a tar. offset: where, in bytes."""
+    """A tar is damaged. offset: where, in bytes."""
 
     def __init__(self, offset: int, problem: str) -> None:
         super().__init__(f"offset {offset}: {problem}")
@@ -48,9 +48,9 @@ class Entry(NamedTuple):
 
 
 class TarWalk:
-    """The entries of the tar at `url`, in order; the data of each may be taken before the next one is asked for.
+    """Walks over the entries of the tar at `url`, in order. Read the data of an entry before you ask for the next entry.
 
-    size: of the file; position: bytes consumed so far. FileNotFoundError when there is no file.
+    size: of the file, in bytes; position: bytes consumed so far. FileNotFoundError when there is no file.
     """
 
     def __init__(self, url: Url, piece: int = PIECE) -> None:
@@ -63,9 +63,9 @@ class TarWalk:
         self._for_all: dict[str, str] = {}  # global pax records
 
     def entries(self) -> Iterator[Entry]:
-        """Every entry up to the end of the archive. TarFault where it is damaged; `seek` may then lead past the damage."""
+        """Every entry up to the end of the archive. TarFault where it is damaged; use `seek` to go on after the damage."""
         records: dict[str, str] = {}
-        pending = False  # a long name or pax records wait for their entry
+        pending = False  # a long name or pax records came, and their entry must follow
         while True:
             self._skip_to(self._entry_end)
             at = self.position
@@ -90,24 +90,24 @@ class TarWalk:
             records, pending = {}, False
 
     def data(self) -> bytes:
-        """What is left of the data of the current entry."""
+        """The data of the current entry, or what is left of it."""
         return b"".join(self.pieces())
 
     def pieces(self) -> Iterator[bytes]:
-        """The same, piece by piece."""
+        """The same as `data`, piece by piece."""
         while self._data_left:
             piece = self._some(self._data_left)
             self._data_left -= len(piece)
             yield piece
 
     def seek(self, offset: int, length: int) -> None:
-        """Go forward to data that is known to lie there, and make it the current entry's."""
+        """Go forward to data that is known to lie there; `data` and `entries` then go on from it."""
         assert self.position <= offset and offset + length <= self.size
         self._skip_to(offset)
         self._data_left, self._entry_end = length, min(offset + _padded(length), self.size)
 
     def sha256(self) -> str:
-        """Hash of the whole file, the rest of which is read for it."""
+        """Hash of the whole file. Reads the rest of it."""
         self._skip_to(self.size)
         return self._sha256.hexdigest()
 
@@ -119,7 +119,7 @@ class TarWalk:
             raise TarFault(at, f"{name!r} is stored as a sparse file: make the tar again without --sparse")
         kind = _KINDS.get(letter, "other")
         if kind == "file" and letter != b"7" and name.endswith("/"):
-            kind = "folder"  # as in tars older than ustar
+            kind = "folder"  # tars older than ustar mark a folder by the slash
         if "size" in records:
             if not re.fullmatch(r"[0-9]{1,18}", records["size"]):
                 raise TarFault(at, f"the size of {name!r} is not a number")
@@ -153,7 +153,7 @@ class TarWalk:
         return data
 
     def _check_end(self, at: int) -> None:
-        """After one zero block: another must follow, and then zeros only."""
+        """TarFault unless a second zero block follows the first one, and then only zeros."""
         if self.size - self.position < BLOCK:
             raise TarFault(at, "the file ends after one of the two zero blocks of a tar's end: it was cut")
         self._fill()
@@ -178,7 +178,7 @@ class TarWalk:
         return b"".join(parts)
 
     def _some(self, most: int) -> bytes:
-        """At least one of the next bytes; the file must have some left."""
+        """The next bytes: at least one, at most `most`. The file must have some left."""
         self._fill()
         part = self._piece[self._used : self._used + most]
         self._used += len(part)
@@ -198,16 +198,16 @@ def _padded(length: int) -> int:
 
 
 def _checked_size(block: bytes, at: int) -> int:
-    """The size field of a header whose checksum is right."""
+    """The size field of a header. TarFault when the header's checksum is wrong."""
     rest = block[:148] + b" " * 8 + block[156:]
-    # Signed sums are what some old programs wrote.
+    # Some old programs wrote the sum of signed bytes.
     if _number(block[148:156], at) not in (sum(rest), sum(struct.unpack("512b", rest))):
         raise TarFault(at, "the checksum of a header is wrong: it is damaged")
     return _number(block[124:136], at)
 
 
 def _number(field: bytes, at: int) -> int:
-    """A number in octal digits, or in binary where its first bit is set (files of 8 GiB and more)."""
+    """A number field of a header: octal digits, or binary if the first byte is 0x80 (files of 8 GiB and more)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:])
     digits = field.partition(b"\0")[0].strip(b" ")
@@ -218,7 +218,7 @@ def _number(field: bytes, at: int) -> int:
 
 def _header_name(block: bytes) -> str:
     name = _text(block[:100])
-    # Only here is the field a prefix: GNU's own format keeps times in it.
+    # Only in ustar is this field a prefix: GNU's format stores times in it.
     prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
     return f"{prefix}/{name}" if prefix else name
 
@@ -228,7 +228,7 @@ def _text(field: bytes) -> str:
 
 
 def _pax_records(data: bytes, at: int) -> dict[str, str]:
-    """The records `LENGTH NAME=VALUE\\n` of a pax header; an empty value takes a record back."""
+    """The records `LENGTH NAME=VALUE\\n` of a pax header, by name; an empty value removes an earlier record."""
     records = {}
     position = 0
     while position < len(data) and data[position]:

@@ -1,5 +1,5 @@
-"""Text files that a person, a full disk or a killed process may have spoiled: read whole, or refused in one line that names
-the file and says what to do."""
+"""Read text files that a person, a full disk or a killed process may have damaged. Errors are one line that names the file and
+says what to do: `mend` is that advice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mmclip_shards.storage import Url
 
 
 def read_text(url: Url, mend: str) -> str:
-    """A UTF-8 file. ValueError, with the file's name and `mend`, when it is not UTF-8; FileNotFoundError when missing."""
+    """The text of a UTF-8 file. ValueError when it is not UTF-8, FileNotFoundError when it is missing."""
     try:
         return storage.read_bytes(url).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -19,7 +19,7 @@ def read_text(url: Url, mend: str) -> str:
 
 
 def read_json(url: Url, mend: str) -> Any:
-    """A JSON file. ValueError, with the file's name and `mend`, when it is cut or no JSON; FileNotFoundError when missing."""
+    """The value of a JSON file. ValueError when it is cut or is not JSON, FileNotFoundError when it is missing."""
     text = read_text(url, mend)
     try:
         return json.loads(text)
@@ -28,9 +28,9 @@ def read_json(url: Url, mend: str) -> Any:
 
 
 def read_rows(url: Url, mend: str) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line. A last line without its end, which a killed process left, is ignored.
+    """The objects of a file with one JSON object per line. Ignores a last line without a line end: a killed process left it.
 
-    ValueError, with the file's name, the line and `mend`, for any other line that is no object; FileNotFoundError when missing.
+    ValueError that names the line for any other line that is not an object; FileNotFoundError when the file is missing.
     """
     rows = []
     for number, line in enumerate(read_text(url, mend).split("\n")[:-1], 1):
@@ -45,4 +45,8 @@ def read_rows(url: Url, mend: str) -> list[dict[str, Any]]:
 
 
 def _place(error: Exception) -> str:
-    return f"line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else type(error).__name__
+    return (
+        f"line {error.lineno}, column {error.colno}"
+        if isinstance(error, json.JSONDecodeError)
+        else type(error).__name__
+    )

@@ -1,4 +1,4 @@
-"""Check a packed set, byte for byte: every shard is read once, from its first byte to its last, in bounded memory."""
+"""Check a packed set byte for byte. Each shard is read once, from first byte to last, in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmclip_shards.storage import Url
 
 @dataclass
 class Verdict:
-    """What `verify` found; sets, shards, samples, bytes: that it read. unjoined: sidecars checked without their base."""
+    """What `verify` found. sets, shards, samples, bytes: how much it read; unjoined: sidecars that it checked without a base."""
 
     findings: list[Finding] = field(default_factory=list)
     sets: int = 0
@@ -42,9 +42,9 @@ def verify(
 ) -> Verdict:
     """Check the set at `url`, or every split below it, and the sidecars `entities` and `attention` in their folders.
 
-    base: the set (or folder of splits) that sidecars at `url` belong to; those inside a base set find it themselves.
-    workers: shards under way at once, in threads. progress(done, total): in shards. A fault never ends the check:
-    findings come in the order of the shards. ValueError when there is no set at `url` or `base`.
+    base: the set (or folder of splits) that the sidecars at `url` belong to; not needed for sidecars inside their base set.
+    workers: threads that check shards. progress(done, total): in shards. The check goes on after a fault; findings come in
+    the order of the shards. ValueError when there is no set at `url` or `base`.
     """
     verdict = Verdict()
     sets = list(_sets(url, base, verdict))
@@ -55,7 +55,9 @@ def verify(
         for each in sets
         for number in range(len(each.manifest.shards))
     ]
-    pool = ThreadPoolExecutor(workers, "mmclip-verify")  # decoding and hashing let other threads run
+    pool = ThreadPoolExecutor(
+        workers, "mmclip-verify"
+    )  # threads suffice: decoding and hashing release the interpreter's lock
     try:
         last_key = ""
         for done, (place, found) in enumerate(zip(places, pool.map(check_shard, places), strict=True), 1):
@@ -76,7 +78,7 @@ def verify(
 
 
 def _sets(url: Url, base: Url | None, verdict: Verdict) -> Iterator[_Set]:
-    """The sets to check; what is wrong with their manifests goes to the findings."""
+    """The sets to check. Faults of their manifests are added to the findings."""
     for folder in find_sets(url):
         manifest = _manifest(folder, verdict)
         if manifest is None:
@@ -97,13 +99,13 @@ def _sets(url: Url, base: Url | None, verdict: Verdict) -> Iterator[_Set]:
 def _manifest(folder: str, verdict: Verdict) -> Manifest | None:
     try:
         return load_manifest(folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         verdict.findings.append(Finding(storage.join(folder, MANIFEST_NAME), "", str(error)))
         return None
 
 
 def _joined(folder: str, manifest: Manifest, base: str | None, verdict: Verdict) -> Iterator[_Set]:
-    """A sidecar set, held against the base set in folder `base`."""
+    """A sidecar set. Differences between its manifest and that of the set in folder `base` are added to the findings."""
     verdict.sets += 1
     if base is None:
         verdict.unjoined.append(folder)

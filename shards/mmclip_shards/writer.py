@@ -1,4 +1,4 @@
-"""Write shards: uncompressed, deterministic ustar with an offset index, published atomically, the manifest last."""
+"""Write shards: uncompressed, deterministic ustar tars with an offset index. Each file appears whole, the manifest last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmclip_shards.schema import check_key, member_name
 from mmclip_shards.storage import Url
 
 SAMPLES_PER_SHARD = 1000
-"""About 100 MB of 512-pixel JPEGs: few enough objects for the store, small enough to hold in memory while written."""
+"""About 100 MB of 512-pixel JPEGs: few objects in the store, and a shard fits in memory while it is written."""
 
 Sample = tuple[str, dict[str, bytes]]
 """A key and its members: suffix -> bytes."""
@@ -34,10 +34,11 @@ def index_name(number: int) -> str:
 
 
 def write_shard(url: Url, number: int, samples: Iterable[Sample]) -> Shard:
-    """Publish one shard and then its index in folder `url`; the row for the manifest.
+    """Publish one shard in folder `url`, then its index -> the shard's row in the manifest.
 
-    samples: (key, {suffix: bytes}), in the order to keep: a sidecar's is that of its base. ValueError for a key or suffix that is
-    refused, a duplicate key, or no samples. The same samples are the same bytes; writing again replaces both files.
+    samples: (key, {suffix: bytes}), in the order to write them; for a sidecar, the order of its base. ValueError for a key
+    or suffix that is refused, a duplicate key, or no samples. The same samples give the same bytes; writing again replaces
+    both files.
     """
     chunks: list[bytes] = []
     members: list[tuple[str, Member]] = []
@@ -78,9 +79,9 @@ def check_next_key(key: str, last_key: str) -> None:
 class ShardWriter:
     """Writes a set, sample by sample: `with ShardWriter(url, ...) as writer: writer.add(key, {suffix: bytes})`.
 
-    Keys must be strictly increasing. A full shard is published at once; the manifest comes last, on a clean exit,
-    and is then in `.manifest`. On an exception everything this writer published is removed. ValueError when the folder
-    already holds a finished set.
+    Keys must be strictly increasing. A full shard is published at once. A clean exit publishes the manifest, which is then
+    in `.manifest`; an exception removes everything that this writer published. ValueError when the folder already holds a
+    finished set.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class ShardWriter:
         self._pending: list[Sample] = []
         self._last_key = ""
         self._shards: list[Shard] = []
-        self._started = 0  # shards begun: one that failed half-way is removed too
+        self._started = 0  # shards that were begun, so that `_clean_up` also removes one that failed half-way
 
     def add(self, key: str, files: dict[str, bytes]) -> None:
         """Add one sample: suffix -> bytes. ValueError for a refused, duplicate or unsorted key."""
@@ -162,7 +163,7 @@ class ShardWriter:
 
 
 def _header(name: str, size: int) -> bytes:
-    """A ustar header without clock, user or machine in it."""
+    """A ustar header that depends on name and size alone: no clock, no user."""
     info = tarfile.TarInfo(name)
     info.size, info.mtime, info.mode, info.uid, info.gid = size, 0, 0o644, 0, 0
     return info.tobuf(tarfile.USTAR_FORMAT)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import uuid
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from mmclip_shards import storage
 from mmclip_shards.chunks import MIB
+from mmclip_shards.images import prepare_image
 from mmclip_shards.manifest import load_manifest, save_manifest
+from mmclip_shards.reader import iterate
+from PIL import Image
 
 from mmclip_dist.config import Reading, Source
 from mmclip_dist.data.batch import Batch
@@ -43,7 +48,7 @@ def test_ranks_workers_and_seeking_do_not_change_a_batch(sets, tokenizer) -> Non
             assert_equal(ours, theirs, half)
     for workers in (1, 2):
         parallel = sets.config(f"data.workers={workers}")
-        for ours, theirs in zip(islice(loader(parallel, tokenizer), 5), alone, strict=False):
+        for ours, theirs in zip(islice(loader(parallel, tokenizer), 5), alone[:5], strict=True):
             assert_equal(ours, theirs)
     assert_equal(next(loader(config, tokenizer, start=9)), alone[9])
 
@@ -64,14 +69,24 @@ def test_workers_go_on_after_the_launchers_sigterm_and_end_with_the_loader(sets,
     assert len(gone) == 2 and not alive
 
 
-def test_epochs_change_the_augmentation_and_seeds_the_masks(sets, tokenizer) -> None:
-    config = sets.config()
-    seen: dict[str, list[torch.Tensor]] = {}
-    for batch in islice(loader(config, tokenizer), 30):
-        for key, image in zip(batch["keys"], batch["image"], strict=True):
-            seen.setdefault(key, []).append(image)
-    twice = [images for images in seen.values() if len(images) > 1]
-    assert len(twice) > 20 and not any(torch.equal(images[0], images[1]) for images in twice)
+def test_every_epoch_draws_another_crop_and_other_masks(sets, tokenizer) -> None:
+    seen: dict[str, list[tuple[torch.Tensor, list[int]]]] = {}
+    for batch in islice(loader(sets.config(), tokenizer), 30):
+        for key, image, masked in zip(batch["keys"], batch["image"], batch["target_tokens"], strict=True):
+            seen.setdefault(key, []).append((image, (masked >= 0).nonzero().flatten().tolist()))
+    twice = [entries for entries in seen.values() if len(entries) > 1]
+    assert len(twice) > 20 and not any(torch.equal(first[0], second[0]) for first, second, *_ in twice)
+    reports = [entries for entries in twice if entries[0][1]]
+    differ = sum(first[1] != second[1] for first, second, *_ in reports)
+    assert len(reports) > 10 and differ > 0.3 * len(reports)  # a report with one entity masks the same one each time
+
+
+def test_another_seed_gives_another_order_and_other_draws(sets, tokenizer) -> None:
+    one, other = (list(islice(loader(sets.config(f"seed={seed}"), tokenizer), 8)) for seed in (0, 1))
+    assert one[0]["keys"] != other[0]["keys"]
+    noise = [{key: row for b in run for key, row in zip(b["keys"], b["noise"], strict=True)} for run in (one, other)]
+    shared = noise[0].keys() & noise[1].keys()
+    assert shared and not any(torch.equal(noise[0][key], noise[1][key]) for key in shared)
 
 
 def test_what_a_batch_holds(sets, tokenizer) -> None:
@@ -89,7 +104,10 @@ def test_what_a_batch_holds(sets, tokenizer) -> None:
     assert torch.equal(batch["masked_tokens"][~hidden], batch["tokens"][~hidden])
     assert torch.equal(batch["target_tokens"][hidden], batch["tokens"][hidden])
     assert not (batch["evidence"] & ~batch["token_mask"]).any() and batch["evidence"][paired].any(1).all()
-    assert set(batch["labels"].unique().tolist()) <= {0, 1}
+    stored = {key: json.loads(members["json"])["labels"] for url in (sets.paired, sets.unpaired) for key, members in iterate(url)}
+    names = load_manifest(sets.paired).labels  # the unpaired set has the same ones
+    assert batch["labels"].tolist() == [[stored[key][name] for name in names] for key in batch["keys"]]
+    assert set(batch["labels"].unique().tolist()) == {0, 1}
 
 
 def test_masked_tokens_are_entities(sets, tokenizer) -> None:
@@ -113,7 +131,9 @@ def test_a_report_without_entity_sidecar_stops_the_run(sets, tokenizer) -> None:
     config = sets.config(f"data.sources=[{{url: {sets.paired}}}]")
     with pytest.raises(MissingSidecar, match="mmclip entities"):
         next(loader(config, tokenizer))
-    assert next(loader(sets.config(f"data.sources=[{{url: {sets.paired}}}]", "loss.entity=0"), tokenizer))
+    batch = next(loader(sets.config(f"data.sources=[{{url: {sets.paired}}}]", "loss.entity=0"), tokenizer))
+    assert (batch["target_tokens"] >= 0).any(1).all()  # words are masked, but the term is not computed
+    assert torch.equal(batch["evidence"].sum(1), batch["token_mask"].sum(1) - 2)  # all tokens but [CLS] and [SEP]
 
 
 def test_undecodable_images_are_replaced_and_listed(sets, tokenizer, tmp_path: Path, monkeypatch) -> None:
@@ -127,7 +147,7 @@ def test_undecodable_images_are_replaced_and_listed(sets, tokenizer, tmp_path: P
 
     monkeypatch.setattr(ExampleMaker, "__call__", broken)
     found = list(islice(loader(config, tokenizer), 8))
-    assert [key for key, reason in found[2]["replaced"] if "not a decodable" in reason] == [bad]
+    assert [key for key, reason in found[2]["replaced"] if "not a usable JPEG or PNG" in reason] == [bad]
     assert found[2]["keys"][3] != bad
     changed = [i for i in range(8) if found[2]["keys"][i] != alone[2]["keys"][i]]
     assert changed == [3]
@@ -165,6 +185,19 @@ def test_labels_that_are_uncertain_or_not_mentioned_are_unknown(sets, tokenizer)
     about = json.loads(members["json"]) | {"labels": {"A": 1, "B": 0, "C": -1, "D": None}}
     example = maker("key", members | {"json": json.dumps(about).encode()}, 0)
     assert example["labels"].tolist() == [1, 0, -1, -1, -1]
+
+
+def test_an_image_that_exif_turns_is_trained_on_upright_as_packing_stores_it(sets, tokenizer) -> None:
+    pixels, exif, file = np.zeros((32, 32), np.uint8), Image.Exif(), io.BytesIO()
+    pixels[:, :16] = 255
+    exif[0x0112] = 6  # the left half becomes the upper one
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    maker = ExampleMaker(tokenizer, (), 32, 4, 48, sets.config().entmlm, None)
+    shown = [
+        maker("key", {"png": data}, 0)["image"] for data in (file.getvalue(), prepare_image(file.getvalue(), 32).data)
+    ]
+    assert torch.equal(*shown)
+    assert shown[0][0, :16].min() > shown[0][0, 16:].max()
 
 
 # -- Remote sets ------------------------------------------------------------------------------------------------------

@@ -3,13 +3,17 @@
 import time
 import tracemalloc
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from mmclip_shards.chunks import Tally
 
-from mmclip_dist.data.order import Order, Place, mix, permutation
+from mmclip_dist.data import loader
+from mmclip_dist.data.loader import StreamShare
+from mmclip_dist.data.order import Order, mix, permutation
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -22,8 +26,7 @@ def order_of(sets: list[list[int]], weights: list[float], streams: int, block: i
 @given(COUNTS, st.integers(1, 8), st.integers(1, 50), st.integers(0, 3))
 def test_every_sample_once_an_epoch(counts: list[int], streams: int, block: int, epoch: int) -> None:
     total = sum(counts)
-    if total < streams:
-        return
+    assume(total >= streams)
     order = order_of([counts], [1], streams, block)
     length = total // streams
     seen = Counter(order.locate(v, p) for v in range(streams) for p in range(epoch * length, (epoch + 1) * length))
@@ -33,39 +36,59 @@ def test_every_sample_once_an_epoch(counts: list[int], streams: int, block: int,
     assert all(0 <= place.row < counts[place.shard] for place in seen)
 
 
-def batch(order: Order, step: int, global_batch: int, ranks: int, workers: int) -> list[Place]:
-    """A global batch as ranks and their workers would read it, put together again."""
-    per_stream, places = global_batch // order.streams, []
-    for reader in range(ranks * workers):
-        width = order.streams // (ranks * workers)
-        for stream in range(reader * width, (reader + 1) * width):
-            places += [order.locate(stream, p) for p in range(step * per_stream, (step + 1) * per_stream)]
-    return places
+class NumberedSet:
+    """A set whose keys say where each sample is, so that a share of it can be read without shards."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.readers, self.chunks = number, [], self
+
+    def key(self, shard: int, row: int) -> str:
+        return f"{self.number}/{shard}/{row}"
+
+    def read(self, shard: int, key: str) -> dict[str, bytes]:
+        return {"key": key.encode()}
+
+    def take_tally(self) -> Tally:
+        return Tally()
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.lists(st.integers(8, 40), min_size=1, max_size=5), min_size=1, max_size=3),
-    st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 3, 4]), st.integers(0, 500), st.integers(1, 3),
-)  # fmt: skip
+def keys_of_batch(
+    monkeypatch: pytest.MonkeyPatch, order: Order, step: int, per_stream: int, *, ranks: int, workers: int
+) -> list[str]:
+    """The keys of a global batch, as the workers of all ranks read their parts of it, put together again."""
+    width, keys = order.streams // ranks, []
+    sets = [NumberedSet(number) for number in range(len(order.sets))]
+    for rank in range(ranks):
+        streams = range(rank * width, (rank + 1) * width)
+        share = StreamShare(sets, order, lambda key, *_: {"key": key}, streams, per_stream, step, ahead=1)
+        for worker in range(workers):
+            monkeypatch.setattr(loader, "get_worker_info", lambda at=worker: SimpleNamespace(id=at, num_workers=workers))
+            examples, tally = next(iter(share))
+            assert tally.samples == len(examples)
+            keys += [example["key"] for example in examples]
+    return keys
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 3), (2, 1), (2, 4), (4, 2), (8, 3)])
+@pytest.mark.parametrize(("counts", "weights"), [([[200, 150]], [1]), ([[80, 120], [90]], [2, 1])])
 def test_batches_do_not_depend_on_ranks_and_workers(
-    sets: list[list[int]], ranks: int, workers: int, step: int, per_stream: int
+    monkeypatch: pytest.MonkeyPatch, counts: list[list[int]], weights: list[float], ranks: int, workers: int
 ) -> None:
-    """24 streams: 1, 2, 4 and 8 ranks of 1 to 4 workers all divide them, but for 8 ranks of 2 or 4 workers (16, 32)."""
-    streams = 24 if 24 % (ranks * workers) == 0 else 32
-    sets = [[count * 8 for count in counts] for counts in sets]
-    weights = [1.0 + number for number in range(len(sets))]
-    alone = batch(order_of(sets, weights, streams), step, per_stream * streams, 1, 1)
-    if streams % (ranks * workers) == 0:
-        assert batch(order_of(sets, weights, streams), step, per_stream * streams, ranks, workers) == alone
+    """The real shares of real streams: 24 streams, which 1, 2, 4 and 8 ranks of these workers divide."""
+    for step in (0, 1, 40):  # 40: some epochs on
+        alone = keys_of_batch(monkeypatch, order_of(counts, weights, 24), step, 2, ranks=1, workers=1)
+        found = keys_of_batch(monkeypatch, order_of(counts, weights, 24), step, 2, ranks=ranks, workers=workers)
+        assert found == alone and len(alone) == 48
+        order = order_of(counts, weights, 24)
+        places = [order.locate(stream, position) for stream in range(24) for position in (2 * step, 2 * step + 1)]
+        assert alone == [f"{place.set}/{place.shard}/{place.row}" for place in places]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(3, 40), min_size=1, max_size=6), st.integers(1, 4), st.integers(0, 400))
 def test_seeking_equals_running_there(counts: list[int], streams: int, start: int) -> None:
     """One order that served all positions before, and a fresh one that starts in the middle of an epoch."""
-    if sum(counts) < streams:
-        return
+    assume(sum(counts) >= streams)
     ran, sought = order_of([counts, counts], [1, 3], streams), order_of([counts, counts], [1, 3], streams)
     before = [ran.locate(0, position) for position in range(start + 20)]
     assert [sought.locate(0, position) for position in range(start, start + 20)] == before[start:]
@@ -101,6 +124,13 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert pairs[0] != pairs[1] and pairs[0] != pairs[2]
 
 
+def test_every_epoch_puts_the_shards_in_another_order() -> None:
+    """A stream of a tenth of the set takes other shards each time."""
+    order = order_of([[10] * 40], [1], 10)
+    taken = [frozenset(order.locate(0, p).shard for p in range(40 * epoch, 40 * epoch + 40)) for epoch in range(4)]
+    assert len(set(taken)) == 4
+
+
 def test_replacements_stay_in_the_block_and_are_other_samples() -> None:
     order = order_of([[64]], [1], 4, block=8)
     places = [order.locate(0, 3, retry) for retry in range(8)]
@@ -133,11 +163,15 @@ def test_seek_in_a_huge_set_is_fast_and_small() -> None:
 
 def test_known_values_never_change() -> None:
     """Golden values: a change here changes the order of every run that is under way."""
-    assert mix(1, 2, 3) == mix(1, 2, 3) != mix(3, 2, 1)
+    assert mix(1, 2, 3) == GOLDEN_HASH
     assert permutation(8, 0, 1).tolist() == GOLDEN_PERMUTATION
     order = Order([[5, 7], [9]], [1, 1], seed=1, streams=2, block=4)
     assert [tuple(order.locate(1, p)) for p in range(4)] == GOLDEN_PLACES
+    order = Order([[5, 7], [9]], [3, 1], seed=1, streams=2, block=4)
+    assert [tuple(order.locate(0, p)) for p in range(100, 104)] == GOLDEN_LATER_PLACES
 
 
+GOLDEN_HASH = 15020427595393229491
 GOLDEN_PERMUTATION = [1, 0, 7, 5, 4, 3, 2, 6]
 GOLDEN_PLACES = [(0, 0, 0, 0), (1, 0, 0, 5), (0, 0, 1, 6), (1, 0, 0, 4)]
+GOLDEN_LATER_PLACES = [(0, 12, 1, 3), (1, 6, 0, 1), (0, 12, 1, 4), (0, 12, 1, 5)]

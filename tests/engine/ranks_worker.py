@@ -1,4 +1,4 @@
-"""One of the ranks of tests/engine/test_optimizer.py: `python ranks_worker.py FOLDER`, under a launcher's environment.
+"""One of the ranks of tests/engine/test_optimizer.py.
 
 Trains a tiny model for a few steps in each case of cases.json, on this rank's part of batches.pt; the first rank writes
 what it found to CASE.pt. One process runs all cases: starting ranks costs more than training them.
@@ -7,7 +7,6 @@ what it found to CASE.pt. One process runs all cases: starting ranks costs more 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,8 @@ class Case:
         return deepspeed_engine.build_engine(model, self.config, ds_json)
 
     def train(self, engine: Any, step: int) -> list[float]:
-        deepspeed_engine.set_learning_rate(engine, step, self.config)
-        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config)
+        deepspeed_engine.set_learning_rate(engine, step, self.config.optim)
+        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config.loss, self.config.optim.micro_batch)
         engine.step()
         return means(losses)
 
@@ -135,7 +134,3 @@ def main(folder: Path) -> None:
             torch.save(found, folder / f"{name}.pt")
             print(f"{name} done", flush=True)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

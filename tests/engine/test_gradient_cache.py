@@ -38,7 +38,7 @@ def step(config: Config, tokenizer: Any, batch: Batch, dropout: float = 0.0) -> 
             module.p = dropout
     engine = PlainEngine(model)
     torch.manual_seed(3)
-    losses = forward_backward(engine, batch, config)
+    losses = forward_backward(engine, batch, config.loss, config.optim.micro_batch)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in losses.items()}, gradients, engine
 
@@ -81,7 +81,7 @@ def test_dropout_is_the_same_in_both_passes(sets, tokenizer) -> None:
             module.p = 0.5
     model.image_head.register_forward_hook(watch)
     torch.manual_seed(3)
-    forward_backward(PlainEngine(model), batch, config)
+    forward_backward(PlainEngine(model), batch, config.loss, config.optim.micro_batch)
     after = torch.rand(1)
     assert len(seen[False]) == len(seen[True]) == 4
     assert all(torch.equal(first, second) for first, second in zip(seen[False], seen[True], strict=True))
@@ -118,7 +118,7 @@ def test_memory_follows_the_part_not_the_batch(sets, tokenizer) -> None:
 
         model = build_model(config, tokenizer, DISEASES)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward_backward(Engine(model), batch, config)
+            forward_backward(Engine(model), batch, config.loss, config.optim.micro_batch)
         return peak
 
     batch = mixed_batch(sets, tokenizer)

@@ -79,6 +79,7 @@ def assert_near(ours: MMCLIP, theirs: MMCLIP, batches: list[Batch]) -> None:
             torch.testing.assert_close(near[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_compiled_layers_share_graphs_and_new_lengths_need_no_new_one(sets, tokenizer, batches: list[Batch]) -> None:
     """Three layers an encoder; lengths and numbers of reports change from batch to batch. The backend only counts."""
     graphs: list[Any] = []

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +15,8 @@ from mmclip_dist.data.loader import label_names, open_sets
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.model.build import build_model
 from tests.batches import loader
+from tests.engine import ranks_worker
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -81,24 +78,8 @@ def results(sets, steps: list[list[Batch]], tmp_path_factory: pytest.TempPathFac
     base = [*sets.overrides(folder / "run"), *BASE]
     cases = {name: ([*base, *overrides], probe) for name, (overrides, probe) in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("ranks_worker.py"), folder],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        said = [rank.communicate(timeout=390)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(text[-6000:] for text in said)
+    code, outputs = run_ranks(ranks_worker.main, folder, ranks=2, folder=folder, timeout=390)
+    assert code == 0, "\n".join(output[-6000:] for output in outputs)
     return {name: torch.load(folder / f"{name}.pt") for name in CASES}
 
 

@@ -1,45 +1,20 @@
-"""What tests of the engine run on two ranks: `python two_ranks.py CASE FOLDER`, started once a rank by `run_on_two_ranks`."""
+"""What tests of the engine run on two ranks, each with a folder of its own (`run_ranks`)."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmclip_launch.deepspeed_command import accelerator_environment, free_port
-from mmclip_launch.processes import environment
 
 from mmclip_dist.config import load_config
 from mmclip_dist.engine import collective
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
 from mmclip_dist.engine.finite import poisoned
 from mmclip_dist.run.stop import StopRequest
-
-Finished = subprocess.CompletedProcess[str]
-
-
-def start(case: str, folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
-    env = environment(accelerator_environment()) | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, __file__, case, str(folder)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def run_on_two_ranks(case: str, folder: Path, timeout: float = 240) -> list[Finished]:
-    port = free_port()
-    ranks = [start(case, folder, rank, port) for rank in range(2)]
-    found = []
-    for process in ranks:
-        out, err = process.communicate(timeout=timeout)
-        found.append(Finished(process.args, process.returncode, out, err))
-    return found
 
 
 class Toy(torch.nn.Module):
@@ -150,16 +125,21 @@ def alone(folder: Path) -> None:
 
     try:
         collective.first_rank_does(failing, "failing")
-    except ValueError as error:
+    except collective.AgreedFailure as error:
         print(f"rank {rank}: {error}")
     try:
         with collective.agreed():
             if rank == 1:
-                raise ValueError("rank 1 refuses")
-    except ValueError as error:
+                raise ValueError("it refuses")
+    except collective.AgreedError as error:
         print(f"rank {rank}: {error}")
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()
+    try:
+        with collective.agreed():
+            raise ValueError("both refuse") if rank else OSError("or fail")
+    except collective.AgreedFailure as error:
+        print(f"rank {rank}: {error}")
+    try:
+        with collective.agreed():
+            raise ValueError("all alike")
+    except collective.AgreedError as error:
+        print(f"rank {rank}: {error}")

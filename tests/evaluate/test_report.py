@@ -242,7 +242,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("metrics.jsonl", "{oops\n", "no JSON"),
+        ("metrics.jsonl", "{oops\n", "metrics.jsonl, line 1, is cut or is not a JSON object: delete that line"),
+        ("environment.json", '{"cut', "environment.json is cut or is not JSON"),
         ("metrics.jsonl", '{"step": 1}\n', "line 1, lacks data_wait"),
         ("environment.json", "[]", "must hold an object"),
         ("zeroshot.json", '{"auc": 1}', "run that again"),

@@ -33,6 +33,14 @@ def test_values_have_three_significant_digits_or_words(value: float | None, text
     assert numbers.significant(value) == text
 
 
+def test_figures_in_columns_keep_their_decimals_and_sign() -> None:
+    assert [numbers.fixed(value, 3) for value in (0.66666, -0.5, math.nan)] == ["0.667", "−0.500", "not measured"]
+    assert [numbers.signed(value, 2) for value in (0.5, 0.0, -0.5, None)] == ["+0.50", "0.00", "−0.50", "not measured"]
+    assert numbers.interval((0.6512, 0.6849)) == "0.651 to 0.685"
+    assert numbers.interval((0.65, math.nan)) == "not measured"
+    assert numbers.count(9600) == "9,600"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

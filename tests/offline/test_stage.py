@@ -25,8 +25,10 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, Stage, connect, run_stage
+from mmclip_dist.offline.stage import JOURNAL, Stage, _joined, connect, run_stage
 from tests.conftest import write_sidecar
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +196,19 @@ def test_an_interrupted_stage_with_other_entities_mixes_no_scores(sets, cluster:
     write_sidecar(sets.paired, heart, "entities", spans_of("heart"))
     write_sidecar(sets.paired, lung, "entities", spans_of("lung"))
     first = attention_stage(sets.paired, out, str(checkpoint), heart)
-    manifest, _ = run(first)
+    manifest, _ = run(first, workers=1)
     rows = {"0": asdict(manifest.shards[0])}
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "out" / JOURNAL).write_text(
         json.dumps({"config_hash": first.config_hash, "base": manifest.base, "shards": rows})
     )
-    found, seen = run(attention_stage(sets.paired, out, str(checkpoint), lung))
+    second = attention_stage(sets.paired, out, str(checkpoint), lung)
+    found, seen = run(second, workers=1)
     assert seen[0] == (0, len(manifest.shards))  # nothing of the first run counts
-    afresh, _ = run(attention_stage(sets.paired, str(tmp_path / "afresh"), str(checkpoint), lung))
-    assert [shard.sha256 for shard in found.shards] == [shard.sha256 for shard in afresh.shards]
     assert found.shards[0].sha256 != manifest.shards[0].sha256
+    joined = JoinedSet(Source(url=sets.paired, entities=lung))
+    samples = [(joined.key(0, row), joined.read(0, joined.key(0, row))) for row in range(joined.counts[0])]
+    assert list(ShardReader(out, found).samples(0)) == second.build()(samples)
 
 
 def test_a_sidecar_that_does_not_fit_the_base_is_refused(sets, checkpoint: Path, tmp_path: Path) -> None:
@@ -224,6 +228,12 @@ def test_a_spoiled_journal_is_named_with_its_mend(sets, tmp_path: Path, content:
     (out / JOURNAL).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{out}/{JOURNAL} .*delete it, and every shard is made again"):
         run(entities_stage(sets.paired, str(out)))
+
+
+def test_rows_of_different_keys_are_never_joined() -> None:
+    assert _joined((("a", {"json": b"1"}), ("a", {"entities.json": b"2"}))) == ("a", {"json": b"1", "entities.json": b"2"})
+    with pytest.raises(ValueError, match="the sidecar has b where the set has a: rebuild it"):
+        _joined((("a", {"json": b"1"}), ("b", {"entities.json": b"2"})))
 
 
 def test_undecodable_images_get_no_scores_and_stop_nothing(sets, checkpoint: Path) -> None:

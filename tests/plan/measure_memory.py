@@ -1,15 +1,11 @@
-"""Measures what steps of real DeepSpeed engines allocate, in processes of their own (DeepSpeed keeps its first process group):
+"""Measures what steps of real DeepSpeed engines allocate, in processes of their own (DeepSpeed keeps its first process group).
 
-    RANK=0 WORLD_SIZE=1 ... python -m tests.plan.measure_memory \\
-        '[{"overrides": [], "batch": 8, "tokens": 40, "masked": 10, "stage": 1, "precision": "fp32"}]'
-
-prints the bytes of each case as JSON; `batch` is a rank's. On a GPU the allocator's own peak counts, else that of `LiveMemory`.
+`main` prints the bytes of each case as JSON. On a GPU the allocator's own peak counts, else that of `LiveMemory`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from typing import Any
 
 import torch
@@ -46,11 +42,11 @@ def measured(case: dict[str, Any], device: torch.device) -> int:
 
 
 def step(engine: Any, data: Batch, config: Config) -> None:
-    forward_backward(engine, data, config)
+    forward_backward(engine, data, config.loss, config.optim.micro_batch)
     engine.step()
 
 
-if __name__ == "__main__":
+def main(cases: list[dict[str, Any]]) -> None:
     *_, where = start_distributed(threads=1, timeout_s=600)
-    print("MEASURED " + json.dumps([measured(case, where) for case in json.loads(sys.argv[1])]))
+    print("MEASURED " + json.dumps([measured(case, where) for case in cases]))
     dist.destroy_process_group()

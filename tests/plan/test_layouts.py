@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +19,9 @@ from mmclip_dist.plan.cards import card_named, card_of_device
 from mmclip_dist.plan.layouts import communication, largest, layouts, links, memory, plan, recommend
 from mmclip_dist.plan.setup import Choice, Corpus, Setup, configured, setup_of
 from tests.model.synthetic_batch import PROMPT_TOKENS, VOCABULARY, config_of, load_of
+from tests.plan import measure_memory
 from tests.plan.measure_memory import BUCKET
+from tests.ranks import run_ranks
 
 SHAPES: list[dict[str, Any]] = [
     # First activations rule, in the last one weights and optimizer.
@@ -47,23 +45,13 @@ CASES += [
 CASES[-1]["batch"] = 24  # so that what is kept still outweighs the step
 
 
-def allocated(cases: list[dict[str, Any]], ranks: int, devices: str = "") -> list[int]:
+def allocated(cases: list[dict[str, Any]], ranks: int, folder: Path, devices: str = "") -> list[int]:
     """Bytes that real engines allocated on the first rank, case by case. devices: "": the CPU."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    job = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    job["CUDA_VISIBLE_DEVICES"] = devices
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.plan.measure_memory", json.dumps(cases)], text=True, cwd=Path(__file__).parents[2],
-            env=job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=400) for process in started]
-    lines = [line for line in outputs[0][0].splitlines() if line.startswith("MEASURED ")]
-    assert lines and not any(process.returncode for process in started), outputs[0][0][-2000:] + outputs[0][1][-3000:]
+    code, outputs = run_ranks(
+        measure_memory.main, cases, ranks=ranks, folder=folder, timeout=400, CUDA_VISIBLE_DEVICES=devices
+    )
+    lines = [line for line in outputs[0].splitlines() if line.startswith("MEASURED ")]
+    assert code == 0 and lines, outputs[0][-5000:]
     values: list[int] = json.loads(lines[0].removeprefix("MEASURED "))
     return values
 
@@ -82,19 +70,20 @@ def check(cases: list[dict[str, Any]], found: list[int], ranks: int) -> None:
     assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
 
 
-def test_memory_is_what_deepspeed_allocates() -> None:
-    check(CASES, allocated(CASES, 1), 1)
+@pytest.mark.slow
+def test_memory_is_what_deepspeed_allocates(tmp_path: Path) -> None:
+    check(CASES, allocated(CASES, 1, tmp_path), 1)
 
 
 @pytest.mark.slow
-def test_memory_of_two_ranks_that_share_the_states() -> None:
+def test_memory_of_two_ranks_that_share_the_states(tmp_path: Path) -> None:
     cases = [SHAPES[-1] | {"stage": stage, "precision": "bf16" if stage % 2 else "fp32"} for stage in range(4)]
-    check(cases, allocated(cases, 2), 2)
+    check(cases, allocated(cases, 2, tmp_path), 2)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_memory_is_what_a_gpu_allocates() -> None:
+def test_memory_is_what_a_gpu_allocates(tmp_path: Path) -> None:
     """A ViT-B, so that the libraries' own workspaces, some ten MiB, weigh little."""
     big = {
         "overrides": ["model.image={size: 224, patch: 16, width: 768, depth: 12, heads: 12}",
@@ -102,7 +91,7 @@ def test_memory_is_what_a_gpu_allocates() -> None:
         "batch": 64, "tokens": 40, "masked": 10, "precision": "bf16",
     }  # fmt: skip
     cases = [big | {"stage": stage} for stage in range(4)]
-    check(cases, allocated(cases, 1, devices="0"), 1)
+    check(cases, allocated(cases, 1, tmp_path, devices="0"), 1)
 
 
 BIG = ("optim.global_batch=4096", "data.streams=4096")
@@ -201,6 +190,14 @@ def test_the_command_prints_every_part_and_overrides_to_paste(capsys: pytest.Cap
     ):  # fmt: skip
         assert part in out, part
     assert "computed on paper, not measured" in out
+    tables = [re.findall(r"^\| (\S.*?) +\| +([\d.]+) \|$", part, re.MULTILINE) for part in out.split("| time of a step")]
+    gib, ms = ({name: float(value) for name, value in table} for table in tables)
+    best = recommend([largest(setup_of(load_config("mmclip_vit_b16"), card_named("h200"), 8), layout) for layout in layouts()])
+    assert sum(gib.values()) == pytest.approx(2 * gib["sum"] + gib["of h200"], abs=0.05)  # all other rows are its parts
+    assert gib["sum"] == pytest.approx(best.memory.total / 2**30, abs=0.006)
+    assert ms["step"] == pytest.approx(1e3 * best.time.total, abs=0.006)
+    hours = 50_000 * best.time.total / 3600 * 8
+    assert f"{hours:,.0f} GPU hours, {hours * 2.5:,.0f} at 2.5 a GPU hour" in out
     pasted = next(line for line in out.splitlines() if line.startswith("recommended: ")).split()[1:]
     assert pasted == ["zero_stage=1", "optim.micro_batch=128"]
     assert configured(load_config("mmclip_vit_b16", pasted), 8) == Choice(1, 128)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.run import stop as stop_module
 from mmclip_dist.run.health import Health, is_spike
 from mmclip_dist.run.stop import STOP_FILE, STOPPED, StopRequest
-from tests.engine.two_ranks import run_on_two_ranks
+from tests.engine import two_ranks
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -42,9 +44,9 @@ def handlers():
 
 @pytest.mark.slow
 def test_a_bad_step_changes_nothing_at_any_stage(tmp_path: Path) -> None:
-    for rank in run_on_two_ranks("bad_steps", tmp_path):
-        assert rank.returncode == 0, rank.stderr[-3000:]
-        assert "all stages and precisions" in rank.stdout
+    code, outputs = run_ranks(two_ranks.bad_steps, tmp_path, ranks=2, folder=tmp_path)
+    assert code == 0, outputs
+    assert all("all stages and precisions" in output for output in outputs)
 
 
 def test_a_loss_that_is_not_finite_poisons_the_gradients_and_another_is_left_alone() -> None:
@@ -118,24 +120,29 @@ def test_signals_and_the_stop_file_ask_for_a_stop(tmp_path: Path, one_rank: None
 
 @pytest.mark.slow
 def test_a_stop_asked_of_one_rank_stops_both_at_one_step(tmp_path: Path) -> None:
-    for rank in run_on_two_ranks("stopping", tmp_path):
-        assert rank.returncode == 0, rank.stderr[-3000:]
-        assert "stopped at 7" in rank.stdout
+    code, outputs = run_ranks(two_ranks.stopping, tmp_path, ranks=2, folder=tmp_path)
+    assert code == 0 and all("stopped at 7" in output for output in outputs), outputs
 
 
 @pytest.mark.slow
 def test_a_hung_call_ends_and_names_rank_and_step(tmp_path: Path) -> None:
-    found = run_on_two_ranks("hanging", tmp_path, timeout=50)
-    assert found[0].returncode == watchdog.EXIT_CODE and found[1].returncode == 0
-    assert "error: rank 0 hangs: no progress for 3 s at step 3, in: forward" in found[0].stderr
-    assert "all_reduce" in found[0].stderr  # where
+    code, outputs = run_ranks(two_ranks.hanging, tmp_path, ranks=2, folder=tmp_path, timeout=50)
+    assert code == watchdog.EXIT_CODE and "hangs" not in outputs[1]
+    here = socket.gethostname()
+    assert f"failed: rank 0 on {here} hangs: no progress for 3 s at step 3, in: forward" in outputs[0]
+    assert "all_reduce" in outputs[0]  # where
 
 
 @pytest.mark.slow
 def test_what_one_rank_does_alone_lets_the_others_wait_without_a_time_out(tmp_path: Path) -> None:
-    for number, rank in enumerate(run_on_two_ranks("alone", tmp_path)):
-        assert rank.returncode == 0, rank.stderr[-3000:]
-        assert f"rank {number}: no space" in rank.stdout and f"rank {number}: rank 1 refuses" in rank.stdout
+    code, outputs = run_ranks(two_ranks.alone, tmp_path, ranks=2, folder=tmp_path)
+    assert code == 0, outputs
+    here = socket.gethostname()
+    for number, output in enumerate(outputs):
+        told = [line.removeprefix(f"rank {number}: ") for line in output.splitlines() if line.startswith(f"rank {number}: ")]
+        assert told == [
+            "no space", f"rank 1 on {here}: it refuses", f"rank 0 on {here}: or fail; rank 1 on {here}: both refuse", "all alike",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

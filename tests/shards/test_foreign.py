@@ -15,7 +15,7 @@ import torch
 import webdataset
 from mmclip_shards import storage
 from mmclip_shards.document import read_document
-from mmclip_shards.foreign import foreign_member, index_set, is_foreign
+from mmclip_shards.foreign import foreign_member, index_set, is_foreign, may_hold
 from mmclip_shards.manifest import load_index, load_manifest
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import make_key
@@ -153,6 +153,45 @@ def test_text_that_cannot_be_read_is_a_value_error(members: dict[str, bytes]) ->
 )
 def test_key_and_suffix_are_divided_as_webdataset_does(name: str, expected: tuple[str, str] | None) -> None:
     assert foreign_member(name) == expected
+
+
+AWKWARD = (
+    "a.b/c.d/k.jpg", "a.b/c.d/k.txt", "./dot/k.JPG", "./dot/k.x.y.txt", "sp ace/k 1.jpeg", "sp ace/k 1.Seg.Png", "ünï/größe.png",
+    "line\nbreak/k.jpg", "d.ot\nted/k.jpg", "tail.jpg\n", "dir/no-suffix", "dir/ends.", "UPPER.PNG", "a..png", "x/__y__/k.png",
+    "__meta__/k.jpg", "__info__", "__k.jpg", "1.2.840.jpg", "k-1.jpg", "k-1.json", "k.1.png", "same/one.jpg", "same/two.jpg",
+    "only.txt", "a/._k.txt",
+)  # fmt: skip
+
+
+def test_webdataset_and_our_index_agree_on_awkward_names(tmp_path: Path) -> None:
+    """Keys, suffixes and bytes of every sample with an image; webdataset alone decides what belongs together."""
+    write_tar(tmp_path / "odd.tar", [(name, f"of {name}".encode()) for name in AWKWARD])
+    index_set(tmp_path)
+    theirs = {}
+    for sample in webdataset.WebDataset(str(tmp_path / "odd.tar"), shardshuffle=False):
+        suffixes = {name: name.replace("jpeg", "jpg") for name in sample if not name.startswith("__")}
+        members = {ours: sample[name] for name, ours in suffixes.items() if may_hold(ours)}
+        if not members.keys().isdisjoint({"jpg", "png"}):
+            theirs[make_key(sample["__key__"])] = members
+    ours = dict(iterate(tmp_path))
+    assert ours == theirs
+    assert len(ours) == 11 and ours[make_key("sp ace/k 1")].keys() == {"jpg", "seg.png"}
+
+
+@pytest.mark.parametrize("name", ["k.__bad__", "k.__key__", "k.__url__"])
+def test_a_name_that_webdataset_keeps_for_itself_costs_no_sample(tmp_path: Path, name: str) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", picture(1)), (name, b"1")])
+    found = index_set(tmp_path)
+    assert list(iterate(tmp_path)) == [("k", {"jpg": picture(1)})]
+    assert dict(found.left_out) == {"files whose name is unsafe or no KEY.SUFFIX": 1}
+
+
+def test_hidden_files_beside_their_images_are_left_out(tmp_path: Path) -> None:
+    """What macOS adds to a tar. webdataset takes the folder for their key, which then seems to come twice."""
+    names = ["s/._a.jpg", "s/a.jpg", "s/._b.jpg", "s/b.jpg", "s/.jpg"]
+    write_tar(tmp_path / "a.tar", [(name, picture(number)) for number, name in enumerate(names)])
+    index_set(tmp_path)
+    assert dict(iterate(tmp_path)) == {make_key("s/a"): {"jpg": picture(1)}, make_key("s/b"): {"jpg": picture(3)}}
 
 
 class Bomb:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmclip_shards.images import PreparedImage, prepare_image, rescale_to_8_bit
+from mmclip_shards.images import PreparedImage, decode_image, prepare_image, rescale_to_8_bit
 from mmclip_shards.schema import Box
 from PIL import Image, PngImagePlugin
 
@@ -76,12 +76,79 @@ def test_colour_becomes_luma_and_transparency_black() -> None:
     assert pixels(prepare_image(encode(Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG"), 512)).min() >= 253
 
 
-def test_exif_orientation_is_applied_with_the_boxes_upright() -> None:
+def turned_jpeg() -> bytes:
+    """A bright left edge that EXIF orientation 6 turns to the top."""
     array = np.zeros((20, 40), np.uint8)
     array[:, :8] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: the left edge becomes the top
-    prepared = prepare_image(encode(Image.fromarray(array), "JPEG", exif=exif, quality=95), 10, [Box("a", 2, 4, 6, 8)])
+    exif[0x0112] = 6
+    return encode(Image.fromarray(array), "JPEG", exif=exif, quality=95)
+
+
+def clear_palette() -> bytes:
+    """Red, blue and a transparent yellow in stripes."""
+    image = Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 8)[None].repeat(16, axis=0), "P")
+    image.putpalette([255, 0, 0, 0, 0, 255, 255, 255, 0])
+    return encode(image, transparency=2)
+
+
+def half_clear(mode: str) -> bytes:
+    image = Image.new(mode, (16, 16), 200 if mode == "LA" else (200, 200, 200))
+    image.putalpha(Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 8, axis=1).repeat(16, axis=0)))
+    return encode(image)
+
+
+AWKWARD = {
+    # name: (file, the middle row or column of the picture at its two ends)
+    "orientation 6": (turned_jpeg(), (20, 40), (255, 0)),
+    "grey with alpha": (half_clear("LA"), (16, 16), (0, 200)),
+    "colour with alpha": (half_clear("RGBA"), (16, 16), (0, 200)),
+    "palette with transparency": (clear_palette(), (24, 16), (76, 0)),
+    "16 bit": (encode(Image.fromarray(RAMP16)), (30, 40), (0, 255)),
+    "colour": (encode(Image.new("RGB", (16, 16), (255, 0, 0))), (16, 16), (76, 76)),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_packing_stores_the_picture_that_the_decoder_gives(name: str, tmp_path: Path) -> None:
+    """What is trained on may be packed or, in a foreign set, the original file: both must show the same."""
+    data, size, ends = AWKWARD[name]
+    image = decode_image(data)
+    assert (image.mode, image.size) == ("L", size)
+    found = np.asarray(image).astype(int)
+    tolerance = 6 if name == "orientation 6" else 0
+    assert abs(found[0, 0] - ends[0]) <= tolerance and abs(found[-1, -1] - ends[1]) <= tolerance
+    (tmp_path / "file").write_bytes(data)
+    np.testing.assert_array_equal(np.asarray(decode_image(tmp_path / "file")), found)
+    packed = prepare_image(data, 512)
+    again = np.asarray(decode_image(packed.data)).astype(int)
+    assert np.abs(again - found).max() <= tolerance, "only a JPEG, compressed again, may differ"
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_plain_grey_image_is_decoded_to_its_own_pixels(form: str) -> None:
+    array = np.random.default_rng(3).integers(0, 255, (48, 64), np.uint8)
+    data = encode(Image.fromarray(array), form)
+    with Image.open(io.BytesIO(data)) as plain:
+        expected = np.asarray(plain)
+    np.testing.assert_array_equal(np.asarray(decode_image(data)), expected)
+    if form == "PNG":
+        np.testing.assert_array_equal(expected, array)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_decoded_image_that_is_saved_holds_no_metadata(form: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "SECRET"
+    options = {"JPEG": {"comment": b"SECRET"}, "PNG": {"icc_profile": b"SECRET"}}[form]
+    image = decode_image(encode(Image.new("L", (8, 8), 9), form, exif=exif, **options))
+    for saved in ("JPEG", "PNG"):
+        written = encode(image, saved)
+        assert b"SECRET" not in written and b"iCCP" not in written and b"Exif" not in written
+
+
+def test_exif_orientation_is_applied_with_the_boxes_upright() -> None:
+    prepared = prepare_image(turned_jpeg(), 10, [Box("a", 2, 4, 6, 8)])
     assert (prepared.width, prepared.height) == (10, 20)
     assert pixels(prepared)[:3].min() > 200 and pixels(prepared)[6:].max() < 60
     assert prepared.boxes == (Box("a", 1, 2, 3, 4),)
@@ -130,8 +197,9 @@ def png_of_size(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(10_001, 10_000), (60_000, 60_000)])
 def test_decompression_bombs_are_refused_by_their_header(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="pixels"):
-        prepare_image(png_of_size(*size), 512)
+    for use in (decode_image, lambda data: prepare_image(data, 512)):
+        with pytest.raises(ValueError, match="pixels"):
+            use(png_of_size(*size))
 
 
 def test_unreadable_files_are_errors_that_name_the_file(tmp_path: Path) -> None:
@@ -150,6 +218,8 @@ def test_unreadable_files_are_errors_that_name_the_file(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=rf"{name} is not a usable JPEG or PNG"):
             prepare_image(tmp_path / name, 512)
+        with pytest.raises(ValueError, match="image data is not a usable JPEG or PNG"):
+            decode_image(data)
     with pytest.raises(ValueError, match=r"gone\.png"):
         prepare_image(tmp_path / "gone.png", 512)
 

@@ -7,12 +7,14 @@ from collections import Counter, defaultdict
 from dataclasses import astuple, replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
 from mmclip_shards.datasets.synthetic.drawing import draw
 from mmclip_shards.datasets.synthetic.reports import write_report
+from mmclip_shards.datasets.synthetic.set import pack_synthetic
 from mmclip_shards.datasets.synthetic.studies import Finding, Pose, Study, sample_study
 from mmclip_shards.schema import KEY_PATTERN, Box, Record
 
@@ -339,3 +341,16 @@ def test_pneumothorax_takes_lung_markings_away() -> None:
             assert (change > 4).any()
             seen += 1
     assert seen > 10
+
+
+def test_a_change_of_the_drawing_code_is_another_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else packing again would keep the images of an older version."""
+
+    def packed() -> str:
+        return pack_synthetic(tmp_path, 3, seed=1, size=32, splits={"train": 1.0})["train"].config_hash
+
+    assert packed() == packed()
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "lesions.py"))
+    with pytest.raises(ValueError, match="holds another set"):
+        packed()

@@ -180,6 +180,19 @@ def test_a_missing_or_damaged_index_is_found_and_the_tar_checked_all_the_same(to
     assert any("it has 0 samples, the manifest promises 3" in line for line in found(toy))
 
 
+def test_a_manifest_that_the_store_does_not_give_is_a_finding(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = storage.read_parsed
+
+    def failing(url: storage.Url, *arguments: object) -> object:
+        if str(url).endswith("train/manifest.json"):
+            raise OSError("timed out")
+        return read(url, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage, "read_parsed", failing)
+    verdict = verify(whole)
+    assert [finding.problem for finding in verdict.findings] == ["timed out"] and verdict.samples == 4
+
+
 def test_a_manifest_that_is_damaged_is_a_finding_and_none_at_all_an_error(toy: Path, tmp_path: Path) -> None:
     path = toy / "train" / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"samples":3', b'"samples":4'))
@@ -452,7 +465,7 @@ def test_a_sidecar_with_other_members_is_found(tmp_path: Path) -> None:
     folder = rebuild(
         tmp_path, [("k", {"entities.json": b"[]", "txt": b"x"})], "entities", base={"000000.tar": "0" * 64}
     )
-    assert "k: its members are entities.json, txt, where a sidecar of entities has one" in only(found(folder))
+    assert "k: its members are entities.json, txt; a sidecar of kind entities has one" in only(found(folder))
 
 
 def test_findings_read_well() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import tarfile
 import threading
@@ -195,7 +196,7 @@ def test_a_tar_cut_at_an_entry_boundary_is_noticed(tmp_path: Path, remote: bool)
 def test_missing_and_replaced_shards_are_noticed(tmp_path: Path) -> None:
     manifest = write(tmp_path)
     (tmp_path / "000001.tar").unlink()
-    with pytest.raises(ValueError, match=r"000001\.tar, key k-04, offset 512: cannot be read"):
+    with pytest.raises(FileNotFoundError, match=r"000001\.tar, key k-04, offset 512: cannot be read"):
         ShardReader(tmp_path, manifest).read(1, "k-04")
     write_shard(tmp_path, 1, [(key, {"jpg": files["jpg"][::-1], "json": b"{}"}) for key, files in SAMPLES[4:8]])
     assert (tmp_path / "000001.tar").stat().st_size == manifest.shards[1].bytes
@@ -209,6 +210,18 @@ def test_a_shard_that_grew_is_noticed(tmp_path: Path) -> None:
         file.write(bytes(512))
     with pytest.raises(ValueError, match="its manifest promises"):
         ShardReader(tmp_path, manifest).read(0, "k-00")
+
+
+def test_a_disk_that_fails_is_no_fault_of_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = write(tmp_path)
+
+    def fail(*arguments: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match=r"000000\.tar, key k-00, offset 512: cannot be read: .*Input/output") as caught:
+        ShardReader(tmp_path, manifest).read(0, "k-00")
+    assert not isinstance(caught.value, ValueError)
 
 
 def test_an_index_of_another_shard_is_noticed(tmp_path: Path) -> None:

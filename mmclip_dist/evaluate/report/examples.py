@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmclip_shards.document import json_fields, read_document
+from mmclip_shards.images import decode_image
 from mmclip_shards.manifest import Manifest, load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import IMAGE_SUFFIXES, Box
@@ -27,7 +28,6 @@ from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
-from mmclip_dist.data.transforms import decode_image
 from mmclip_dist.evaluate.zeroshot import class_directions
 
 _PANELS = 4

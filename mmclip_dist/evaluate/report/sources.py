@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.storage import local_path
+from mmclip_shards.textfiles import read_json, read_text
 
 from mmclip_dist.evaluate.report.numbers import is_known
 from mmclip_dist.evaluate.zeroshot import ZeroShot, load_result
@@ -93,7 +93,7 @@ def _is_run(folder: Path) -> bool:
 
 def _read_phase(name: str, folder: Path) -> Phase:
     config, environment = folder / "config.yaml", folder / "environment.json"
-    text = config.read_text() if config.is_file() else None
+    text = read_text(config, "restore it, or delete it: the page then does without") if config.is_file() else None
     return Phase(
         name, folder, tuple(_read_rows(folder)), text, _read_settings(config, text) if text else {},
         _read_json(environment) if environment.is_file() else None,
@@ -111,10 +111,7 @@ def _read_settings(path: Path, text: str) -> dict[str, Any]:
 
 
 def _read_rows(folder: Path) -> list[Row]:
-    try:
-        rows = read_metrics(folder)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / METRICS} has a line that is no JSON ({error}); delete that line") from error
+    rows = read_metrics(folder)
     for number, row in enumerate(rows, start=1):
         if lacking := _ROW_FIELDS - set(row):
             raise ValueError(f"{folder / METRICS}, line {number}, lacks {', '.join(sorted(lacking))}; delete that line")
@@ -122,10 +119,7 @@ def _read_rows(folder: Path) -> list[Row]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}); delete it, and the run writes it anew") from error
+    values = read_json(path, "delete it, and the run writes it anew")
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object, found {type(values).__name__}; delete it")
     return values
@@ -189,6 +183,6 @@ def _set_name(url: str) -> str | None:
         return None
     try:
         manifest = load_manifest(url)
-    except ValueError:  # the report is about the run; a set that was deleted or packed anew since is none of its faults
+    except ValueError:  # the report is about the run; its sets may have been deleted or packed again since
         return None
     return f"{manifest.dataset}/{manifest.split}"

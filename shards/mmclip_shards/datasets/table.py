@@ -1,4 +1,4 @@
-"""A data set given as a CSV or TSV table with one row per image, and a folder of images."""
+"""Read a data set that is a CSV or TSV table with one row per image, and a folder of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 EmptyReports = Literal["error", "drop", "unpaired"]
 
 NORMAL_LABELS = frozenset({"no finding", "no findings", "normal"})
-"""Cells of the labels column that say every disease is absent."""
+"""Cells of the labels column that mean every disease is absent."""
 
 Row = tuple[int, Mapping[str, str]]
 """The row's number as a spreadsheet shows it (the header is row 1) and its cells by column."""
@@ -42,10 +42,10 @@ def read_table(
 ) -> list[Record]:
     """One record per row of `table` (UTF-8; tabs when it ends in .tsv or .tab), images below the folder `images`.
 
-    image_column: path below `images`; it may start with that folder's own name. labels_column: names of present
-    diseases; one not listed is absent, `No Finding` or `Normal` makes all absent, an empty cell leaves all unknown.
-    key_column: text for the key, else the image's file name, or its whole path where two file names are equal.
-    empty_reports: what to do with a row without text: stop, leave the row out, or keep its image without a report.
+    image_column: path below `images`; it may start with that folder's own name. labels_column: names of the present
+    diseases. A disease that is not listed is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all
+    unknown. key_column: text for the key; by default the image's file name, or its whole path if two file names are equal.
+    empty_reports: for a row without text, "error" stops, "drop" leaves it out, "unpaired" keeps its image without a report.
 
     ValueError in one line that names rows, never a report or a patient.
     """
@@ -86,7 +86,7 @@ def read_table(
 def table_hash(table: Path | str, **options: object) -> str:
     """The config_hash of `read_table(table, images, **options)`: sha256 over the table's bytes and all options.
 
-    The images are not read: after changing one without changing the table, pack into a new folder.
+    It does not read the images. If you change an image but not the table, pack into a new folder.
     """
     bound = inspect.signature(read_table).bind(table, "", **options)
     bound.apply_defaults()
@@ -206,7 +206,7 @@ def _keys(rows: list[Row], sources: list[PurePosixPath], key_column: str | None,
 
 
 def _labels(rows: list[Row], column: str | None, separator: str, table: Path) -> list[dict[str, int | None]]:
-    """Every row's labels, over all names that any row lists."""
+    """The labels of every row. Each row has a value for each name that any row lists."""
     if column is None:
         return [{} for _ in rows]
     if not separator:

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of the S3 server that breaks chosen answers. It keeps the Host header: signatures stay valid."""
+"""An HTTP proxy in front of the S3 server that breaks chosen answers. It keeps the Host header, so signatures stay valid."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from typing import Literal
 from mmclip_shards.testing.s3_server import S3Server
 
 Kind = Literal[
-    "error",  # `status` and `code`, as S3 says it
-    "silence",  # not even a status line
-    "stall", "trickle", "close", "reset",  # of the promised bytes, those before `at`; then nothing, drops, FIN, RST
-    "short", "short_range", "unsized",  # ends before `at` with a length, a length and a range, or no length that agree with it
-    "flip", "flip_checksum",  # one bit at `at`, without and with a checksum of the true bytes
-    "zeros",  # from `at` to the end of the answer
-    "empty", "page", "whole",  # 200 with no bytes, with an error page, with the whole object instead of the range
+    "error",  # an error of S3 with this `status` and `code`
+    "silence",  # no answer at all
+    "stall", "trickle", "close", "reset",  # the bytes before `at`, then: nothing, a few bytes a second, FIN, RST
+    "short", "short_range", "unsized",  # only the bytes before `at`, with a matching length, length and range, or no length
+    "flip", "flip_checksum",  # one flipped bit at `at`, without or with a checksum of the true bytes
+    "zeros",  # zeros from `at` to the end of the answer
+    "empty", "page", "whole",  # status 200 with no bytes, with an error page, or with the whole object instead of the range
 ]  # fmt: skip
 
 _LASTING = {"stall", "trickle", "close", "reset", "short", "short_range", "unsized", "zeros"}
@@ -38,7 +38,7 @@ _TRICKLE_S = 0.2
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong. at: byte of the object where it does; None: in the middle of the answer."""
+    """A fault of one answer. at: byte of the object where it strikes; None means the middle of the answer."""
 
     kind: Kind
     at: int | None = None
@@ -46,7 +46,8 @@ class Fault:
     code: str = ""
 
     def shows_in(self, request: Request, *, lasting: bool) -> bool:
-        """Whether the request asks for the byte `at` or, if the fault is lasting and spoils what follows too, for later ones."""
+        """Whether the fault can show in the answer: the request asks for byte `at`, or, if lasting, for bytes after it that the
+        fault also breaks."""
         if self.at is None or self.kind not in _LASTING | {"flip", "flip_checksum"}:
             return True
         beyond = lasting and self.kind in _LASTING
@@ -55,7 +56,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """start, stop: the bytes of the object asked for. number: of this method and path, from 0."""
+    """A client's request. start, stop: the bytes of the object that it asks for; number: counts method and path, from 0."""
 
     method: str
     path: str
@@ -66,11 +67,11 @@ class Request:
 
 
 Plan = Callable[[Request], Fault | None]
-"""Called for every request, never by two threads at once."""
+"""Chooses a request's fault. Called for every request, never by two threads at once."""
 
 
 def on_reads(fault: Fault, *, of: str = ".tar", times: int | None = 1) -> Plan:
-    """The fault on the first `times` GETs that it shows in (None: on all) whose path ends with `of`."""
+    """A plan: break the first `times` GETs (None: all) whose path ends with `of` and whose answer can show the fault."""
     left = times
 
     def plan(request: Request) -> Fault | None:
@@ -113,7 +114,7 @@ class FaultProxy:
         self._http.server_close()
 
     def choose(self, method: str, path: str, headers: dict[str, str]) -> tuple[Request, Fault | None]:
-        """Count a request and ask the plan."""
+        """Count a request and ask the plan for its fault."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", headers.get("range", ""))
         start = int(asked[1]) if asked else 0
         stop = int(asked[2]) + 1 if asked and asked[2] else float("inf")
@@ -130,7 +131,7 @@ class FaultProxy:
 
 @dataclass(frozen=True)
 class _Answer:
-    """length: promised; None: not told. ending: what follows the body."""
+    """An answer to send. length: the promised one, or None to promise none; ending: what follows the body."""
 
     status: int
     headers: dict[str, str]
@@ -148,7 +149,7 @@ def _page(status: int, code: str) -> _Answer:
 
 
 def _break(fault: Fault, request: Request, answer: _Answer, whole: Callable[[], bytes]) -> _Answer:
-    """What arrives instead of the true `answer`."""
+    """The answer to send in place of the true `answer`."""
     body, start = answer.body, request.start
     at = max(0, min(len(body), len(body) // 2 if fault.at is None else fault.at - start))
     bare = {name: value for name, value in answer.headers.items() if not name.lower().startswith("x-amz-checksum")}
@@ -161,8 +162,8 @@ def _break(fault: Fault, request: Request, answer: _Answer, whole: Callable[[], 
         case "short_range" if at == 0:
             broken = _page(416, "InvalidRange")
         case "short_range":
-            told = {"Content-Range": f"bytes {start}-{start + at - 1}/{start + at}"}
-            broken = replace(answer, headers=bare | told, body=body[:at], length=at)
+            content_range = {"Content-Range": f"bytes {start}-{start + at - 1}/{start + at}"}
+            broken = replace(answer, headers=bare | content_range, body=body[:at], length=at)
         case "unsized":
             broken = replace(plain, body=body[:at], length=None, ending="close")
         case "flip" | "flip_checksum":
@@ -250,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
                 body = came.read()
                 break
             except (http.client.HTTPException, OSError):
-                self._upstream.close()  # the server ended a kept connection, or was restarted
+                self._upstream.close()  # the server closed an idle connection, or was restarted
                 self._upstream = None
                 if attempt:
                     raise
@@ -287,14 +288,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _send_nothing(self) -> None:
-        """Until the client has had enough."""
+        """Keep the connection open and silent until the client closes it."""
         self.close_connection = True
         while not self.server.proxy.closing.is_set():
             if select.select([self.connection], [], [], 0.05)[0]:
                 return
 
     def _reset(self) -> None:
-        time.sleep(0.02)  # what was sent shall arrive: closing like this drops what waits
+        time.sleep(0.02)  # let the sent bytes arrive: a reset drops those that still wait
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.rfile.close()
         self.connection.close()

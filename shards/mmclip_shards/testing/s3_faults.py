@@ -1,4 +1,4 @@
-"""The faults that a reader of shards must survive, each at a chosen place of one shard."""
+"""The faults that a reader of shards must survive, each at a chosen byte of a shard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEADER = 512
 
 
 class Places(NamedTuple):
-    """Bytes of a shard. boundary: first of an entry; header: inside that entry's header; data: inside the data before it."""
+    """Bytes of a shard to break. boundary: first of an entry; header: in that entry's header; data: in the data before it."""
 
     boundary: int
     header: int
@@ -20,13 +20,13 @@ class Places(NamedTuple):
 
 
 def places(index: ShardIndex, row: int) -> Places:
-    """Those between the first two members of a sample: a reader of single samples asks for these bytes, too."""
+    """Places between the first two members of a sample. A reader of single samples asks for these bytes, too."""
     (_, data, length, _), (_, second, *_) = index.sample(row)[:2]
     return Places(second - _HEADER, second - _HEADER // 2, data + length // 2)
 
 
 def faults(at: Places) -> dict[str, Fault]:
-    """Name -> fault."""
+    """All faults, by name."""
     return {
         "500": Fault("error", status=500, code="InternalError"),
         "503 SlowDown": Fault("error", status=503, code="SlowDown"),
@@ -60,3 +60,22 @@ def faults(at: Places) -> dict[str, Fault]:
         "error page with 200": Fault("page"),
         "range ignored": Fault("whole"),
     }
+
+
+def lasting_error(fault: Fault, *, in_shard: bool) -> type[Exception]:
+    """The kind of error that a reader must raise for a fault that stays. in_shard: it breaks the tar, not index or manifest.
+
+    ValueError when the stored bytes look damaged, FileNotFoundError or PermissionError when the store refuses, OSError when
+    it fails.
+    """
+    if fault.status == 404:
+        return (
+            FileNotFoundError if in_shard else ValueError
+        )  # for index and manifest, the message says how to make them
+    if fault.code == "AccessDenied":
+        return PermissionError
+    # The client compares the checksum of a whole file, but not that of a range.
+    damaged = (
+        {"flip", "zeros", "flip_checksum"} if in_shard else {"flip", "zeros", "short", "short_range", "empty", "page"}
+    )
+    return ValueError if fault.kind in damaged else OSError

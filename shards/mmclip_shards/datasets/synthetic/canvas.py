@@ -1,7 +1,7 @@
 """The drawing surface of the synthetic radiographs: coordinates, windows, soft shapes, boxes.
 
-Values are attenuation in 0 (air) to 1 (bone, metal), float32. Shapes are given in anatomy units (see
-`synthetic_studies`) with edges of about one pixel at 128 pixels, so that every size shows the same study.
+Values are attenuation from 0 (air) to 1 (bone, metal), float32. Shapes are given in anatomy units (see `studies`), with
+edges of about one pixel at 128 pixels, so every size shows the same study.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmclip_shards.datasets.synthetic.studies import Pose, Study
 from mmclip_shards.schema import Box
 
 Plane = np.ndarray
-"""float32 [rows, columns] of a picture or of a window of one."""
+"""float32 [rows, columns]: a picture or a window of it."""
 
 BOX_LEVEL = 0.25
 """A box holds the pixels that a finding changed by at least this share of its largest change."""
@@ -25,7 +25,7 @@ BOX_LEVEL = 0.25
 
 @dataclass
 class Canvas:
-    """One picture in the making, or a window of one (see `within`); `image` changes in place.
+    """One picture that is being drawn, or a window of it (see `within`). `image` changes in place.
 
     x, y: anatomy coordinates of each pixel; across: |x|; lung: 0 to 1; depth: how far inside the lung's outline, 0 at
     its edge; dome: y of the diaphragm in this column; vessels: lung markings; left, top: the window's corner in pixels.
@@ -45,7 +45,7 @@ class Canvas:
     top: int = 0
 
     def within(self, x0: float, x1: float, y0: float, y1: float) -> Canvas:
-        """The window around a rectangle in anatomy units, as views: small things cost what they cover."""
+        """The window around a rectangle in anatomy units, as views. Drawing in it costs only the pixels that it covers."""
         corners = [to_pixel(self.study.pose, self.size, x, y) for x in (x0, x1) for y in (y0, y1)]
         columns, rows = zip(*corners, strict=True)
         left, top = (min(max(int(min(ends)), 0), self.size - 1) for ends in (columns, rows))
@@ -78,21 +78,21 @@ def to_pixel(pose: Pose, size: int, x: float, y: float) -> tuple[float, float]:
 
 
 def step(distance: Plane, sharpness: float) -> Plane:
-    """0 outside, 1 inside, a ramp 1/sharpness wide where the signed distance is 0. Overwrites `distance`."""
+    """0 outside, 1 inside, and a ramp of width 1/sharpness where the signed distance is 0. Overwrites `distance`."""
     distance *= np.float32(sharpness)
     distance += np.float32(0.5)
     return np.clip(distance, 0, 1, out=distance)
 
 
 def add(image: Plane, opacity: Plane, target: float = 0.95) -> Plane:
-    """Move `image` towards `target` by `opacity`; returns the change. Dense regions change less, as on a film."""
+    """Move `image` towards `target` by `opacity` and return the change. Dense regions change less, as on a film."""
     change = opacity * (np.float32(target) - image)
     image += change
     return change
 
 
 def box_of(label: str, canvas: Canvas, change: Plane) -> Box:
-    """Tight box, in pixels of the whole image, around what changed by at least `BOX_LEVEL` of the largest change."""
+    """The tight box, in pixels of the whole image, around pixels that changed by at least `BOX_LEVEL` of the largest change."""
     strength = np.abs(change)
     strong = strength >= strength.max() * BOX_LEVEL
     columns, rows = np.flatnonzero(strong.any(axis=0)), np.flatnonzero(strong.any(axis=1))
@@ -101,7 +101,7 @@ def box_of(label: str, canvas: Canvas, change: Plane) -> Box:
 
 
 def smooth_noise(rng: np.random.Generator, cells: int, shape: tuple[int, ...]) -> Plane:
-    """Cloudy noise of about unit variance: a small grid of draws enlarged with splines, far cheaper than a filter."""
+    """Cloudy noise of about unit variance. It enlarges a small random grid with splines, which is far cheaper than a filter."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((shape[1], shape[0]), Image.Resampling.BICUBIC)) * np.float32(1.4)
 
@@ -109,7 +109,7 @@ def smooth_noise(rng: np.random.Generator, cells: int, shape: tuple[int, ...]) -
 def add_ellipse(
     canvas: Canvas, centre: tuple[float, float], axes: tuple[float, float], *, opacity: float, target: float = 0.95
 ) -> tuple[Canvas, Plane]:
-    """Add a soft-edged ellipse with the given semi-axes; returns its window and the change there."""
+    """Add a soft-edged ellipse with the given semi-axes. Returns its window and the change there."""
     (x, y), (width, height) = centre, axes
     part = canvas.within(x - width, x + width, y - height, y + height)
     inside = 1 - ((part.x - np.float32(x)) * np.float32(1 / width)) ** 2

@@ -1,4 +1,4 @@
-"""Draws the normal chest of a synthetic study: wall, lungs with vessels, mediastinum, heart, bones."""
+"""Draw the normal chest of a synthetic study: wall, lungs with vessels, mediastinum, heart, bones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEART_RATIO: dict[Severity, float] = {"mild": 0.555, "moderate": 0.61, "severe":
 
 
 def empty_chest(study: Study, size: int) -> Canvas:
-    """Chest wall and abdomen with the lung fields' shape, before anything is shaded."""
+    """A canvas with chest wall, abdomen and the shape of the lungs, before anything is shaded."""
     anatomy, pose = study.anatomy, study.pose
     x, y = anatomy_coordinates(pose, size)
     across = np.abs(x)
@@ -36,7 +36,7 @@ def empty_chest(study: Study, size: int) -> Canvas:
 
 
 def _dome(study: Study, x: Plane, across: Plane) -> Plane:
-    """Height (y) of the diaphragm below each column: the right dome is higher by `dome_step`."""
+    """y of the diaphragm in each column. The right dome is higher by `dome_step`."""
     right = DOME_TOP + study.pose.inspiration
     left = right + study.anatomy.dome_step
     for finding in study.findings:
@@ -50,10 +50,10 @@ def _dome(study: Study, x: Plane, across: Plane) -> Plane:
 
 
 def shade_lungs(canvas: Canvas) -> None:
-    """Air, denser towards the bases and the hila, with vessels and breast shadows; below, liver and stomach."""
+    """Shade the lungs (denser towards bases and hila) with vessels and breast shadows; below them, liver and stomach."""
     anatomy, image, y = canvas.study.anatomy, canvas.image, canvas.y
     air = np.float32(0.13 + 0.45 * anatomy.wall) + y * np.float32(0.05) - canvas.across * np.float32(0.06)
-    # A smooth-edged soft-tissue shadow over both lower lungs; a patient with none has a negative value.
+    # A soft shadow over both lower lungs. The value is negative for a patient without one.
     if anatomy.breast > 0:
         breast = 1 - ((canvas.across - np.float32(0.45)) * 2.6) ** 2 - ((y - np.float32(0.30)) * 2.6) ** 2
         air += np.clip(breast * 2, 0, 1) * np.float32(anatomy.breast)
@@ -70,12 +70,12 @@ def shade_lungs(canvas: Canvas) -> None:
 
 
 def _vessels(study: Study, size: int) -> Plane:
-    """Lung markings in 0 to 0.26: the patient's own tree, posed like the rest of him."""
+    """Lung markings, 0 to 0.26: the patient's own vessel tree, in the pose of the film."""
     anatomy, pose = study.anatomy, study.pose
     half = size / 2
     cos, sin = np.cos(pose.rotation) / pose.scale, np.sin(pose.rotation) / pose.scale
     wide = anatomy.lung_width / 0.37
-    # The map of `anatomy_coordinates` in pixels, from the picture back to the sheet, as Pillow asks for it.
+    # Pillow needs the map from the picture back to the sheet, in pixels: that of `anatomy_coordinates`.
     u, v = 1 + pose.shift_x, 1 + pose.shift_y
     to_x = (cos / wide, sin / wide, half * (1 - (cos * u + sin * v) / wide))
     to_y = (-sin, cos, half * (1 - (cos * v - sin * u)))
@@ -88,8 +88,8 @@ def _vessels(study: Study, size: int) -> Plane:
 def _vessel_sheet(tree: int, size: int) -> Image.Image:
     """Branching lines that leave each hilum and thin out towards the chest wall: 8 bit [size, size], anatomy upright.
 
-    Drawn at twice the size and reduced, which is how Pillow's lines become smooth. A line costs more than anything
-    else here, so there is a fixed stock of trees.
+    Lines are drawn at twice the size and then reduced, to smooth them. Lines cost more than anything else here, so there is
+    a fixed stock of trees.
     """
     sheet = Image.new("L", (2 * size, 2 * size))
     pen = ImageDraw.Draw(sheet)
@@ -104,7 +104,7 @@ def _vessel_tree(seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     stems = 9
     side = np.repeat(np.array([-1.0, 1.0]), stems)
-    # Directions fan from straight up (-pi/2) over lateral (0) to down.
+    # Directions spread from straight up (-pi/2) through lateral (0) to down.
     angle = np.tile(np.linspace(-1.45, 1.25, stems), 2) + rng.normal(0, 0.10, 2 * stems)
     x, y = side * 0.17, -0.04 + 0.10 * np.sin(angle)
     parts = []
@@ -124,7 +124,7 @@ def _vessel_tree(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def add_mediastinum(canvas: Canvas) -> None:
-    """Great vessels, aortic arch (patient's left), hila and the air of the trachea."""
+    """Add great vessels, aortic arch (patient's left), hila and the air of the trachea."""
     anatomy, oblique = canvas.study.anatomy, canvas.study.pose.oblique
     centre = canvas.within(oblique - 0.30, oblique + 0.30, -1.5, 1.5)
     across = np.abs(centre.x - np.float32(oblique))
@@ -141,7 +141,7 @@ def add_mediastinum(canvas: Canvas) -> None:
 
 
 def add_heart(canvas: Canvas) -> list[Box]:
-    """The heart, apex towards the patient's left; a box around it when it is enlarged.
+    """Add the heart, its apex towards the patient's left. Returns a box around it if it is enlarged.
 
     The cardiothoracic ratio is the heart's width over the lungs' inner width at the diaphragm.
     """
@@ -153,7 +153,7 @@ def add_heart(canvas: Canvas) -> list[Box]:
     half_width = ratio * 2 * (anatomy.lung_width + LUNG_CENTRE_OFFSET / 2)
     tilt = anatomy.heart_tilt
     short = anatomy.heart_height * (half_width / 0.32) ** 0.5
-    # Of a tilted ellipse with semi-axes (long, short): half width^2 = long^2 cos^2 + short^2 sin^2.
+    # A tilted ellipse with semi-axes (long, short) has half width^2 = long^2 cos^2 + short^2 sin^2.
     long = np.sqrt(max(half_width**2 - (short * np.sin(tilt)) ** 2, 0.01)) / np.cos(tilt)
     centre_x = anatomy.heart_centre * half_width / 0.32 + study.pose.oblique
     centre_y = DOME_TOP + study.pose.inspiration - 0.20
@@ -167,7 +167,7 @@ def add_heart(canvas: Canvas) -> list[Box]:
 
 
 def add_bones(canvas: Canvas) -> None:
-    """Spine with its discs, posterior and anterior ribs as waves in bent coordinates, clavicles."""
+    """Add the spine with its discs, posterior and anterior ribs (waves in bent coordinates) and clavicles."""
     anatomy = canvas.study.anatomy
     back = canvas.within(-0.18, 0.18, -1.5, 1.5)
     spine = step(np.float32(0.085) - np.abs(back.x - np.float32(anatomy.spine_bend) * back.y), 25)
@@ -194,7 +194,7 @@ def _add_ribs(cage: Canvas) -> None:
     wave = y - bend * bend * (np.float32(0.85) + y * np.float32(0.45))
     posterior = np.cos(wave * turns + np.float32(2 * np.pi * anatomy.rib_phase))
     image += np.clip(posterior * 2 - np.float32(0.3), 0, 1) * contrast
-    # Anterior ribs fall towards the midline and end in cartilage, which is not seen.
+    # Anterior ribs fall towards the midline and end in cartilage, which is not visible.
     bend = np.float32(0.80) - across
     anterior = np.cos((y - bend * np.float32(0.75) + bend * bend * np.float32(0.3)) * (turns * np.float32(0.8)))
     contrast *= np.clip(np.float32(2.6) - bend * np.float32(6), 0, 0.6)

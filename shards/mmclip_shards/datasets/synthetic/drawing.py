@@ -1,7 +1,7 @@
-"""Draws a synthetic `Study` as a frontal radiograph, with a box around each finding.
+"""Draw a synthetic `Study` as a frontal radiograph, with a box around each finding.
 
-The picture is built in the order in which tissue lies in the beam: chest wall, lungs, vessels, mediastinum and heart,
-bones, then the findings, the devices, exposure and noise. Taking a finding out of the study changes nothing else.
+The order is: chest wall, lungs, vessels, mediastinum and heart, bones, then findings, devices, exposure and noise. Removing
+a finding from the study changes nothing else.
 
 A frontal film is viewed face to face: the patient's right is at image left.
 """
@@ -18,11 +18,11 @@ from mmclip_shards.datasets.synthetic.studies import Study
 from mmclip_shards.schema import Box
 
 CURVE_STEPS = 1023
-"""Attenuation is looked up in a table of this many steps: a power costs as much as all the lungs."""
+"""Entries of the exposure table. Computing the power for each pixel would cost as much as drawing the lungs."""
 
 
 def draw(study: Study, size: int) -> tuple[np.ndarray, tuple[Box, ...]]:
-    """Radiograph of a study: uint8 [size, size], and the boxes of its findings in pixels (two where bilateral)."""
+    """The radiograph of a study, uint8 [size, size], and the boxes of its findings in pixels (two for a bilateral one)."""
     canvas = chest.empty_chest(study, size)
     chest.shade_lungs(canvas)
     chest.add_mediastinum(canvas)
@@ -36,7 +36,7 @@ def draw(study: Study, size: int) -> tuple[np.ndarray, tuple[Box, ...]]:
 
 
 def _add_device(canvas: Canvas, device: str) -> None:
-    """Metal and plastic over the chest: sharper and brighter than any finding."""
+    """Add metal and plastic over the chest, sharper and brighter than any finding."""
     size, pose = canvas.size, canvas.study.pose
     rng = np.random.default_rng((canvas.study.noise_seed, len(device)))
     sheet = Image.new("L", (2 * size, 2 * size))
@@ -71,12 +71,12 @@ def _add_device(canvas: Canvas, device: str) -> None:
 
 
 def _expose(canvas: Canvas) -> np.ndarray:
-    """Exposure curve, scatter and quantum noise: uint8 [size, size]."""
+    """Apply exposure curve, scatter and quantum noise -> uint8 [size, size]."""
     pose, size = canvas.study.pose, canvas.size
     rng = np.random.default_rng(canvas.study.noise_seed)
     image = canvas.image
     image += smooth_noise(rng, 7, image.shape) * np.float32(0.018) * (image > 0.04)
-    # The mean of 2 x 2 uniform draws: nearly normal, and not white, as light spreads in the screen.
+    # The mean of 2 x 2 uniform draws is nearly normal. Neighbours correlate, because light spreads in the screen.
     grain = rng.random((size + 1, size + 1), dtype=np.float32)
     grain = grain[1:] + grain[:-1]
     grain = grain[:, 1:] + grain[:, :-1]

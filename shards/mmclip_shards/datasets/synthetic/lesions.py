@@ -1,6 +1,6 @@
-"""Draws the findings of a synthetic study over the normal chest, each with its box.
+"""Draw the findings of a synthetic study over the normal chest, each with its box.
 
-An enlarged heart and a raised diaphragm are anatomy of another size and are drawn by `synthetic_chest`.
+`chest` draws an enlarged heart and a raised diaphragm: they are anatomy of another size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmclip_shards.schema import Box
 
 
 def paint(canvas: Canvas, finding: Finding) -> list[Box]:
-    """Draw one finding; one box for each side. Nothing for an enlarged heart, which is drawn with the chest."""
+    """Draw one finding -> one box for each side. Does nothing for an enlarged heart, which `chest` draws."""
     if finding.name not in PAINTERS:
         return []
     sides: tuple[Side, ...] = ("right", "left") if finding.side == "bilateral" else (finding.side,)
@@ -42,13 +42,13 @@ def _zone_centre(canvas: Canvas, finding: Finding, rng: np.random.Generator) -> 
     base = DOME_TOP + canvas.study.pose.inspiration
     middle = {"upper": 0.32, "mid": 0.56, "lower": 0.80}[finding.zone] + rng.uniform(-0.05, 0.05)
     y = apex + middle * (base - apex)
-    # In the left lower zone the heart covers the medial half.
+    # The heart covers the medial half of the left lower zone.
     medial, lateral = (0.46, 0.54) if finding.zone == "lower" else (0.33, 0.50)
     return sign * rng.uniform(medial, lateral) * anatomy.lung_width / 0.37, y
 
 
 def _consolidation(canvas: Canvas, finding: Finding, side: Side) -> Box:
-    """Patchy soft opacity: an ellipse whose rim is broken up by cloudy noise."""
+    """A patchy soft opacity: an ellipse with a rim that cloudy noise breaks up."""
     rng = np.random.default_rng(finding.seed)
     grade = SEVERITIES.index(finding.severity)
     x, y = _zone_centre(canvas, finding, rng)
@@ -66,7 +66,7 @@ def _consolidation(canvas: Canvas, finding: Finding, side: Side) -> Box:
 
 
 def _effusion(canvas: Canvas, finding: Finding, side: Side) -> Box:
-    """Fluid below a meniscus that climbs the chest wall; the least fills only the costophrenic angle."""
+    """Fluid below a meniscus that rises along the chest wall. A small effusion fills only the costophrenic angle."""
     rng = np.random.default_rng((finding.seed, side == "left"))
     grade = SEVERITIES.index(finding.severity)
     level = DOME_TOP + canvas.study.pose.inspiration + (0.13, -0.02, -0.30)[grade] + rng.uniform(-0.04, 0.04)
@@ -74,14 +74,14 @@ def _effusion(canvas: Canvas, finding: Finding, side: Side) -> Box:
     part = _half(canvas, side, level - 0.6)
     climb = np.clip(part.across - np.float32(0.30), 0, None)
     opacity = step(part.y - np.float32(level) + climb * climb * np.float32(rng.uniform(0.7, 1.3)), 14)
-    # Fluid fills the pleural space, which reaches a little past the air.
+    # Fluid fills the pleural space, which extends a little beyond the air.
     opacity *= np.clip(part.lung * 2, 0, 1)
     opacity *= part.x * np.float32(_sign(side)) > 0
     return box_of(finding.name, part, add(part.image, opacity * np.float32((0.62, 0.70, 0.76)[grade]), 0.78))
 
 
 def _pneumothorax(canvas: Canvas, finding: Finding, side: Side) -> Box:
-    """Air over the apex and the side of a smaller lung: dark, without markings, edged by the thin visceral pleura."""
+    """Air over the apex and the side of a collapsed lung: dark, without markings, with the thin visceral pleura as its edge."""
     rng = np.random.default_rng(finding.seed)
     anatomy = canvas.study.anatomy
     gap = (0.16, 0.24, 0.36)[SEVERITIES.index(finding.severity)] * rng.uniform(0.9, 1.1)
@@ -91,7 +91,7 @@ def _pneumothorax(canvas: Canvas, finding: Finding, side: Side) -> Box:
     collapsed = 1 - ((part.across - np.float32(width + LUNG_CENTRE_OFFSET)) * np.float32(1 / width)) ** 2
     collapsed -= ((part.y - np.float32(LUNG_CENTRE_Y + 0.50 * gap)) * np.float32(1 / height)) ** 2
     inside = part.lung * (part.x * np.float32(_sign(side)) > 0)
-    # The gap closes towards the base, and medially the lung stays against the mediastinum.
+    # The gap closes towards the base. Medially, the lung stays at the mediastinum.
     inside *= step(np.float32(bottom) - part.y, 8)
     line = np.clip(np.float32(1.6) - np.abs(collapsed) * np.float32(9), 0, 1) * inside
     air = step(-collapsed, 9)
@@ -113,7 +113,7 @@ def _nodule(canvas: Canvas, finding: Finding, side: Side) -> Box:
 
 
 def _atelectasis(canvas: Canvas, finding: Finding, side: Side) -> Box:
-    """A plate-like band, or volume loss: crowded, denser lung above a raised diaphragm (raised in `_dome`)."""
+    """A plate-like band; or volume loss, with denser lung above a raised diaphragm (`chest` raises it)."""
     rng = np.random.default_rng(finding.seed)
     grade = SEVERITIES.index(finding.severity)
     if finding.kind == "volume loss":

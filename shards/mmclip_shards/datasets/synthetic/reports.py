@@ -1,7 +1,7 @@
-"""Words a synthetic `Study` as a radiology report: every finding with its side and severity, absent ones only negated.
+"""Write a radiology report for a synthetic `Study`: present findings with side and severity, absent ones only in negations.
 
-Wording is drawn from small grammars. A finding is one affirmative sentence; one that starts with a negation names
-nothing but absent findings, so that a rule-based reader can tell the two apart.
+The wording is drawn from small grammars. Each finding gets one affirmative sentence. A sentence that starts with a negation
+names only absent findings, so a rule-based reader can tell the two apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZE_WORDS: dict[Severity, tuple[str, ...]] = {
     "moderate": ("moderate", "moderate-sized"),
     "severe": ("large", "large", "extensive"),
 }
-"""For what has a volume: fluid, air, a nodule. Each word belongs to one severity, in every table."""
+"""For findings with a volume: fluid, air, a nodule. Each word belongs to the same severity in every table."""
 DEGREE_WORDS: dict[Severity, tuple[str, ...]] = {
     "mild": ("mild", "mild", "subtle", "minimal"),
     "moderate": ("moderate",),
@@ -89,12 +89,12 @@ TECHNIQUE = (
 FIRST_VISIT = ("COMPARISON: None.", "COMPARISON: None available.")
 LATER_VISIT = ("COMPARISON: Prior chest radiograph.", "COMPARISON: Previous study.")
 FEWEST_WORDS, MOST_WORDS = 18, 76
-"""Of the two bodies; headings, technique and comparison add up to 14, for 20 to 90 words in all."""
+"""Words of the two bodies. Headings, technique and comparison add up to 14, so a report has 20 to 90 words."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Full text and the bodies of its two sections (both are substrings of the text)."""
+    """A report's full text, and the bodies of its two sections, which are substrings of it."""
 
     text: str
     findings: str
@@ -102,7 +102,7 @@ class Report:
 
 
 def write_report(study: Study, rng: np.random.Generator) -> Report:
-    """A report of 20 to 90 words. Takes the study as given and only the wording from `rng`."""
+    """A report of 20 to 90 words. The study decides its content, `rng` only its wording."""
 
     def choose(options: Sequence[str]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -122,7 +122,7 @@ def write_report(study: Study, rng: np.random.Generator) -> Report:
         if words < FEWEST_WORDS:
             body.append(sentence)
             words += _count_words([sentence])
-    # An order of its own for each report: readers have theirs.
+    # The order of sentences differs from report to report, as it does between radiologists.
     findings = " ".join(body[i] for i in rng.permutation(len(body)))
     opening = []
     if rng.random() < 0.35:
@@ -143,7 +143,7 @@ def _count_words(sentences: Sequence[str]) -> int:
 
 
 def _describe(finding: Finding, choose: Choose) -> str:
-    """One affirmative sentence of the findings section."""
+    """One affirmative sentence for the findings section."""
     return _sentence(DESCRIBERS[finding.name](finding, choose))
 
 
@@ -152,7 +152,7 @@ def _sentence(text: str) -> str:
 
 
 def _noun_phrase(finding: Finding, phrase: str, choose: Choose) -> str:
-    """A sentence around the phrase: "there is a small right effusion" and its like."""
+    """A sentence around the finding, such as "there is a small right effusion"."""
     plural = finding.side == "bilateral"
     article = "" if plural else "an " if phrase[0] in "aeiou" else "a "
     verb = "are" if plural else "is"
@@ -268,7 +268,7 @@ DESCRIBERS: dict[str, Callable[[Finding, Choose], str]] = {
 
 
 def _place(finding: Finding, choose: Choose) -> str:
-    """Side and zone: "right upper zone" and its like."""
+    """Side and zone, such as "right upper zone"."""
     return f"{finding.side} {choose(ZONE_WORDS.get(finding.zone, ('lung',)))}"
 
 
@@ -276,7 +276,7 @@ def _place(finding: Finding, choose: Choose) -> str:
 
 
 def _absent_sentences(study: Study, choose: Choose, rng: np.random.Generator) -> list[str]:
-    """Negations of some absent findings, one to three a sentence, and normal heart and lungs where true."""
+    """Negations of some absent findings, one to three per sentence, and sentences on normal heart and lungs where true."""
     present = {finding.name for finding in study.findings}
     sentences = []
     absent = [name for name in FINDINGS if name not in present and rng.random() < 0.6]
@@ -294,7 +294,7 @@ def _absent_sentences(study: Study, choose: Choose, rng: np.random.Generator) ->
 
 
 def _negate(names: Sequence[str], choose: Choose) -> str:
-    """One negation for all names: "No pneumothorax or pleural effusion." and its like."""
+    """One negation for all names, such as "No pneumothorax or pleural effusion."."""
     *head, last = names
     listed = f"{', '.join(head)} or {last}" if head else last
     frames = (
@@ -312,7 +312,7 @@ def _negate(names: Sequence[str], choose: Choose) -> str:
 
 
 def _impression(study: Study, choose: Choose, rng: np.random.Generator) -> str:
-    """A short line for each finding, perhaps numbered, or that nothing is wrong."""
+    """A short line for each finding, sometimes numbered, or one that says all is normal."""
     if not study.findings:
         return choose(NORMAL_IMPRESSION)
     lines = [_summary(study.findings[i], choose) for i in rng.permutation(len(study.findings))]
@@ -322,7 +322,7 @@ def _impression(study: Study, choose: Choose, rng: np.random.Generator) -> str:
 
 
 def _summary(finding: Finding, choose: Choose) -> str:
-    """The finding under its plainest name: "Small left pleural effusion." and its like."""
+    """The finding under its plainest name, such as "Small left pleural effusion."."""
     name = finding.name.lower()
     if name == "cardiomegaly":
         return _sentence(f"{choose(HEART_WORDS[finding.severity])} cardiomegaly")

@@ -15,7 +15,7 @@ from mmclip_shards.schema import Record, canonical_json
 from mmclip_shards.storage import Url
 
 _PATIENT_KEY = b"synthetic patients have nothing to hide"
-"""Fixed, so that no secret of this machine enters a synthetic set."""
+"""A fixed key, so that a synthetic set is the same on every machine and no user's key is used for it."""
 
 _CHUNK = 64
 
@@ -32,9 +32,10 @@ def pack_synthetic(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
-    """Write `count` synthetic radiographs of size x size pixels below `dest`; their manifests by split.
+    """Write `count` synthetic radiographs of size x size pixels below `dest` -> their manifests, by split.
 
-    unpaired: labels without reports. progress(done, total): images drawn. See `synthetic_records` and `pack`.
+    unpaired: labels without reports. workers: processes that draw. progress(done, total): images drawn. See
+    `synthetic_records` and `pack`.
     """
     records = []
     for record in _draw_all(count, seed, size, unpaired, workers):
@@ -55,8 +56,8 @@ def pack_synthetic(
 
 
 def _identity(**settings: object) -> str:
-    """Hash of the settings and of the code that draws: another version of it draws another set."""
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("synthetic*.py")))
+    """Hash of the settings and of this package's code: another version of the code may draw other images."""
+    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     return hashlib.sha256(canonical_json(settings) + code).hexdigest()
 
 

@@ -1,10 +1,9 @@
-"""What one synthetic chest study contains: a patient's anatomy, how the film was taken, the findings and the devices.
+"""Sample synthetic chest studies: a patient's anatomy, how the film was taken, the findings and the devices.
 
-Everything here is sampled, nothing is drawn or worded: `synthetic_drawing` and `synthetic_reports` both read the same
-`Study`, which is why the text is true to the image.
+`drawing` draws a `Study` and `reports` describes the same one, so the text is true to the image.
 
-Anatomy coordinates: x from -1 (the patient's right, image left) to 1 (the patient's left, image right), y from -1
-(neck) to 1 (abdomen); about 17 cm a unit.
+Anatomy coordinates: x from -1 (the patient's right, image left) to 1 (the patient's left, image right), y from -1 (neck) to
+1 (abdomen). One unit is about 17 cm.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ FINDING_COUNT_ODDS = (0.25, 0.24, 0.27, 0.24)
 FINDING_ODDS = (0.18, 0.18, 0.18, 0.18, 0.18, 0.10)
 SEVERITY_ODDS = (0.25, 0.45, 0.30)
 PLACING_ORDER = ("Cardiomegaly", "Pneumothorax", "Pleural Effusion", "Consolidation", "Atelectasis", "Nodule")
-"""Those bound to one place choose first; the focal lesions share the zones that are left."""
+"""Findings that have only one possible place choose first. The focal lesions share the zones that are left."""
 
 STUDIES_PER_PATIENT = ((1, 2, 3), (1, 3, 2), (2, 1, 3), (2, 3, 1), (3, 1, 2), (3, 2, 1))
-"""Ways in which three patients share a block of six consecutive indices: a patient is a function of the index."""
+"""How three patients can share a block of six consecutive indices. So the index alone determines the patient."""
 BLOCK = 6
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One abnormality; `seed` alone decides its exact place and shape, so removing another finding does not move it."""
+    """One abnormality. Its exact place and shape depend on its own `seed`, so removing another finding does not move it."""
 
     name: str
     severity: Severity
@@ -57,7 +56,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What persists between the studies of one patient (anatomy units, see the module)."""
+    """A patient's anatomy, the same in all his or her studies. In anatomy units (see the module)."""
 
     lung_width: float
     lung_height: float
@@ -129,7 +128,7 @@ POSE_RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """All that is drawn and said about one image. `visit` counts the patient's studies from 0."""
+    """All facts that are drawn and described for one image. visit: counts the patient's studies, from 0."""
 
     patient: str
     visit: int
@@ -142,7 +141,7 @@ class Study:
 
 
 def patient_of(index: int, *, seed: int, unpaired: bool) -> tuple[int, int]:
-    """The patient's number and the visit's (0 to 2) of study `index`: three patients share every six indices."""
+    """The numbers of patient and visit (0 to 2) of study `index`. Three patients share every six indices."""
     block, place = divmod(index, BLOCK)
     for slot, studies in enumerate(_studies_of_block(block, seed, unpaired)):
         if place < studies:
@@ -176,12 +175,12 @@ def sample_study(index: int, *, seed: int, unpaired: bool) -> Study:
 
 @lru_cache(maxsize=8)
 def sample_anatomy(patient: int, *, seed: int, unpaired: bool) -> Anatomy:
-    """A patient's anatomy: a pure function of (patient, seed, unpaired), cached because his studies are neighbours."""
+    """A patient's anatomy: a pure function of (patient, seed, unpaired). Cached, because a patient's studies are neighbours."""
     return Anatomy(**_uniform(np.random.default_rng((seed, int(unpaired), 3, patient)), ANATOMY_RANGES))
 
 
 def sample_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
-    """0 to 3 different findings, in the order of FINDINGS, each in lung zones of its own: none hides another."""
+    """0 to 3 different findings, in the order of FINDINGS. No two share a lung zone, so none hides another."""
     count = _pick(range(len(FINDING_COUNT_ODDS)), FINDING_COUNT_ODDS, rng)
     names = {FINDINGS[i] for i in rng.choice(len(FINDINGS), size=count, replace=False, p=FINDING_ODDS)}
     free: set[tuple[Side, Zone]] = {(side, zone) for side in SIDES for zone in ZONES}
@@ -190,14 +189,14 @@ def sample_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
 
 
 def _place(name: str, free: set[tuple[Side, Zone]], rng: np.random.Generator) -> Finding:
-    """One finding with severity, side and zone; takes the zones it fills out of `free`."""
+    """One finding with severity, side and zone. Removes the zones that it fills from `free`."""
     severity = _pick(SEVERITIES, SEVERITY_ODDS, rng)
     finding_seed = int(rng.integers(2**31))
     side: Side = SIDES[int(rng.integers(2))]
     zone: Zone = "none"
     kind: Kind = "plain"
     if name == "Cardiomegaly":
-        # A large heart hides what lies in the left lower zone.
+        # A large heart would hide a finding in the left lower zone.
         free.discard(("left", "lower"))
         return Finding(name, severity, seed=finding_seed)
     if name == "Pneumothorax":
@@ -211,7 +210,7 @@ def _place(name: str, free: set[tuple[Side, Zone]], rng: np.random.Generator) ->
     if name == "Atelectasis":
         kind = "volume loss" if zone == "lower" and rng.random() < 0.6 else "linear"
     filled = SIDES if side == "bilateral" else (side,)
-    # A severe effusion and a severe pneumothorax reach the middle of the lung.
+    # A severe effusion or pneumothorax reaches the middle of the lung.
     reach: tuple[Zone, ...] = (zone, "mid") if severity == "severe" and name.startswith("P") else (zone,)
     free.difference_update((s, z) for s in filled for z in reach)
     if name == "Consolidation" and (side, zone) == ("left", "lower") and rng.random() < 0.4:
@@ -220,12 +219,12 @@ def _place(name: str, free: set[tuple[Side, Zone]], rng: np.random.Generator) ->
 
 
 def _pick(options: Sequence[Option], odds: Sequence[float], rng: np.random.Generator) -> Option:
-    """One option by its odds, which sum to 1: `Generator.choice` takes ten times as long."""
+    """Draw one option by its odds, which sum to 1. `Generator.choice` takes ten times as long."""
     return options[min(bisect(list(accumulate(odds)), rng.random()), len(options) - 1)]
 
 
 def _sample_devices(rng: np.random.Generator, view: str) -> tuple[Device, ...]:
-    """Devices are independent of the findings (no shortcut) and more common on portable (AP) films."""
+    """Draw devices. They do not depend on the findings (no shortcut for a model), and are more common on portable (AP) films."""
     odds: dict[Device, float] = {"electrodes": 0.18, "port": 0.08, "tracheal tube": 0.05, "pacemaker": 0.06}
     more = 1.8 if view == "AP" else 0.7
     return tuple(device for device, chance in odds.items() if rng.random() < chance * more)
