@@ -150,7 +150,7 @@ def _inside(path: str, folder: Path) -> bool:
 def check_imports(copy: Path) -> None:
     """ValueError unless the tree's packages are imported from the copy: an installed version would never be mutated."""
     packages = sorted(path.parent.name for folder in PATHS for path in (copy / folder).glob("*/__init__.py"))
-    code = f"import importlib\nfor name in {packages}: print(importlib.import_module(name).__file__)"
+    code = f"from importlib.util import find_spec\nfor name in {packages}: print(find_spec(name).origin)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=copy, env=environment(copy), capture_output=True, text=True, check=True
     ).stdout.split()
@@ -210,7 +210,7 @@ def copies(root: Path, count: int) -> Iterator[list[Path]]:
         made = [Path(folder, str(number)) for number in range(count)]
         for copy in made:
             copy_tree(root, copy)
-        check_imports(made[0])
+            check_imports(copy)
         yield made
 
 
