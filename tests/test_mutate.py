@@ -28,7 +28,12 @@ def test_double():
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A package whose `double` is tested and whose `half` is not."""
-    for name, text in {"toy/__init__.py": SOURCE, "tests/test_toy.py": TESTS, ".gitignore": "ignored\n", "ignored": ""}.items():
+    for name, text in {
+        "toy/__init__.py": SOURCE,
+        "tests/test_toy.py": TESTS,
+        ".gitignore": "ignored\n",
+        "ignored": "",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
@@ -37,7 +42,13 @@ def tree(tmp_path: Path) -> Path:
 
 def write(tree: Path, **changes: object) -> None:
     """A file of one mutation, by default of `double`."""
-    entry = {"file": "toy/__init__.py", "find": "2 * x", "replace": "3 * x", "tests": ["tests/test_toy.py"], "breaks": "all"}
+    entry = {
+        "file": "toy/__init__.py",
+        "find": "2 * x",
+        "replace": "3 * x",
+        "tests": ["tests/test_toy.py"],
+        "breaks": "all",
+    }
     (tree / mutate.MUTATIONS).mkdir(exist_ok=True)
     lines = [f"{key} = {json.dumps(value)}" for key, value in (entry | changes).items()]  # these values are TOML, too
     (tree / mutate.MUTATIONS / "toy.toml").write_text("\n".join(["[[mutation]]", *lines]))
@@ -47,6 +58,7 @@ def of(find: str, replace: str) -> mutate.Mutation:
     return mutate.Mutation("toy/__init__.py", find, replace, ("tests/test_toy.py",), f"{find} is {replace}")
 
 
+@pytest.mark.slow
 def test_a_mutation_is_killed_survives_or_is_broken(tree: Path) -> None:
     mutations = [of("2 * x", "3 * x"), of("x / 2", "x / 3"), of("def double", "def triple")]
     seen: list[mutate.Result] = []
@@ -60,6 +72,7 @@ def test_a_mutation_is_killed_survives_or_is_broken(tree: Path) -> None:
     assert "| `2 * x` -> `3 * x` | 2 * x is 3 * x | `tests/test_toy.py::test_double` |" in mutate.document(results)
 
 
+@pytest.mark.slow
 def test_red_tests_stop_the_run(tree: Path) -> None:
     (tree / "tests" / "test_toy.py").write_text(TESTS.replace("6", "7"))
     with pytest.raises(ValueError, match="not green without a mutation"):

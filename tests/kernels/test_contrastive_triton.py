@@ -72,8 +72,9 @@ def test_sizes_that_divide_no_tile(shape: tuple[int, int, int], mode: str, dtype
 
 def test_more_tiles_than_are_computed_side_by_side() -> None:
     """Programs go through the tiles in groups of eight tile rows: here there is a second group, of one row."""
-    image_ids, text_ids = torch.arange(8 * 64 + 1), torch.arange(450, 450 + 65)
-    check(features(513, 8, 0, torch.float32), features(65, 8, 1, torch.float32), 10.0, image_ids=image_ids, text_ids=text_ids)
+    rows, columns = 8 * 64 + 1, 65
+    ids = {"image_ids": torch.arange(rows), "text_ids": torch.arange(rows - columns, rows)}
+    check(features(rows, 8, 0, torch.float32), features(columns, 8, 1, torch.float32), 10.0, **ids)
 
 
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
@@ -270,6 +271,7 @@ def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool, backw
     return found
 
 
+@pytest.mark.slow
 def test_compiles_for_cards_without_spilling(compiler: Executor) -> None:
     cases = [
         (80, "bf16", "softmax", False, False), (80, "fp16", "sigmoid", True, True), (90, "fp32", "sigmoid", False, True),

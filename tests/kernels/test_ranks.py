@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tests.contrastive_cases import IMPLS, evaluate, features, meaning, precise_dtype
 
+pytestmark = pytest.mark.slow
+
 # Images and texts of each rank: ragged, one rank without images and one without texts, 8 images and 7 texts in all.
 SIZES = {1: ((8, 7),), 2: ((3, 4), (5, 3)), 3: ((3, 4), (0, 3), (5, 0))}
 GROUPS = {1: [0], 2: [1, 2], 3: [0, 1, 2]}
@@ -115,14 +117,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Any, 
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRITON_INTERPRET", "1")  # gloo, and so the CPU, also where there is a card
-        torch.multiprocessing.spawn(_fork, (folder,))  # one process that imports, and no threads yet: three are forked from it
+        torch.multiprocessing.spawn(
+            _fork, (folder,)
+        )  # one process that imports, and no threads yet: three are forked from it
     return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in SIZES}
 
 
 @pytest.mark.parametrize("world", SIZES)
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", CASES)
-def test_ragged_ranks_equal_one_process(name: str, impl: str, world: int, found: dict[int, list[dict[Any, Any]]]) -> None:
+def test_ragged_ranks_equal_one_process(
+    name: str, impl: str, world: int, found: dict[int, list[dict[Any, Any]]]
+) -> None:
     """Averaging each rank's gradient over the ranks gives the gradient of the global loss; the scale's too."""
     case = CASES[name]
     image, text, options = whole_batch(case)

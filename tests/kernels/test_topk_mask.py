@@ -199,6 +199,7 @@ def _compile(architecture: int, dtype_name: str, patches: int, source: str, mode
     return found
 
 
+@pytest.mark.slow
 def test_compiles_for_cards_without_spilling(compiler: Executor) -> None:
     cases = [
         (90, "bf16", 196, "scores", "split"), (90, "bf16", 196, "tokens", "replace"), (80, "fp32", 196, "vector", "gather"),
