@@ -3,11 +3,11 @@
 Embed images and texts with a checkpoint:
 
     import torch
-    from PIL import Image
     from mmclip_dist import WHOLE, crop_image, load_model, resolve_checkpoint
+    from mmclip_shards import decode_image
 
     model, tokenizer, config, _ = load_model(resolve_checkpoint("runs/train"))  # a run, or one of its checkpoints
-    pixels = crop_image(Image.open("chest.png").convert("L"), WHOLE, config.model.image.size)
+    pixels = crop_image(decode_image(Path("chest.png")), WHOLE, config.model.image.size)
     words = tokenizer(
         ["There is effusion."], truncation=True, max_length=config.model.text.max_tokens, padding=True, return_tensors="pt"
     )

@@ -1,23 +1,24 @@
-"""Triton kernels compiled for cards that are not here, in a process of its own: this one runs them in the interpreter."""
+"""Compile Triton kernels for GPUs that this machine lacks. Needs another process: the tests' own runs Triton's interpreter."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # of one program at most, in bytes
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may use, by architecture
 NAMED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Resources(NamedTuple):
-    """What one thread of a kernel takes; `spilled` bytes did not fit the registers. shared: bytes of a program."""
+    """registers: of one thread. spilled: bytes of a thread that did not fit its registers. shared: bytes of a program."""
 
     kernel: str
     registers: int
@@ -29,7 +30,7 @@ def resources(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, *, unaligned: Sequence[str] = (),
     **options: int,
 ) -> Resources:  # fmt: skip
-    """Compile a kernel. types: those of its arguments, "*fp32" for all others. unaligned: arguments no multiple of 16."""
+    """Compile a kernel. types: of its arguments, by default "*fp32". unaligned: arguments that are no multiple of 16."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -54,15 +55,18 @@ def resources(
     return Resources(kernel.__name__, int(found[1]), int(found[2]), compiled.metadata.shared)
 
 
+def use_compiler(folder: Path) -> None:
+    """Have Triton compile in this process, with its cache in `folder`. Call it before Triton is imported."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default; named because Triton 3.9 warns that it will change
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+
+
 def compile_all(
-    compile_case: Callable[..., list[Resources]], cases: Sequence[tuple[Any, ...]], folder: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: Executor, compile_case: Callable[..., list[Resources]], cases: Sequence[tuple[Any, ...]]
 ) -> list[list[Resources]]:
-    """What `compile_case` finds of each case, whose first entry is the architecture (80, 90)."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # its default, named because 3.9 warns that it will change
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
-        found = pool.starmap(compile_case, cases)
+    """-> what `compile_case` finds of each case, whose first entry is the architecture (80, 90). compiler: see `use_compiler`."""
+    found = list(compiler.map(compile_case, *zip(*cases, strict=True)))
     for case, kernels in zip(cases, found, strict=True):
         for kernel in kernels:
             print(*case, kernel)

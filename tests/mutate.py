@@ -75,15 +75,17 @@ class Result:
 
 
 def load(root: Path) -> list[Mutation]:
-    """All mutations of a tree. ValueError naming the file and the entry that cannot be used."""
-    found = []
+    """All mutations of a tree. ValueError naming the file and number of every entry that cannot be used."""
+    found, faults = [], []
     for path in sorted((root / MUTATIONS).glob("*.toml")):
         entries = tomllib.loads(path.read_text()).get("mutation", [])
         for number, entry in enumerate(entries, 1):
             try:
                 found.append(_parse(entry, root))
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{MUTATIONS / path.name}, entry {number}: {error}") from error
+                faults.append(f"{MUTATIONS / path.name}, entry {number}: {error}")
+    if faults:
+        raise ValueError("\n".join(faults))
     if not found:
         raise ValueError(f"there are no mutations in {root / MUTATIONS}")
     return found
@@ -119,7 +121,10 @@ def distinct(tests: Iterable[str]) -> list[str]:
 def copy_tree(root: Path, target: Path) -> None:
     """The files that git tracks or would track, as they are now."""
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root,
+        capture_output=True,
+        check=True,
     ).stdout.decode()
     for name in listed.split("\0"):
         if name and (root / name).exists():  # a deleted file is still listed
@@ -145,7 +150,7 @@ def _inside(path: str, folder: Path) -> bool:
 def check_imports(copy: Path) -> None:
     """ValueError unless the tree's packages are imported from the copy: an installed version would never be mutated."""
     packages = sorted(path.parent.name for folder in PATHS for path in (copy / folder).glob("*/__init__.py"))
-    code = f"import importlib\nfor name in {packages}: print(importlib.import_module(name).__file__)"
+    code = f"from importlib.util import find_spec\nfor name in {packages}: print(find_spec(name).origin)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=copy, env=environment(copy), capture_output=True, text=True, check=True
     ).stdout.split()
@@ -205,7 +210,7 @@ def copies(root: Path, count: int) -> Iterator[list[Path]]:
         made = [Path(folder, str(number)) for number in range(count)]
         for copy in made:
             copy_tree(root, copy)
-        check_imports(made[0])
+            check_imports(copy)
         yield made
 
 
@@ -239,7 +244,9 @@ def run_all(
 
 
 def line(result: Result) -> str:
-    return f"{result.outcome:8} {result.seconds:5.1f} s  {result.mutation.file}: {result.mutation.breaks}  [{result.by}]"
+    return (
+        f"{result.outcome:8} {result.seconds:5.1f} s  {result.mutation.file}: {result.mutation.breaks}  [{result.by}]"
+    )
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -300,7 +307,11 @@ def main() -> int:
                 print(f"{mutation.file}: {mutation.breaks}  {mutation.change()}")
             return 0
         results = run_all(
-            mutations, ROOT, jobs=options.jobs, timeout=options.timeout, report=lambda result: print(line(result), flush=True)
+            mutations,
+            ROOT,
+            jobs=options.jobs,
+            timeout=options.timeout,
+            report=lambda result: print(line(result), flush=True),
         )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

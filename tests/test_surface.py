@@ -7,14 +7,12 @@ import json
 import subprocess
 import sys
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmclip_shards.manifest import load_manifest
-from PIL import Image
+from mmclip_shards import decode_image, load_manifest
 
 import mmclip_dist
 from mmclip_dist.checkpoint.folder import checkpoint_path
@@ -80,8 +78,10 @@ def test_a_checkpoint_embeds_images_and_texts(sets, tokenizer, tmp_path: Path) -
 
     model, words, config, _ = mmclip_dist.load_model(mmclip_dist.resolve_checkpoint(str(tmp_path)))
     size, limit = config.model.image.size, config.model.text.max_tokens
-    files = [Image.open(BytesIO(members["png"])).convert("L") for members in samples.values()]
-    pixels = np.stack([mmclip_dist.crop_image(file, mmclip_dist.WHOLE, size) for file in files])
+    files = [tmp_path / f"{key}.png" for key in samples]
+    for file, members in zip(files, samples.values(), strict=True):
+        file.write_bytes(members["png"])
+    pixels = np.stack([mmclip_dist.crop_image(decode_image(file), mmclip_dist.WHOLE, size) for file in files])
     reports = [json.loads(members["json"])["report"]["text"] for members in samples.values()]
     tokens = words(reports, truncation=True, max_length=limit, padding=True, return_tensors="pt")
     with torch.no_grad():

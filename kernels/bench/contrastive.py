@@ -1,9 +1,9 @@
-"""The contrastive loss, forward and backward, side by side with every peer that is installed: time, memory, error.
+"""Time, memory and error of the contrastive loss, forward and backward, beside every peer that is installed.
 
     python kernels/bench/contrastive.py [--quick] [--rows 4096] [--threads 1]
 
-On a CUDA card impl="triton" in bfloat16, for at most five minutes; else impl="torch" in float32 on the CPU, at sizes that a
-laptop can do. Random features shaped as after training: all within one cone, those of a pair closer to each other.
+On a CUDA device: impl="triton" in bfloat16, for at most five minutes. Otherwise: impl="torch" in float32 on the CPU, at sizes for
+a laptop. Features are random but shaped as after training: all lie in one cone, those of a pair closer to each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small size, three rounds, nothing written")
     parser.add_argument("--rows", type=int, nargs="*", help="only these N = M")
-    parser.add_argument("--threads", type=int, help="of the CPU: one says more than all, where others use the machine too")
+    parser.add_argument("--threads", type=int, help="CPU threads; one is steadier where others use the machine")
     arguments = parser.parse_args()
     quick = arguments.quick
     if arguments.threads:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def losses() -> dict[str, Loss]:
-    """Every way to compute the loss that this machine has; ours first."""
+    """All ways to compute the loss on this machine. Ours comes first."""
     found: dict[str, Loss] = {
         OURS: lambda image, text, scale: contrastive_loss(image, text, scale, impl="triton" if CUDA else "torch"),
         "open_clip, eager": open_clip,
@@ -97,7 +97,7 @@ def losses() -> dict[str, Loss]:
 
 
 def skipped() -> list[str]:
-    """What is not compared, and why."""
+    """Lines that say what is not compared, and why."""
     recent = hasattr(torch.nn, "LinearCrossEntropyOptions")
     lines = [] if recent else ["Not compared: F.linear_cross_entropy in chunks (needs torch 2.13)."]
     if not CUDA:
@@ -107,7 +107,7 @@ def skipped() -> list[str]:
 
 
 def open_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """What open_clip.loss.ClipLoss computes on one process."""
+    """The formula of open_clip.loss.ClipLoss, in one process."""
     scale = scale.to(image.dtype)
     of_images, of_texts = scale * image @ text.T, scale * text @ image.T
     labels = torch.arange(len(image), device=image.device)
@@ -115,7 +115,7 @@ def open_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """A fused linear cross-entropy has no temperature and one direction: scaled features, twice."""
+    """The loss from a fused linear cross-entropy, which has no scale and one direction: call it twice, on scaled features."""
 
     def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
         scale = scale.to(image.dtype)
@@ -126,7 +126,7 @@ def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss
 
 
 def exact_cut_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Without its gradient filter, which drops what CLIP needs. Later versions name that `cce_exact`."""
+    """Without its gradient filter, which drops gradients that CLIP needs. Later versions call this `cce_exact`."""
     from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 
     named = "CCE_EXACT" in LinearCrossEntropyImpl.__members__
@@ -150,7 +150,7 @@ def trained_features(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor, 
 
 
 def step(name: str, rows: int, width: int, copies: int = 1) -> Case:
-    """Loss and gradients on one of several inputs, so that none is still in the L2 cache of a card from the last time."""
+    """Loss and gradients, on another input in each turn: the last one may still be in the L2 cache."""
     loss_of = losses()[name]
     inputs = [trained_features(rows, width, seed) for seed in range(copies)]
 

@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks share: cases timed side by side, memory measured, results written."""
+"""Shared by the kernels' benchmarks: time cases side by side, measure memory, write results."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Row = dict[str, str | int | float | None]
 
 
 def rounds(cases: dict[str, Case], count: int, seconds: float | None = None) -> dict[str, list[float]]:
-    """Milliseconds of each case in each round. A round runs every case once, in turn, so that a busy moment meets all.
+    """Milliseconds of each case in each round. A round runs every case once, so a busy moment slows all of them.
 
-    A case is given the round's number, by which it may choose among several inputs: one that was just used is still in
-    the cache. The first round warms up and is not kept; `seconds` ends the rounds early, with three at least.
+    A case receives the round's number and may use it to choose among several inputs: the one just used is still in the cache.
+    The first round warms up and is dropped. After `seconds` no more rounds start, but at least three are kept.
     """
     found: dict[str, list[float]] = {name: [] for name in cases}
     begun = time.perf_counter()
@@ -57,7 +57,7 @@ def _milliseconds(case: Case, turn: int) -> float:
 
 
 def ratios(times: dict[str, list[float]], first: str) -> dict[str, float]:
-    """How many times as long as `first` each case takes: the median of the rounds' own ratios."""
+    """Each case's time divided by that of `first`: the median of the rounds' own ratios."""
     return {
         name: statistics.median(other / own for other, own in zip(values, times[first], strict=True))
         for name, values in times.items()
@@ -65,10 +65,10 @@ def ratios(times: dict[str, list[float]], first: str) -> dict[str, float]:
 
 
 def extra_memory(prepare: Callable[..., Case], *arguments: object, small: Sequence[object]) -> int:
-    """Bytes at the peak of `prepare(*arguments)(0)` above what was there before the call.
+    """Peak memory of `prepare(*arguments)(0)`, in bytes above the memory before the call.
 
-    On CUDA as PyTorch's allocator counts them; on a CPU the resident memory of a process of its own, which runs
-    `prepare(*small)(0)` first: libraries and threads then have what they need. `prepare` must be importable.
+    On CUDA: what PyTorch's allocator counts. On a CPU: the resident memory of a new process, which first runs
+    `prepare(*small)(0)`, so that libraries and threads have their own memory already. `prepare` must be importable.
     """
     if torch.cuda.is_available():
         case = prepare(*arguments)
@@ -78,7 +78,7 @@ def extra_memory(prepare: Callable[..., Case], *arguments: object, small: Sequen
         case(0)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    # Not a Pool: it waits without end for a worker that died.
+    # Not a Pool: it waits forever for a worker that died.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_resident, torch.get_num_threads(), prepare, arguments, small).result()
 
@@ -87,7 +87,7 @@ def _resident(threads: int, prepare: Callable[..., Case], arguments: Sequence[ob
     torch.set_num_threads(threads)
     prepare(*small)(0)
     case = prepare(*arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
     before = _status("VmRSS")
     case(0)
     return _status("VmHWM") - before
@@ -103,16 +103,16 @@ def device_name() -> str:
 
 
 def missing(*packages: str) -> list[str]:
-    """Those of the packages that are not installed."""
+    """Which of the packages are not installed."""
     return [name for name in packages if _version(name) is None]
 
 
 def write_results(
     name: str, rows: Sequence[Row], packages: Sequence[str] = (), notes: Sequence[str] = (), keep: bool = True
 ) -> None:
-    """Print the rows as a table; write it as results/<name>_<device>.md beside .csv and .json, each row with the same keys.
+    """Print the rows, which all have the same keys, as a table, and write them to results/<name>_<device>.md, .csv and .json.
 
-    The files say the command, date, machine, and the versions of torch, triton and of `packages`. keep=False: print alone.
+    The files name the command, date, machine, and the versions of torch, triton and `packages`. keep=False: only print.
     """
     command = " ".join(["python", f"kernels/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     versions = {package: _version(package) for package in ("torch", "triton", *packages)}

@@ -1,9 +1,9 @@
-"""Attention-guided masking beside what is usually written: MAE's two sorts and gathers, AttMask's top-k and replacement.
+"""Attention-guided masking beside the usual code: MAE's two sorts and gathers, AttMask's top-k and replacement.
 
     python kernels/bench/topk_mask.py [--rounds 20] [--seconds 20]
 
-On a CUDA card: 4,096 images of 196 and 1,024 patches, 768 wide, in bfloat16; half of the patches kept. Without one: 64 images
-of 196 patches in float32, with the torch implementation. Every round runs each case once, in turn; figures are medians.
+On a CUDA device: 4,096 images of 196 and 1,024 patches, width 768, in bfloat16. Otherwise: 64 images of 196 patches in float32,
+with the torch implementation. Half of the patches are kept. Each round runs every case once; figures are medians.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Masking = Callable[["Inputs"], Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured: `scored` against one text vector, else with scores computed beforehand."""
+    """What is measured. scored: against one text vector; otherwise the scores are given."""
 
     images: int
     patches: int
@@ -78,7 +78,7 @@ def ours(impl: str) -> Masking:
 
 
 def usual(x: Inputs) -> Tensor:
-    """MAE's random_masking with scores in place of noise, and AttMask's replacement of the top patches."""
+    """MAE's random_masking with scores instead of noise, and AttMask's replacement of the patches of highest score."""
     scores = x.scores
     if x.scored:
         with torch.no_grad():
@@ -116,7 +116,8 @@ def step(mask: Masking, x: Inputs) -> None:
 
 
 def measure(shape: Shape, count: int, seconds: float) -> Iterator[Row]:
-    sets = [inputs(shape, seed) for seed in range(2 if CUDA else 4)]  # no case finds its input in the cache
+    # Several inputs, used in turn: the last one may still be in the cache.
+    sets = [inputs(shape, seed) for seed in range(2 if CUDA else 4)]
     graphs = {name: [mask(x) for x in sets] for name, mask in implementations().items()}
     forward = {name: (lambda turn, mask=mask: mask(sets[turn % len(sets)])) for name, mask in implementations().items()}
 

@@ -1,18 +1,19 @@
-"""The contrastive loss over the global batch, every logit computed once across all ranks.
+"""The contrastive loss of the global batch. Each logit is computed once across all ranks.
 
 With s_ij = scale <image_i, text_j>, P_ij = 1 where image i and text j share a group id, n_i = sum_j P_ij, m_j = sum_i P_ij,
-and weights u_i, v_j (1 by default), the softmax mode is
+and weights u_i, v_j (1 by default), the loss in softmax mode is
 
     L_rows    = sum_i u_i (lse_j s_ij - sum_j P_ij s_ij / n_i) / sum_i u_i      over the rows i with n_i > 0
     L_columns = sum_j v_j (lse_i s_ij - sum_i P_ij s_ij / m_j) / sum_j v_j      over the columns j with m_j > 0
     L         = (L_rows + L_columns) / 2
 
-and the sigmoid mode (SigLIP, arXiv 2303.15343), with z_ij = 1 for positives, else -1:
+and in sigmoid mode (SigLIP, arXiv 2303.15343), with z_ij = 1 for positives and -1 for other pairs:
 
     L = sum_ij u_i v_j log(1 + exp(-z_ij (s_ij + bias))) / sum_i u_i
 
-A rank owns its image rows: one sweep over all texts leaves the rows' log-sum-exps and the columns' (maximum, sum) partials,
-which the ranks share. The backward sweep forms dL/ds block by block again; the texts' partial gradients are summed over ranks.
+Each rank owns its image rows. The forward sweep over all texts gives the log-sum-exps of these rows, and for each column a
+(maximum, sum) partial; partials are combined over the ranks. The backward sweep computes dL/ds again, block by block. The ranks'
+partial gradients of the texts are summed.
 """
 
 from __future__ import annotations
@@ -49,20 +50,21 @@ def contrastive_loss(
 ) -> Tensor:
     """Symmetric multi-positive InfoNCE, or SigLIP, of image [N, E] and text [M, E] (L2-normalised by the caller) -> [].
 
-    scale: the factor on the cosine, not its logarithm; shape [] or [1]. bias: added to it in sigmoid mode, likewise.
-    image_ids [N], text_ids [M]: int64 group ids; an image and a text are positives when they share one, and a row with
-      an id < 0 takes no part, not even as a negative (it may hold anything). Both None: the diagonal (N = M).
-    row_weight [N], col_weight [M]: floats >= 0, of each row's term in its mean; no gradient.
-    exclude: bool, broadcastable to [N, M], True for pairs that take no part, neither as positives nor in a denominator.
-    directions: return the two halves [2], over image rows and over text columns, in place of their mean (softmax mode).
-    impl: "torch" runs everywhere, in blocks, with no N x M memory; "triton" is fused, for CUDA tensors.
-    group: the ranks whose rows form one batch (N and M may differ between them); None: this process alone. With a
-      group, ids are global (None stands for the diagonal of each rank) and exclude's columns are the texts of all ranks
-      in rank order. Every rank returns the global loss. The gradients are scaled so that *averaging* parameter gradients
-      over the ranks, as data-parallel engines do, gives exactly the gradient of the global loss; the scale's included.
+    scale: the factor on the cosines, not its logarithm. Shape [] or [1].
+    bias: added to the scaled cosines, in sigmoid mode only. Shape [] or [1].
+    image_ids [N], text_ids [M]: int64 group ids. An image and a text with the same id are positives. A row with an id < 0 is left
+      out: it is no positive, no negative, and its features may hold anything. Both None: the diagonal (N = M).
+    row_weight [N], col_weight [M]: floats >= 0, the weights of the rows and columns in their means. No gradient.
+    exclude: bool, broadcastable to [N, M]. True leaves a pair out, as a positive and in the denominators.
+    directions: return the two halves [2] (over image rows, over text columns) instead of their mean. Softmax mode only.
+    impl: "torch" runs on any device, in blocks, without N x M memory. "triton" is fused and needs CUDA tensors.
+    group: the ranks whose rows form one batch; N and M may differ between ranks. None: this process alone. With a group, ids are
+      global (None: the diagonal of each rank), and the columns of `exclude` are the texts of all ranks in rank order. Every
+      rank returns the global loss. Gradients are scaled for engines that *average* parameter gradients over the ranks: the
+      average is exactly the gradient of the global loss, also for the scale.
 
-    -> float32 (float64 for float64 features). No positive pair at all gives 0 and zero gradients; NaN or infinite
-    features give NaN. Raises ValueError for arguments that do not fit; a non-finite scale is one of them.
+    -> float32 (float64 for float64 features). Without any positive pair the loss and all gradients are 0. NaN or infinite
+    features give NaN. ValueError for arguments that do not fit and for a scale or bias that is not finite.
     """
     diagonal = image_ids is None and text_ids is None
     _check(image, text, scale, bias, image_ids, text_ids, mode, impl)
@@ -149,7 +151,7 @@ def _forward(
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> losses [2] of rows and columns, log-sum-exps [2, N] of this rank's rows and of all ranks' columns."""
+    """-> losses [2] of rows and columns; log-sum-exps [2, N] of this rank's rows and [2, M] of all ranks' columns."""
     kernels = implementation("contrastive", impl, image.device)
     for name, value in (("scale", scale), ("bias", bias)):
         if not _capturing(value) and not math.isfinite(float(value)):
@@ -161,9 +163,9 @@ def _forward(
     )
     precise = pairs.factor.dtype
     everything = len(pairs.column_ids)
-    columns = LogSums.empty(everything + 1, precise, image.device)  # and one for the padding
+    columns = LogSums.empty(everything + 1, precise, image.device)  # the last place is for padding
     rows = LogSums.empty(len(image), precise, image.device)
-    # In float64: the loss is a small difference of two large means, the log-sum-exps' and the positives'.
+    # float64, because the loss is a small difference of two large means: of the log-sum-exps and of the positives' logits.
     total = _poison(image, text, torch.float64).repeat(2)
     for texts, place in zip(shards.gather(text), shards.columns, strict=True):
         part = kernels.sweep(image, texts, _columns(pairs, place), mode)
@@ -190,7 +192,7 @@ def _backward(
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
     group: Group,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """upstream [2] -> gradients of image, text, scale and bias. The sweep is done again: only log-sum-exps were kept."""
+    """upstream [2] -> gradients of image, text, scale and bias. Computes the logits again: only log-sum-exps were saved."""
     kernels = implementation("contrastive", impl, image.device)
     kept = image, text
     if not diagonal:
@@ -200,7 +202,7 @@ def _backward(
     )
     world = dist.get_world_size(group) if group is not None else 1
     precise = pairs.factor.dtype
-    rows, columns = world * (upstream.to(precise) + 0 * losses)  # a loss that is NaN leaves no finite gradient
+    rows, columns = world * (upstream.to(precise) + 0 * losses)  # a loss of NaN makes all gradients NaN
     (row_lse, row_rest), (column_lse, column_rest) = row_lse, column_lse
     if mode == "sigmoid":
         pairs = replace(pairs, row_mean=(rows + columns) * pairs.row_mean)
@@ -210,7 +212,8 @@ def _backward(
             row_mean=rows * pairs.row_mean * (-row_rest).exp(), row_share=rows * pairs.row_share,
             column_mean=columns * pairs.column_mean * (-column_rest).exp(), column_share=columns * pairs.column_share,
         )  # fmt: skip
-    # No pair of the row takes part: exp(-inf - inf) is 0, as it should be, where exp(-inf + inf) would be NaN.
+    # Rows without any pair have a log-sum-exp of -inf. With +inf instead, exp(s - inf) is 0, and the fused kernel keeps its
+    # common branch.
     row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
     column_lse = torch.cat([column_lse.masked_fill(column_lse == -torch.inf, torch.inf), column_lse.new_zeros(1)])
     image_grad: Tensor | None = None
@@ -239,8 +242,8 @@ def _relate(
     image: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, group: Group,
 ) -> tuple[Pairs, Shards]:  # fmt: skip
-    """This rank's rows against the columns of all ranks, and where those columns are."""
-    precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64, for gradcheck
+    """-> the pairs of this rank's rows and all ranks' columns, and how the columns are spread over the ranks."""
+    precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64: gradcheck needs it
     column_ids, sizes = gather_rows(text_ids, group)
     weight = torch.ones(len(image_ids), dtype=precise, device=image.device) if row_weight is None else row_weight
     column_weight = torch.ones_like(text_ids, dtype=precise) if col_weight is None else col_weight.to(precise)
@@ -264,7 +267,7 @@ def _relate(
 
 
 def _share(weight: Tensor, group: Group) -> Tensor:
-    """Each row's part of the sum of weights over all ranks; 0 where that is 0."""
+    """Each row's share of the sum of weights over all ranks. All 0 if that sum is 0."""
     total = all_reduce(weight.sum(), group)
     return torch.where(total > 0, weight / total, 0)
 
@@ -272,11 +275,11 @@ def _share(weight: Tensor, group: Group) -> Tensor:
 def _positives(
     row_ids: Tensor, column_ids: Tensor, exclude: Tensor | None, diagonal: bool, precise: torch.dtype, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """How many positives each row of this rank has among all columns, and each column among all rows."""
+    """-> how many positives each of this rank's rows has among all columns, and each column among all rows."""
     if exclude is not None:
         of_rows = torch.zeros(len(row_ids), dtype=precise, device=row_ids.device)
         of_columns = torch.zeros(len(column_ids), dtype=precise, device=row_ids.device)
-        step = max(1, (1 << 24) // max(len(column_ids), 1))  # 16 MiB of pairs at once
+        step = max(1, (1 << 24) // max(len(column_ids), 1))  # at most 16 MiB of pairs at once
         for start in range(0, len(row_ids), step):
             here = slice(start, start + step)
             positive = (row_ids[here, None] == column_ids) & (column_ids >= 0) & ~exclude[here]
@@ -290,14 +293,14 @@ def _positives(
 
 
 def _occurrences(wanted: Tensor, among: Tensor) -> Tensor:
-    """How often each id occurs among others; 0 for an id < 0. [n], [m] -> [n]. Sorting needs no word from the device."""
+    """How often each id of `wanted` [n] occurs in `among` [m] -> [n]; 0 for an id < 0. Does not wait for the device."""
     ordered = among.sort().values
     count = torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
     return torch.where(wanted >= 0, count, 0)
 
 
 def _columns(pairs: Pairs, place: Tensor | slice) -> Pairs:
-    """The pairs of some columns; the place one past the last is padding, which takes no part."""
+    """The pairs of the columns at `place`. The place after the last column is padding and belongs to no pair."""
 
     def pick(values: Tensor, padding: int) -> Tensor:
         return torch.cat([values, values.new_full((1,), padding)])[place]
@@ -306,7 +309,7 @@ def _columns(pairs: Pairs, place: Tensor | slice) -> Pairs:
     if isinstance(place, slice):
         exclude = None if exclude is None else exclude[:, place]
     elif exclude is not None:
-        one = exclude[:1] if exclude.stride(0) == 0 else exclude  # a row that was broadcast is not written out
+        one = exclude[:1] if exclude.stride(0) == 0 else exclude  # a broadcast row stays one row in memory
         exclude = one[:, place.clamp(max=exclude.shape[1] - 1)].expand(len(exclude), -1) if exclude.shape[1] else None
     return replace(
         pairs, column_ids=pick(pairs.column_ids, -1), column_mean=pick(pairs.column_mean, 0),
@@ -315,40 +318,40 @@ def _columns(pairs: Pairs, place: Tensor | slice) -> Pairs:
 
 
 def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
-    """Features with 0 in the rows that take no part: what they hold must not reach a matrix product."""
+    """Features with 0 in the rows that are left out: their values must not reach a matrix product."""
     return features.masked_fill((ids < 0)[:, None], 0)
 
 
 def _poison(image: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
-    """NaN if a feature is not finite, else 0: a row of logits that are all -inf would vanish from the sums."""
-    # `isfinite` would write a copy of the features; the largest absolute value needs none, and 0 times infinity is NaN.
+    """NaN if any feature is not finite, else 0. Without this, a row whose logits are all -inf would vanish from the sums."""
+    # The largest absolute value needs no copy of the features, as `isfinite` would; 0 times infinity is NaN.
     largest = [torch.linalg.vector_norm(features, torch.inf) for features in (image, text) if features.numel()]
     return sum((0 * size.to(dtype) for size in largest), image.new_zeros((), dtype=dtype))
 
 
 def _log_sum(peak: Tensor, total: Tensor) -> Tensor:
-    """peak + log(total) [2, n]: the sum as rounded, and what rounding took from it.
+    """peak + log(total) -> [2, n]: the rounded sum, and its rounding error.
 
-    At a scale of 100 the rounding alone would make the gradients of float32 features three times as wrong as eager ones.
+    Without the error term, float32 gradients at a scale of 100 would be three times less exact than open_clip's.
     """
     log = total.log()
     whole = peak + log
     part = whole - peak
-    rest = (peak - (whole - part)) + (log - part)  # exact: Knuth's two-sum
+    rest = (peak - (whole - part)) + (log - part)  # exact, by Knuth's two-sum
     return torch.stack([whole, torch.where(whole.isfinite(), rest, 0)])
 
 
 def _dot(weight: Tensor, sums: Tensor) -> Tensor:
-    """Weighted sum of `_log_sum`s [2, n] in float64; weight 0 silences even an infinite one (a row without any pair)."""
+    """Weighted sum of `_log_sum`s [2, n], in float64. Weight 0 also drops infinite ones (rows without any pair)."""
     return torch.where(weight > 0, weight.double() * sums.double().sum(0), 0).sum()
 
 
 def _capturing(value: Tensor) -> bool:
-    """Inside a CUDA graph's capture no value can be read; a non-finite scale gives NaN there."""
+    """Whether a CUDA graph is being captured: no value can be read then, and a scale that is not finite gives NaN."""
     return value.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-# -- Autograd: an opaque operator for one process, a function around the collectives for several ---------------------------
+# -- Autograd: a custom operator for one process, an autograd function around the collectives for several --------------------
 
 
 @torch.library.custom_op("mmclip::contrastive_loss", mutates_args=())

@@ -1,4 +1,4 @@
-"""impl="torch": the two sweeps of the contrastive loss in blocks of bounded size, on any device, in float32 or float64."""
+"""impl="torch": the forward and backward sweep of the contrastive loss, in blocks, on any device, in float32 or float64."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials
 
-# Rows x columns of logits in memory at once: 4 MiB in float32, small enough for a cache: kernels/bench/NOTES.md has the figures.
+# Rows x columns of logits in memory at once: 4 MiB in float32, which fits a CPU cache (figures: kernels/bench/NOTES.md).
 BLOCK = 1024, 1024
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
-    """Log-sum-exp partials of every row and column, and the sums that pull positives together. See `Partials`."""
+    """-> log-sum-exp partials of every row and column, and the loss's sums over positives. See `Partials`."""
     precise = pairs.factor.dtype
     rows = LogSums.empty(len(image), precise, image.device)
     columns = LogSums.empty(len(text), precise, image.device)
@@ -41,7 +41,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
 def gradient(
     image: Tensor, text: Tensor, pairs: Pairs, mode: Mode, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d(loss)/d(image [N, E], text [M, E], factor [], bias []); the shares of `pairs` carry the upstream gradient."""
+    """-> d(loss)/d(image [N, E], text [M, E], factor [], bias []). The weights in `pairs` already hold the upstream gradient."""
     precise = pairs.factor.dtype
     image_grad = torch.zeros(image.shape, dtype=precise, device=image.device)
     text_grad = torch.zeros(text.shape, dtype=precise, device=image.device)
@@ -76,7 +76,7 @@ def _blocks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _relation(pairs: Pairs, here: slice, there: slice) -> tuple[Tensor, Tensor | None]:
-    """Which pairs of the block are positives, and which take no part (None: all take part)."""
+    """-> which pairs of the block are positives, and which are left out (None: no pair is)."""
     row_ids, column_ids = pairs.row_ids[here, None], pairs.column_ids[None, there]
     positive = row_ids == column_ids
     out = (row_ids < 0) | (column_ids < 0) if pairs.some_out else None

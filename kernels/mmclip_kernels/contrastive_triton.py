@@ -1,11 +1,11 @@
-"""impl="triton": the two sweeps of the contrastive loss as fused kernels, one program a tile of logits.
+"""impl="triton": the forward and backward sweep of the contrastive loss as fused kernels, one program for each tile of logits.
 
-No program waits for or adds to another's memory: each tile leaves partials, which are then summed in a fixed order, so a
-result repeats bit for bit. `contrastive_torch` says the same in PyTorch; both answer to `mmclip_kernels.contrastive`.
+There are no atomic additions. Each tile writes its own partials, which are then summed in a fixed order: results repeat bit for
+bit. `contrastive_torch` computes the same in PyTorch; `contrastive` calls one or the other.
 """
 
 # mypy: disallow-untyped-defs=false
-# (a kernel's arguments have no types that Python knows)
+# (arguments of Triton kernels have no Python types)
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from torch import Tensor
 from mmclip_kernels import tiles
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
 
-# A sum of exponentials below this is formed again around its own maximum: float32 ends at 1e-38, and what is added to a
-# sum this small may already have lost digits to that end. exp(-60).
+# exp(-60). A sum of exponentials below this is computed again around its own maximum: float32 ends at 1e-38, so the terms of
+# such a small sum may have lost digits.
 FAINT = tl.constexpr(1e-26)
-# A log-sum-exp this far below its tile's highest is taken in an exponential of its own: exp(60) is far from overflow.
+# If a log-sum-exp lies this far below the highest of its tile, rows and columns get separate exponentials. exp(60) does not
+# overflow.
 SPREAD = tl.constexpr(60.0)
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
-    """Log-sum-exp partials of every row and column, and the sums that pull positives together. See `Partials`."""
+    """-> log-sum-exp partials of every row and column, and the loss's sums over positives. See `Partials`."""
     image, text = image.contiguous(), text.contiguous()
     tile = tiles.sweep_tile(image.dtype, pairs.exclude is not None)
     device = image.device
@@ -56,11 +57,11 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
 def gradient(
     image: Tensor, text: Tensor, pairs: Pairs, mode: Mode, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d(loss)/d(image [N, E], text [M, E], factor [], bias []); the shares of `pairs` carry the upstream gradient."""
+    """-> d(loss)/d(image [N, E], text [M, E], factor [], bias []). The weights in `pairs` already hold the upstream gradient."""
     image, text, tile = image.contiguous(), text.contiguous(), tiles.gradient_tile(image.dtype)
     image_grad, text_grad = (torch.zeros(x.shape, device=x.device) for x in (image, text))
     scalars = torch.zeros(2, device=image.device)
-    # dL/ds is stored in the features' type, scaled so that its largest possible value is 2^14: float16 holds 2^-24 to 2^16.
+    # dL/ds is stored in the features' type. `unit` scales its largest possible value to 2^14: float16 holds 2^-24 to 2^16.
     if mode == "softmax":
         unit = _largest(pairs.row_mean) + _largest(pairs.column_mean)
     else:
@@ -94,7 +95,7 @@ def _blocks(rows: int, columns: int, size: tuple[int, int]) -> Iterator[tuple[sl
 
 
 def _exclusions(pairs: Pairs, here: slice, there: slice) -> tuple[Tensor | None, int, int]:
-    """A block of the exclusions and its strides, which are 0 where one row or column was broadcast."""
+    """-> a block of the exclusions and its two strides. A broadcast row or column has stride 0."""
     if pairs.exclude is None:
         return None, 0, 0
     block = pairs.exclude[here, there]
@@ -110,7 +111,7 @@ def _options(tile: tiles.Tile, width: int, pairs: Pairs, mode: Mode) -> dict[str
 
 
 def _together(peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """(maximum, sum) of each tile [tiles, n] -> of all of them [n]."""
+    """Combine the (maximum, sum) of each tile [tiles, n] -> of all tiles [n]."""
     highest = peak.amax(0)
     return highest, (peak.sub_(finite(highest)).exp_() * total).sum(0)
 
@@ -120,7 +121,7 @@ def _largest(weight: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product with float32 sums and a float32 result, whatever the type of its factors."""
+    """A matrix product that is summed and returned in float32, whatever the type of its factors."""
     if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
@@ -131,7 +132,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 @triton.jit
 def _place(high, wide, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which tile this program computes: eight tile rows at a time, column by column, so that features stay in the L2."""
+    """-> row and column of this program's tile. Eight tile rows at a time, column by column, keep features in the L2 cache."""
     GROUP: tl.constexpr = 8
     down, across = tl.cdiv(high, ROWS), tl.cdiv(wide, COLUMNS)
     program = tl.program_id(0)
@@ -145,7 +146,7 @@ def _cosines(
     image, text, rows, columns, high, wide, width,
     WHOLE: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """<image_i, text_j> of a tile, in float32. Rows past the end repeat the last one: the caller masks them."""
+    """<image_i, text_j> of a tile, in float32. Rows past the end repeat the last row: the caller must mask them."""
     row = tl.minimum(rows, high - 1).to(tl.int64)
     column = tl.minimum(columns, wide - 1).to(tl.int64)
     depth = tl.arange(0, DEPTH)
@@ -158,7 +159,7 @@ def _cosines(
         else:
             a = tl.load(image_at, mask=depth[None, :] < width - start, other=0.0)
             b = tl.load(text_at, mask=depth[:, None] < width - start, other=0.0)
-        if UPCAST:  # Triton 3.9's interpreter multiplies two-byte types wrongly
+        if UPCAST:  # Triton 3.9's interpreter gives wrong products of two-byte types
             a, b = a.to(tl.float32), b.to(tl.float32)
         cosine = tl.dot(a, b, cosine, input_precision="ieee")
         image_at += DEPTH
@@ -170,7 +171,7 @@ def _cosines(
 def _taking_part(
     row_id, column_id, exclude, rows, columns, high, wide, row_step, column_step, SOME_OUT: tl.constexpr
 ):  # fmt: skip
-    """Which pairs of a tile count at all."""
+    """Which pairs of a tile are neither past the end nor left out."""
     row_in, column_in = rows < high, columns < wide
     if SOME_OUT:
         row_in, column_in = row_in & (row_id >= 0), column_in & (column_id >= 0)
@@ -183,7 +184,7 @@ def _taking_part(
 
 @triton.jit
 def _may_match(row_id, column_id):
-    """Whether a tile may hold a positive: most do not, and comparing every pair of ids costs as much as a tenth of the dot."""
+    """Whether a tile may hold a positive. Most hold none, and comparing all pairs of ids costs a tenth of the matrix product."""
     above = tl.max(row_id, 0) >= tl.min(column_id, 0)
     return above & (tl.min(row_id, 0) <= tl.max(column_id, 0))
 
@@ -195,8 +196,8 @@ def _sweep_tile(
     SIGMOID: tl.constexpr, SOME_OUT: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """by_row [2, tiles across, high], by_column [2, tiles down, wide]: (maximum, sum of exp) of each tile's rows and columns.
-    by_tile [tiles, 2]: the tile's part of the loss outside the log-sum-exps, for rows and columns."""
+    """Writes by_row [2, tiles across, high] and by_column [2, tiles down, wide]: (maximum, sum of exp) of each tile's rows and
+    columns; and by_tile [tiles, 2]: the tile's part of the loss outside the log-sum-exps, for rows and for columns."""
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     cosine = _cosines(image, text, rows, columns, high, wide, width, WHOLE, UPCAST, ROWS, COLUMNS, DEPTH)
@@ -208,7 +209,7 @@ def _sweep_tile(
     if SIGMOID:
         matched = row_id[:, None] == column_id[None, :]
         signed = (logits + tl.load(bias)) * tl.where(matched, -1.0, 1.0)
-        rest = tl.exp(-tl.abs(signed))  # log(1 + rest), which must not round a small rest away
+        rest = tl.exp(-tl.abs(signed))  # log(1 + rest) below must not lose a small rest to rounding
         above = 1.0 + rest
         log = tl.where(above == 1.0, rest, tl.log(above) * (rest / tl.where(above == 1.0, 1.0, above - 1.0)))
         cost = tl.maximum(signed, 0.0) + log
@@ -226,12 +227,13 @@ def _sweep_tile(
         tl.store(tile, row_pull)
         tl.store(tile + 1, column_pull)
         logits = tl.where(taking, logits, -float("inf"))
-        # One exponential serves the row's and the column's sum, around the tile's maximum ...
+        # Usually one exponential, around the tile's maximum, serves the sums of rows and columns.
         highest = tl.max(tl.max(logits, 1), 0)
         power = tl.exp(logits - tl.where(highest == -float("inf"), 0.0, highest))
         row_total, column_total = tl.sum(power, 1), tl.sum(power, 0)
         row_peak, column_peak = tl.full((ROWS,), highest, tl.float32), tl.full((COLUMNS,), highest, tl.float32)
-        # ... unless a row or column lies so far below it that its sum is lost (or is past the end, in a last tile).
+        # If a row or column lies so far below it that its sum is lost, each gets its own maximum. (Last tiles come here, too:
+        # rows past the end have a sum of 0.)
         if tl.minimum(tl.min(row_total, 0), tl.min(column_total, 0)) < FAINT:
             row_peak, column_peak = tl.max(logits, 1), tl.max(logits, 0)
             row_base = tl.where(row_peak == -float("inf"), 0.0, row_peak)
@@ -253,7 +255,7 @@ def _gradient_tile(
     SIGMOID: tl.constexpr, SOME_OUT: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """slopes [high, wide]: dL/ds in units of `unit`. by_tile [tiles, 2]: sums of dL/ds x cosine and of dL/ds."""
+    """Writes slopes [high, wide]: dL/ds divided by `unit`; and by_tile [tiles, 2]: the sums of dL/ds x cosine and of dL/ds."""
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     cosine = _cosines(image, text, rows, columns, high, wide, width, WHOLE, UPCAST, ROWS, COLUMNS, DEPTH)
@@ -269,14 +271,14 @@ def _gradient_tile(
     else:
         row_log = tl.load(row_lse + rows, row_in, float("inf"))
         column_log = tl.load(column_lse + columns, column_in, float("inf"))
-        # exp(s - row) and exp(s - column) are one exponential around the tile's highest log-sum-exp, below which every
-        # logit lies, and two factors ...
+        # No logit lies above the tile's highest log-sum-exp. Usually exp(s - row) and exp(s - column) are one exponential around
+        # it, times a factor for the row and one for the column.
         top = tl.max(tl.where(row_log < float("inf"), row_log, -float("inf")), 0)
         top = tl.where(top == -float("inf"), 0.0, top)
         if top - tl.minimum(tl.min(row_log, 0), tl.min(column_log, 0)) < SPREAD:
             row_part, column_part = row_weight * tl.exp(top - row_log), column_weight * tl.exp(top - column_log)
             slope = tl.exp(logits - top) * (row_part[:, None] + column_part[None, :])
-        else:  # ... unless one of them would overflow.
+        else:  # such a factor would overflow
             slope = row_weight[:, None] * tl.exp(logits - row_log[:, None])
             slope += column_weight[None, :] * tl.exp(logits - column_log[None, :])
         if _may_match(row_id, column_id):
@@ -290,5 +292,5 @@ def _gradient_tile(
     tl.store(at, slope / tl.load(unit), row_in[:, None] & column_in[None, :])
 
 
-# TRITON_INTERPRET=1 at import: the kernels run in Python on any device, for tests.
+# With TRITON_INTERPRET=1 at import, Triton runs the kernels in Python, on any device. For tests.
 INTERPRETED = not isinstance(_sweep_tile, triton.JITFunction)

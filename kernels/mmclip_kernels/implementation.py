@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs: chosen by name, checked, never replaced by another one in silence."""
+"""Choose the implementation of a kernel by name. One that cannot run is an error, never replaced by another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Impl = Literal["torch", "triton"]
 
 
 def implementation(operator: str, impl: str, device: torch.device) -> ModuleType:
-    """The module of an operator, "contrastive" or "topk_mask"; ValueError where `impl` cannot run on `device`."""
+    """The module of an operator ("contrastive" or "topk_mask"). ValueError if `impl` cannot run on `device`."""
     if impl not in ("torch", "triton"):
         raise ValueError(f"impl={impl!r} is not available; use impl='torch' or impl='triton'")
     try:
@@ -25,6 +25,6 @@ def implementation(operator: str, impl: str, device: torch.device) -> ModuleType
 
 
 def check_impl(impl: str, device: torch.device) -> None:
-    """ValueError if the kernels' `impl` cannot run on `device`: for a program that would know before its first step."""
+    """ValueError if `impl` cannot run on `device`. Lets a program find out before its first step."""
     for operator in ("contrastive", "topk_mask"):
         implementation(operator, impl, device)

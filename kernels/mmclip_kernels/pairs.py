@@ -1,4 +1,4 @@
-"""What the sweeps of the contrastive loss are told of the pairs, and what they give back."""
+"""Input and output of the contrastive loss's sweeps: the pairs, and log-sum-exps under way."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Mode = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """The relation of N images (rows) to M texts (columns), and the weight of each.
+    """Which of N images (rows) and M texts (columns) are positives, which are left out, and the weight of each.
 
-    row_ids [N], column_ids [M]: int64; equal ids are positives, ids < 0 take no part. some_out: whether there may be any.
-    exclude [N, M] bool (any strides) or None: pairs that take no part either.
-    factor [], bias []: of the logits, float32 or float64, as all weights.
-    softmax: row_mean [N] and column_mean [M] weigh the log-sum-exps, row_share and column_share one positive pair.
-    sigmoid: a pair weighs row_mean x column_mean.
+    row_ids [N], column_ids [M]: int64. Equal ids are positives; ids < 0 are left out. some_out: whether ids < 0 may occur.
+    exclude [N, M] bool (any strides) or None: further pairs that are left out.
+    factor [], bias []: logits are factor * cosine (+ bias). They and all weights are float32 or float64.
+    Softmax mode: row_mean [N] and column_mean [M] are the weights of the log-sum-exps; row_share [N] and column_share [M] are
+    those of one positive pair. Sigmoid mode: the weight of a pair is row_mean * column_mean.
     """
 
     row_ids: Tensor
@@ -36,7 +36,7 @@ class Pairs:
 
 @dataclass
 class LogSums:
-    """A log-sum-exp under way: maximum [N] and sum [N] of exp(logit - maximum)."""
+    """A log-sum-exp under way: the maximum [N] so far, and the sum [N] of exp(logit - maximum)."""
 
     peak: Tensor
     total: Tensor
@@ -47,12 +47,12 @@ class LogSums:
         return cls(peak, torch.zeros_like(peak))
 
     def add(self, where: slice, logits: Tensor, dim: int) -> None:
-        """Take in logits [rows, columns], summed over `dim`."""
+        """Add logits [rows, columns], summed over `dim`."""
         peak = logits.amax(dim)
         self.merge(where, peak, (logits - finite(peak).unsqueeze(dim)).exp_().sum(dim))
 
     def merge(self, where: slice | Tensor, peak: Tensor, total: Tensor) -> None:
-        """Take in the (maximum, sum) of other logits of the same rows."""
+        """Add the (maximum, sum) of other logits of the same rows."""
         highest = torch.maximum(self.peak[where], peak)
         base = finite(highest)
         self.total[where] = self.total[where] * (self.peak[where] - base).exp() + total * (peak - base).exp()
@@ -60,7 +60,7 @@ class LogSums:
 
 
 class Partials(NamedTuple):
-    """What one sweep leaves. total [2] float64: the loss's part outside the log-sum-exps, for rows and for columns."""
+    """Result of a forward sweep. total [2] float64: the loss's part outside the log-sum-exps, for rows and for columns."""
 
     rows: LogSums
     columns: LogSums
@@ -68,5 +68,5 @@ class Partials(NamedTuple):
 
 
 def finite(peak: Tensor) -> Tensor:
-    """Maxima with 0 in place of -inf (rows in which no pair takes part): exp(-inf - 0) is 0, exp(-inf + inf) NaN."""
+    """Maxima with -inf (rows without any pair) replaced by 0: exp(-inf - 0) is 0, exp(-inf + inf) would be NaN."""
     return torch.where(peak == -torch.inf, 0, peak)

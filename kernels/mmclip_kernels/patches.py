@@ -1,4 +1,4 @@
-"""What the masking of patches is told: how many are chosen, and which views are taken."""
+"""How many patches the masking chooses, and which views it returns."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class Plan(NamedTuple):
-    """chosen: patches of highest score (of lowest, if `low`) that are set apart, `swap` of which change places with others.
-    first, second: patches of the two views; the first holds the chosen ones (`chosen_first`) or all others, the second is
-    drawn from what is left. temperature: of the softmax over patches."""
+    """chosen: number of patches of highest (if `low`: lowest) score that are chosen. swap: how many of them change places with
+    others. first, second: number of patches in the two views. The first view holds the chosen patches (`chosen_first`) or all
+    others; the second is drawn from the rest. temperature: of the softmax over patches."""
 
     chosen: int
     swap: int

@@ -1,4 +1,4 @@
-"""Rows that are spread over ranks: gathered, summed, and handed back, with or without gradient."""
+"""Rows that are spread over ranks: gather them, sum them, and return each rank its own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# Texts travel in up to 4 pieces of at least this many rows a rank: one piece is computed while the next is on its way.
+# Texts are sent in up to 4 pieces of at least this many rows of each rank. One piece is computed while the next is sent.
 PIECE_ROWS = 512
 
 
 def all_reduce(value: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """The sum (or maximum) over the ranks of the group, as a new tensor."""
+    """The sum (or what `op` says) over the ranks of the group, as a new tensor."""
     value = value.clone()
     if group is not None:
         dist.all_reduce(value, op, group)
@@ -25,7 +25,7 @@ def all_reduce(value: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.R
 
 
 def gather_rows(rows: Tensor, group: Group) -> tuple[Tensor, list[int]]:
-    """Rows [n, ...] of all ranks, in rank order, and each rank's n; ranks may hold different numbers. No gradient."""
+    """-> the rows [n, ...] of all ranks in rank order, and each rank's n, which may differ between ranks. No gradient."""
     rows = rows.detach()
     if group is None:
         return rows, [len(rows)]
@@ -41,16 +41,16 @@ def gather_rows(rows: Tensor, group: Group) -> tuple[Tensor, list[int]]:
 
 
 def own_rows(rows: Tensor, sizes: list[int], group: Group) -> Tensor:
-    """This rank's part of rows gathered by `gather_rows`."""
+    """This rank's part of rows that `gather_rows` gathered."""
     rank = dist.get_rank(group) if group is not None else 0
     return rows[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
 
 
 class Shards:
-    """The rows of all ranks in pieces, each of some rows of every rank, padded where a rank has fewer.
+    """The rows of all ranks, cut into pieces. A piece holds equally many rows of every rank, padded where a rank has fewer.
 
-    sizes: rows of each rank. columns: for each piece, the place of its rows among all rows in rank order; padding has the
-    place `sum(sizes)`, one past the last. One process alone has one piece, all rows in their order.
+    sizes: number of rows of each rank. columns: for each piece, the places of its rows among all rows in rank order; padding has
+    the place `sum(sizes)`, one past the last. Without a group there is one piece: all rows in their order.
     """
 
     def __init__(self, sizes: list[int], group: Group, device: torch.device) -> None:
@@ -69,7 +69,7 @@ class Shards:
             self.columns.append(torch.cat(own))
 
     def gather(self, rows: Tensor) -> Iterator[Tensor]:
-        """rows [n, E] of this rank -> the pieces of all ranks, each [W x length, E]; later ones travel meanwhile."""
+        """rows [n, E] of this rank -> the pieces, each [W x length, E]. Later pieces are sent while one is used."""
         if self.group is None:
             yield rows
             return
@@ -82,7 +82,7 @@ class Shards:
             yield whole
 
     def reduce(self, pieces: Iterable[Tensor]) -> Tensor:
-        """pieces as `gather` gives them, partial sums of each rank -> this rank's rows [n, E], summed over the ranks."""
+        """Each rank's partial sums, in pieces as `gather` yields them -> this rank's rows [n, E], summed over the ranks."""
         if self.group is None:
             (only,) = pieces
             return only
@@ -114,6 +114,6 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: Tensor, group: Group) -> Tensor:
-    """Like `gather_rows`; the backward pass sums the gradients that all ranks hold for a row."""
+    """The rows [n, ...] of all ranks in rank order. The backward pass sums the ranks' gradients of each row."""
     gathered: Tensor = _GatherWithGradient.apply(rows, group)
     return gathered

@@ -1,4 +1,4 @@
-"""What the kernels mean, in plain PyTorch: the specification, in any floating type up to float64."""
+"""The specification of the kernels, in plain PyTorch and any floating type up to float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def contrastive_loss(
     mode: str = "softmax",
     directions: bool = False,
 ) -> Tensor:
-    """The N x M matrix in full. Arguments and result as in `mmclip_kernels.contrastive_loss`."""
+    """Computed from the whole N x M matrix. Arguments and result as in `mmclip_kernels.contrastive_loss`."""
     if image_ids is None or text_ids is None:
         image_ids, text_ids = torch.arange(len(image)), torch.arange(len(text))
     rows, columns = image_ids >= 0, text_ids >= 0
@@ -40,7 +40,7 @@ def contrastive_loss(
 
 
 def _one_direction(logits: Tensor, positive: Tensor, out: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean, over the rows that have a positive, of cross-entropy against evenly shared positives. [N, M] -> []."""
+    """[N, M] -> []. Weighted mean of the cross-entropy over the rows with a positive. A row's positives share its target."""
     matched = positive.sum(1) > 0
     if not (weight * matched).sum() > 0:
         return logits.sum() * 0.0
@@ -51,10 +51,10 @@ def _one_direction(logits: Tensor, positive: Tensor, out: Tensor, weight: Tensor
 
 
 def patch_scores(features: Tensor, text: Tensor, token_mask: Tensor | None = None, temperature: float = 0.1) -> Tensor:
-    """How strongly each patch responds to the text: features [B, P, E], text [B, E] or [B, T, E] -> [B, P].
+    """Scores of the patches: features [B, P, E], text [B, E] or [B, T, E], token_mask [B, T] (True: the word counts) -> [B, P].
 
-    s_j = sum over the words i that count of softmax over j of (<w_i, p_j> / temperature), of L2-normalised w and p; with one text
-    vector the cosine itself, which ranks alike.
+    s_j = sum over the words i that count of softmax over j of (<w_i, p_j> / temperature), with L2-normalised w and p. For one
+    text vector the score is the cosine, which gives the same ranking.
     """
     patches, words = F.normalize(features, dim=-1), F.normalize(text, dim=-1)
     if text.ndim == 2:
@@ -64,9 +64,9 @@ def patch_scores(features: Tensor, text: Tensor, token_mask: Tensor | None = Non
 
 
 def hidden_patches(scores: Tensor, count: int, select: str = "high", swap: int = 0, noise: Tensor | None = None) -> Tensor:
-    """Which `count` patches are hidden: scores [B, P] -> [B, P] bool. The meaning of `select` and `hint`, one row at a time.
+    """Which `count` patches are hidden: scores [B, P] -> [B, P] bool, one row at a time.
 
-    swap: so many hidden patches of lowest noise become visible, and as many visible ones of lowest noise hidden.
+    swap: this many hidden patches, those of lowest noise, become visible; as many visible ones of lowest noise become hidden.
     """
     mask = torch.zeros_like(scores, dtype=torch.bool)
     for row in range(len(scores)):
@@ -80,9 +80,9 @@ def hidden_patches(scores: Tensor, count: int, select: str = "high", swap: int =
 
 
 def keep_visible(patches: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `keep` patches [B, K, D] that mask [B, P] leaves of each row of [B, P, D], ids_keep [B, K], ids_restore [B, P].
+    """-> the `keep` patches [B, K, D] that mask [B, P] leaves visible, ids_keep [B, K], ids_restore [B, P].
 
-    MAE's way: a stable sort brings the visible patches to the front, a second one finds the way back.
+    As in MAE: a stable sort moves the visible patches to the front, and a second sort inverts the first.
     """
     shuffle = mask.long().argsort(dim=1, stable=True)
     kept = shuffle[:, :keep]
@@ -90,5 +90,5 @@ def keep_visible(patches: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tens
 
 
 def replace_hidden(patches: Tensor, mask: Tensor, token: Tensor) -> Tensor:
-    """patches [B, P, D] with token [D] in the place of those that mask [B, P] hides."""
+    """patches [B, P, D], where token [D] replaces those that mask [B, P] hides."""
     return torch.where(mask[:, :, None], token, patches)

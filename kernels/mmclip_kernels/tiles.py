@@ -1,6 +1,6 @@
-"""The sizes that the Triton kernels cut their work into: one static table, the same on every call, so results repeat.
+"""Block sizes of the Triton kernels: one static table, the same on every call, so results repeat.
 
-Not tuned on a card yet: chosen so that ptxas (Triton 3.9, sm_80 and sm_90) spills no register and shared memory fits.
+Not tuned on a GPU yet. Chosen so that ptxas (Triton 3.9, sm_80 and sm_90) spills no registers and shared memory fits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 
 class Tile(NamedTuple):
-    """One program's rows x columns of logits, the width of a step along the features, and how Triton runs it."""
+    """One program computes rows x columns of logits, `depth` features at a time. warps, stages: Triton's options."""
 
     rows: int
     columns: int
@@ -20,33 +20,33 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Rows x columns of logits whose per-tile partials exist at once: 25 MB at most.
+# Rows x columns of logits whose per-tile partials are in memory at once: at most 25 MB.
 SWEEP_BLOCK = 8192, 16384
-# Rows x columns of dL/ds in memory at once: 96 MiB in two-byte types, which with the products of a block stays below 128 MiB.
+# Rows x columns of dL/ds in memory at once: 96 MiB in two-byte types; below 128 MiB together with the products of a block.
 GRADIENT_BLOCK = 8192, 6144
 
 
 def sweep_tile(dtype: torch.dtype, exclusions: bool) -> Tile:
-    """For the forward sweep of the contrastive loss. Reading exclusions takes registers: half the rows, then."""
-    if dtype == torch.float32:  # exact products run on the ordinary cores, out of registers
+    """For the forward sweep of the contrastive loss. With exclusions half the rows: reading them takes registers."""
+    if dtype == torch.float32:  # exact float32 products run without tensor cores and hold their operands in registers
         return Tile(64, 64, 32, 4, 2)
     return Tile(64 if exclusions else 128, 128, 64, 8, 3)
 
 
 def gradient_tile(dtype: torch.dtype) -> Tile:
-    """For the backward sweep, which holds the cosines and dL/ds at once: 128 x 128 of both do not fit the registers."""
+    """For the backward sweep. It holds cosines and dL/ds at once, and 128 x 128 of both do not fit the registers."""
     return sweep_tile(dtype, exclusions=True)
 
 
-# Images of up to so many patches are scored, selected and copied by one program; more are scored in blocks of so many.
+# One program scores, selects and copies an image of up to this many patches. Larger images are scored in blocks of this many.
 FUSED_PATCHES = 256
-# Of the kernels that only copy: 32 x 128 values in 256 threads are one or two 16-byte loads each.
+# For kernels that only copy: 32 x 128 values in 256 threads are one or two 16-byte loads per thread.
 COPY_WARPS = 8
 
 
 class MaskTile(NamedTuple):
-    """One program's patches (all of an image, a power of two), tokens and width of a step where a text of several tokens is
-    scored, rows and width of a step where rows are copied or scored against one vector."""
+    """patches: all of an image, rounded up to a power of two. tokens, token_depth: block of words and step along the features
+    when patches are scored against words. rows, depth: the same when rows are copied, or scored against one vector."""
 
     patches: int
     tokens: int

@@ -1,15 +1,15 @@
-"""Attention-guided masking of image patches: score, select and apply in one go.
+"""Attention-guided masking of image patches: score, select and copy in one operation.
 
 With words w_i [T, E] and patches p_j [P, E], both L2-normalised here, the score of a patch is
 
     s_j = sum over the words i that count of softmax over j of (<w_i, p_j> / temperature)           (MedIM)
 
-or <w, p_j> where the text is one vector, for which the softmax is monotone and is skipped. The M patches of highest score are
-*chosen* (among equal scores the lower index first: a stable descending sort). Masking hides the chosen patches and keeps
-the K = P - M others; the two views of `attention_split_views` are the chosen ones and a part of the rest.
+or, for a text of one vector w, <w, p_j>: the softmax would not change the ranking. The M patches of highest score are *chosen*,
+as by a stable descending sort (among equal scores the lower index first). Masking hides the chosen patches and keeps the
+K = P - M others. The two views of `attention_split_views` are the chosen patches, and a part of the rest.
 
-A patch's place is one number, `ids_restore` [B, P]: kept patches come first in ascending order, the others after them. What
-is gathered forward is gathered again backward through it, so that no gradient is added atomically and none is zero-filled.
+`ids_restore` [B, P] holds the place of each patch: kept patches first, in ascending order, then the others. The backward pass
+gathers through it, so no gradient is added atomically and no buffer is filled with zeros first.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Select = Literal["high", "low", "hint"]
 
 
 class TopkMask(NamedTuple):
-    """What `attention_topk_mask` gives back.
+    """Result of `attention_topk_mask`.
 
-    visible: [B, K, D] the kept patches (mode "gather"), or [B, P, D] all of them with the mask token in place of the hidden
-    ones (mode "replace", where `masked` is its other name). ids_keep [B, K] int64, ascending. ids_restore [B, P] int64: the
-    place of each patch in the kept ones followed by the hidden ones (MAE's convention). mask [B, P] bool, True: hidden.
-    scores [B, P] float32.
+    visible: the kept patches [B, K, D] (mode "gather"), or all patches [B, P, D] with the mask token in place of the hidden ones
+    (mode "replace"; `masked` is the same tensor). ids_keep [B, K] int64, ascending. ids_restore [B, P] int64: the place of each
+    patch among the kept ones followed by the hidden ones (MAE's convention). mask [B, P] bool, True: hidden. scores [B, P]
+    float32 (float64 for float64 patches).
     """
 
     visible: Tensor
@@ -48,10 +48,10 @@ class TopkMask(NamedTuple):
 
 
 class SplitViews(NamedTuple):
-    """What `attention_split_views` gives back.
+    """Result of `attention_split_views`.
 
     salient [B, S, D], context [B, C, D]: disjoint views. ids_salient [B, S], ids_context [B, C]: int64, ascending.
-    mask [B, P] bool, True: not in the context view, to be rebuilt from it. scores [B, P] float32.
+    mask [B, P] bool, True: not in the context view, to be rebuilt from it. scores [B, P] float32 (float64 for float64 patches).
     """
 
     salient: Tensor
@@ -82,18 +82,19 @@ def attention_topk_mask(
 ) -> TopkMask:
     """Hide the patches [B, P, D] that respond most to the text, and keep K of them.
 
-    keep: K; or ratio: the share that is hidden, P - K = round(ratio P).
-    text [B, D] or [B, T, D], token_mask [B, T] bool (True: the token counts): what patches are scored against. A row without
-      a token that counts has scores 0 and is masked at random. Or scores [B, P]: computed beforehand, in any floating type.
-    score_features [B, P, E]: what the text is compared with, by default the patches themselves; text is then [B, E] or [B, T, E].
-    mode: "gather" returns the kept patches, "replace" all, with mask_token (D numbers) in place of the hidden ones.
-    select: "high" hides the highest scores, "low" the lowest, and "hint" the highest but for a share `hint` of them, which stays
-      visible while as many others are hidden (AttMask). Among equal scores the lower index is hidden first. NaN ranks highest.
-    noise [B, P] float32, in [0, 1): what is random; by default a function of seed, row and patch alone.
-    impl: "torch" runs everywhere; "triton" is fused, for CUDA tensors.
+    keep: K. Or ratio: the share of patches that is hidden, P - K = round(ratio P).
+    text [B, D] or [B, T, D]: patches are scored against it. token_mask [B, T] bool, True: the token counts. A row without a token
+      that counts has scores of 0 and is masked at random. Instead of text: scores [B, P], computed beforehand, any floating type.
+    score_features [B, P, E]: compared with the text instead of the patches themselves; text is then [B, E] or [B, T, E].
+    mode: "gather" returns the kept patches. "replace" returns all patches, with mask_token (D numbers) for the hidden ones.
+    select: "high" hides the patches of highest score, "low" those of lowest. "hint" is "high", but a share `hint` of the hidden
+      patches becomes visible and as many others are hidden (AttMask). Among equal scores the lower index is hidden first. NaN
+      ranks highest.
+    noise [B, P] float32, in [0, 1): decides all random choices. By default a function of seed, row and patch alone.
+    impl: "torch" runs on any device. "triton" is fused and needs CUDA tensors.
 
-    Gradients flow to patches and mask_token; scores carry none. A row whose scores hold NaN (features that are not finite)
-    comes back as NaN. Raises ValueError for arguments that do not fit.
+    Gradients flow to patches and mask_token, not to scores. A row whose scores hold NaN (features that are not finite) is
+    returned as NaN. ValueError for arguments that do not fit.
     """
     _check(patches, text, token_mask, scores, score_features, noise, temperature, impl)
     rows, count, _ = patches.shape
@@ -130,9 +131,9 @@ def attention_split_views(
     temperature: float = 0.1,
     impl: Impl = "torch",
 ) -> SplitViews:
-    """Two disjoint views of patches [B, P, D] from one pass: the `salient` highest scores, and `context` of the rest.
+    """Two disjoint views of patches [B, P, D] in one pass: the `salient` patches of highest score, and `context` of the rest.
 
-    The context view holds the patches of lowest noise among the rest: a draw without replacement. A share `hint` of the
+    The context view is drawn without replacement: it holds the patches of lowest noise among the rest. A share `hint` of the
     salient patches changes places with others. All else as in `attention_topk_mask`.
     """
     _check(patches, text, token_mask, scores, score_features, noise, temperature, impl)
@@ -154,17 +155,17 @@ def attention_split_views(
 def attention_scores(
     patches: Tensor, text: Tensor, token_mask: Tensor | None = None, *, temperature: float = 0.1
 ) -> Tensor:
-    """The scores alone, as in `attention_topk_mask`: patches [B, P, E], text [B, E] or [B, T, E], token_mask [B, T] -> [B, P].
+    """Only the scores of `attention_topk_mask`: patches [B, P, E], text [B, E] or [B, T, E], token_mask [B, T] -> [B, P].
 
-    float32; all 0 for a row without a token that counts; no gradient. In PyTorch, on any device.
+    float32 (float64 for float64 patches). All 0 for a row without a token that counts. No gradient. In PyTorch, on any device.
     """
     _check_text(patches, text, token_mask, (len(patches), patches.shape[1]), temperature)
     return topk_mask_torch.patch_scores(patches, text, token_mask, temperature)
 
 
 def seeded_noise(rows: int, patches: int, seed: int, device: torch.device) -> Tensor:
-    """[rows, patches] float32 in [0, 1), a function of seed, row and patch alone: the same on every device."""
-    # The finaliser of SplitMix64 (Steele et al. 2014) in wrapping int64; `>>` is arithmetic, so the copied sign bits are cut off.
+    """[rows, patches] float32 in [0, 1): a function of seed, row and patch alone, the same on every device."""
+    # The finaliser of SplitMix64 (Steele et al. 2014) in wrapping int64. `>>` is arithmetic, so the copied sign bits are masked.
     start = (seed + 1) * 0x9E3779B97F4A7C15 % (1 << 64) - (1 << 63)
     x = torch.arange(rows * patches, dtype=torch.int64, device=device) + start
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
@@ -252,7 +253,7 @@ def _token(mask_token: Tensor | None, patches: Tensor) -> Tensor:
     return mask_token.reshape(width)
 
 
-# -- Autograd: one opaque operator forward, one backward ------------------------------------------------------------------
+# -- Autograd: one custom operator forward, one backward ------------------------------------------------------------------
 
 
 @torch.library.custom_op("mmclip::attention_topk_mask", mutates_args=())
@@ -261,7 +262,7 @@ def topk_mask_op(
     scores: Tensor | None, noise: Tensor | None,
     chosen: int, swap: int, first: int, second: int, chosen_first: bool, low: bool, temperature: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> the first view (or all patches, if there is a token), the second, ids_restore, ids of both views, scores."""
+    """-> the first view (all patches, if there is a token), the second view, ids_restore, ids of both views, scores."""
     plan = Plan(chosen, swap, first, second, chosen_first, low, temperature)
     forward = implementation("topk_mask", impl, patches.device).forward
     return cast(
@@ -288,7 +289,7 @@ def _(
 def topk_mask_backward_op(
     of_first: Tensor, of_second: Tensor, restore: Tensor, first: int, second: int, replace: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """-> gradients of the patches [B, P, D] and of the mask token [D] (0 without one)."""
+    """-> gradients of the patches [B, P, D] and of the mask token [D] (0 if there is no token)."""
     backward = implementation("topk_mask", impl, of_first.device).backward
     return cast(tuple[Tensor, Tensor], backward(of_first, of_second, restore, first, second, replace))
 

@@ -1,4 +1,4 @@
-"""impl="torch": attention-guided masking on any device, with rows copied by flat indices (8 bytes a row, not an element)."""
+"""impl="torch": attention-guided masking on any device. Rows are copied by flat indices: one int64 a row, not one an element."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def backward(
     """See `topk_mask_backward_op`."""
     hidden = (restore >= first + second)[:, :, None]
     if replace:
-        # A sum as a product: with no copy of what is summed, 30 times as fast on a CPU (kernels/bench/NOTES.md).
+        # A matrix product as the sum: it copies nothing and is 30 times as fast on a CPU (kernels/bench/NOTES.md).
         of_token = hidden.flatten().to(of_first.dtype) @ of_first.flatten(0, 1)
         return torch.where(hidden, 0.0, of_first), of_token
     of_token = of_first.new_zeros(of_first.shape[2])
@@ -50,7 +50,7 @@ def backward(
 
 
 def patch_scores(features: Tensor, text: Tensor, token_mask: Tensor | None, temperature: float) -> Tensor:
-    """Scores [B, P] of features [B, P, E] against text [B, E] or [B, T, E]; in float32 at least."""
+    """Scores [B, P] of features [B, P, E] against text [B, E] or [B, T, E], in float32 or float64."""
     precise = torch.promote_types(torch.float32, features.dtype)
     patches, words = (F.normalize(x.to(precise), dim=-1) for x in (features, text))
     if text.ndim == 2:
@@ -60,7 +60,7 @@ def patch_scores(features: Tensor, text: Tensor, token_mask: Tensor | None, temp
 
 
 def places(ranked: Tensor, noise: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-    """ids_restore [B, P] and the ids of both views [B, first + second], from what patches are ranked by [B, P]."""
+    """ranked [B, P]: patches are ranked by it -> ids_restore [B, P], ids of both views [B, first + second]."""
     chosen = _front(ranked.argsort(dim=1, descending=not plan.low, stable=True), plan.chosen)
     if plan.swap:
         assert noise is not None
@@ -83,12 +83,12 @@ def places(ranked: Tensor, noise: Tensor | None, plan: Plan) -> tuple[Tensor, Te
 
 
 def _lowest(values: Tensor, count: int) -> Tensor:
-    """True at the `count` lowest values of each row, among equal ones at the first. [B, P] -> [B, P] bool."""
+    """[B, P] -> [B, P] bool: True at the `count` lowest values of each row; of equal values, at the first ones."""
     return _front(values.argsort(dim=1, stable=True), count)
 
 
 def _front(order: Tensor, count: int) -> Tensor:
-    """True at the first `count` positions that an order [B, P] names. -> [B, P] bool."""
+    """order [B, P] of indices -> [B, P] bool: True at the first `count` of these indices."""
     return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 

@@ -1,8 +1,8 @@
-"""impl="triton": attention-guided masking as one kernel an image: score, exact selection, and the copy of what is kept.
+"""impl="triton": attention-guided masking. One program per image scores, selects exactly, and copies the kept patches.
 
-The selection sorts nothing. Scores become integers of the same order; the M-th highest is found bit by bit, 32 counts of
-how many reach a candidate; ties go to the lowest index by a prefix sum, as in a stable sort; prefix sums also give every
-patch its place. Images of many patches leave the copy to a second kernel. Nothing is added atomically: results repeat.
+The selection does not sort. Scores become integers of the same order. The M-th highest is found bit by bit, by counting 32 times
+how many scores reach a candidate. A prefix sum gives ties to the lowest index, as in a stable sort; prefix sums also give each
+patch its place. For images of many patches, a second kernel copies. There are no atomic additions: results repeat.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def backward(
 
 
 def _rows_in_line(values: Tensor) -> Tensor:
-    """[B, P, D] whose last dimension is contiguous; a slice of patches (without [CLS], say) is taken as it is."""
+    """[B, P, D] with a contiguous last dimension. A slice of patches (for example without [CLS]) is not copied."""
     return values if values.stride(2) == 1 else values.contiguous()
 
 
 def _second(plan: Plan, count: int) -> int:
-    """How the second view is made: 0 empty, 1 drawn by noise, 2 all that the first one leaves."""
+    """The kernel's SECOND: the second view is 0 empty, 1 drawn by noise, 2 all patches outside the first."""
     return 0 if plan.second == 0 else 2 if plan.first + plan.second == count else 1
 
 
@@ -89,7 +89,7 @@ def _second(plan: Plan, count: int) -> int:
 
 @triton.jit
 def _ordered(value):
-    """float32 -> uint32 of the same order; NaN highest, -0 equal to 0."""
+    """float32 -> uint32 of the same order. NaN is highest, -0 equals 0."""
     value = tl.where(value == 0.0, 0.0, value)
     bits = value.to(tl.int32, bitcast=True)
     key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
@@ -98,7 +98,7 @@ def _ordered(value):
 
 @triton.jit
 def _highest(key, among, count):
-    """True at the `count` highest keys of those `among`; of equal keys, at the first ones."""
+    """True at the `count` highest keys where `among` is True; of equal keys, at the first ones."""
     threshold, bit = tl.full((), 0, tl.uint32), tl.full((), 1 << 31, tl.uint32)
     for _ in range(32):
         candidate = threshold | bit
@@ -113,13 +113,13 @@ def _highest(key, among, count):
 
 @triton.jit
 def _length(squares):
-    """1 / norm, where F.normalize's floor under the norm is 1e-12."""
+    """1 / norm, from the sum of squares. The norm is at least 1e-12, as in F.normalize."""
     return 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
 
 
 @triton.jit
 def _score_rows(features, row_step, text, found, begin, count, width, ROWS: tl.constexpr, DEPTH: tl.constexpr):
-    """Leave the cosines of ROWS patches and one vector in `found`."""
+    """Write the cosines of ROWS patches and one vector to `found`."""
     patch = begin + tl.arange(0, ROWS)
     inside = patch < count
     at = features + patch[:, None].to(tl.int64) * row_step
@@ -142,7 +142,7 @@ def _logits(
     features, row_step, text, token, counts, patch, count, width, sharpness,
     UPCAST: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """cosine / temperature of TOKENS words and BLOCK patches; -inf behind the last patch."""
+    """cosine / temperature of TOKENS words and BLOCK patches. -inf after the last patch."""
     inside = patch < count
     at = features + patch[None, :].to(tl.int64) * row_step
     product = tl.zeros((TOKENS, BLOCK), tl.float32)
@@ -156,7 +156,7 @@ def _logits(
         wide_w, wide_p = w.to(tl.float32), p.to(tl.float32)
         norm += tl.sum(wide_w * wide_w, 1)
         squares += tl.sum(wide_p * wide_p, 0)
-        if UPCAST:  # Triton 3.9's interpreter multiplies two-byte types wrongly
+        if UPCAST:  # Triton 3.9's interpreter gives wrong products of two-byte types
             w, p = wide_w, wide_p
         product = tl.dot(w, p, product, input_precision="ieee")
     logits = product * (_length(norm) * sharpness)[:, None] * _length(squares)[None, :]
@@ -168,10 +168,10 @@ def _score_tokens(
     features, row_step, text, token_mask, found, count, width, tokens, sharpness, UPCAST: tl.constexpr,
     PATCHES: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Leave in `found`, for each patch, the sum over the tokens that count of the softmax over patches. -> how many count."""
+    """Write each patch's sum, over the tokens that count, of the softmax over patches to `found`. -> how many tokens count."""
     every, place = tl.arange(0, PATCHES), tl.arange(0, BLOCK)
     tl.store(found + every, tl.zeros((PATCHES,), tl.float32), every < count)
-    tl.debug_barrier()  # what other threads of this program stored is read below
+    tl.debug_barrier()  # the code below reads what other threads of this program stored
     counted = 0
     for begin in range(0, tokens, TOKENS):
         token = begin + tl.arange(0, TOKENS)
@@ -179,7 +179,7 @@ def _score_tokens(
         if token_mask is not None:
             counts = counts & (tl.load(token_mask + token, counts, 0) != 0)
         here = tl.sum(counts.to(tl.int32), 0)
-        if here > 0:  # padded reports end in blocks of nothing
+        if here > 0:  # short texts end in blocks of padding
             counted += here
             if PATCHES == BLOCK:
                 logits = _logits(
@@ -189,7 +189,7 @@ def _score_tokens(
                 share = tl.where(counts[:, None], power / tl.sum(power, 1)[:, None], 0.0)
                 inside = place < count
                 tl.store(found + place, tl.load(found + place, inside, 0.0) + tl.sum(share, 0), inside)
-            else:  # a first sweep for the softmax's maximum and sum, a second one for its values
+            else:  # one sweep over the patches for the softmax's maximum and sum, another for its values
                 peak, total = tl.full((TOKENS,), -float("inf"), tl.float32), tl.zeros((TOKENS,), tl.float32)
                 for first in range(0, count, BLOCK):
                     logits = _logits(
@@ -217,7 +217,7 @@ def _copy_rows(
     patches, row_step, token, restore, ids, first_view, second_view, begin, count, width, first, second, poison,
     SECOND: tl.constexpr, REPLACE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of an image's views, from `begin` on. poison: 0, or NaN for an image whose scores are."""
+    """Copy ROWS rows of an image's views, from `begin` on. poison: NaN if a score of the image is NaN, else 0."""
     row = begin + tl.arange(0, ROWS)
     if REPLACE:
         written = row < count
@@ -260,7 +260,7 @@ def _select(
     PATCHES: tl.constexpr, TOKEN_PATCHES: tl.constexpr, TOKENS: tl.constexpr, TOKEN_DEPTH: tl.constexpr,
     ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One image: its scores, which patches are chosen, every patch's place, and (COPY) the views."""
+    """One image: compute its scores, choose patches, give each patch its place, and (if COPY) copy the views."""
     image = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, PATCHES)
     inside = patch < count
@@ -333,7 +333,7 @@ def _copy(
     patches, batch_step, row_step, token, restore, ids, found, first_view, second_view, count, width, first, second,
     SECOND: tl.constexpr, REPLACE: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one image's views, by the places that `_select` left."""
+    """Copy ROWS rows of one image's views, by the places that `_select` wrote."""
     image = tl.program_id(0).to(tl.int64)
     every = tl.arange(0, PATCHES)
     score = tl.load(found + image * count + every, every < count, 0.0)
@@ -352,7 +352,7 @@ def _gather_gradient(
     of_first, of_second, restore, of_patches, of_token, count, width, first, second,
     SECOND: tl.constexpr, REPLACE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """of_patches [B, count, width]: each patch fetches its gradient, or 0. of_token: sums over a program's hidden patches."""
+    """Writes of_patches [B, count, width]: each patch's gradient, or 0; and of_token: the sum over a program's hidden patches."""
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = patch < count
@@ -380,5 +380,5 @@ def _gather_gradient(
         tl.store(target + depth[None, :], value, inside[:, None] & deep)
 
 
-# TRITON_INTERPRET=1 at import: the kernels run in Python on any device, for tests.
+# With TRITON_INTERPRET=1 at import, Triton runs the kernels in Python, on any device. For tests.
 INTERPRETED = not isinstance(_select, triton.JITFunction)

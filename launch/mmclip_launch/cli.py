@@ -1,4 +1,4 @@
-"""The `mmclip` command: the stages of mmclip_dist, and the job that spans all of them."""
+"""The `mmclip` command: all stages of mmclip_dist, and `quickstart`, which runs them one after another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Urls = list[str] | None
 @app.command()
 def quickstart(
     out: Annotated[
-        Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder for everything that is made.")
+        Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder for all output.")
     ] = Path("runs/quickstart"),
     paired: Annotated[Urls, typer.Option(help="Packed set with reports; may be repeated.")] = None,
     unpaired: Annotated[Urls, typer.Option(help="Packed set without reports; may be repeated.")] = None,
@@ -28,7 +28,7 @@ def quickstart(
 ) -> None:
     """The whole job on this machine: pack, entities, warm-up, attention, MMCLIP training, zero-shot, report.
 
-    Without sets it draws synthetic radiographs. Run again, it goes on where it stopped.
+    Without sets it draws synthetic radiographs. Run it again to go on where it stopped.
     """
     from mmclip_launch.quickstart import Job
     from mmclip_launch.quickstart import quickstart as start

@@ -1,4 +1,4 @@
-"""Child processes that never outlive us, with their output in a log file."""
+"""Child processes that end with this process and write their output to a log file."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_STOP_WAIT_S = 3  # the ranks of a training run save by themselves when their launcher ends; a Ray head would take half a minute
+_STOP_WAIT_S = 3  # enough: ranks save by themselves when their launcher ends, and a Ray head would need half a minute
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Our environment, with the commands installed beside this interpreter first on the PATH: deepspeed, ray."""
+    """This process's environment and `extra`. PATH starts with this interpreter's folder, which holds `deepspeed` and `ray`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, "PATH": path, **(extra or {})}
 
 
 def _die_with_parent() -> None:
-    # Linux only; elsewhere an interrupted job leaves the clean-up to the user.
+    # Linux only. Elsewhere the user must end the children of an interrupted job.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
 def child(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in a session of its own, its output appended to `log`; it is stopped when the block is left.
+    """Run a command in its own session and append its output to `log`. Leaving the block stops it.
 
-    Call it from the main thread: Linux ties the child to the thread that started it.
+    Call it from the main thread: on Linux, the child ends with the thread that started it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -39,7 +39,7 @@ def child(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator
         output.flush()
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(env),
-            start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 (one system call, no lock that a thread could hold)
+            start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 (it makes one system call and takes no lock)
         )  # fmt: skip
         try:
             yield process
@@ -48,7 +48,7 @@ def child(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a child and its process group: politely first."""
+    """End a child and its process group: first with SIGTERM, after a few seconds with SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is not None:
             return

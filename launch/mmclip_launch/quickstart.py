@@ -1,7 +1,7 @@
-"""`mmclip quickstart`: the whole job on this machine, from images and reports to an evaluated model and a report.
+"""`mmclip quickstart`: the whole job on this machine, from images and reports to an evaluated model and a web page.
 
-Every stage is the command that a cluster user runs, on small parts: entities and attention as Ray jobs, training
-through the `deepspeed` launcher. A finished stage is noted in `quickstart.json`; run again, it is skipped.
+Each stage runs the command that a cluster user types, on small data: entities and attention as Ray jobs, training through the
+`deepspeed` launcher. Finished stages are listed in `quickstart.json`; the next run skips them.
 """
 
 from __future__ import annotations
@@ -40,19 +40,20 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Synthetic:
-    """The embedded data: how much is drawn. Nothing of it is real."""
+    """How many synthetic radiographs are drawn, and their size in pixels. None of them is real."""
 
     paired: int = 5000
     unpaired: int = 4000
     size: int = 72
-    seed: int = 1  # the recipe was tuned on the draw of seed 0, so its scores on that one would flatter it
+    seed: int = 1  # not 0: the recipe was tuned on the images of seed 0, so evaluation on them would look too good
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a quick start works on. URLs of packed sets; all three empty: synthetic radiographs are drawn and packed.
+    """The input of a quick start.
 
-    overrides: of the recipe, whose `optim.stop_at` is where the contrastive warm-up ends.
+    paired, unpaired, evaluation: URLs of packed sets. All three empty: synthetic radiographs are drawn and packed.
+    overrides: of the recipe. Its `optim.stop_at` is the step at which the contrastive warm-up ends.
     """
 
     out: Path
@@ -91,7 +92,7 @@ class Job:
         return [find_split(url, "test") for url in self.evaluation]
 
     def sidecar(self, kind: str, base: str) -> str:
-        """Sidecars lie in the job's own folder: sets that others packed are only read."""
+        """The folder of a set's sidecars. It is in the job's own folder: nothing is written to the user's sets."""
         return str(self.out / "sidecars" / kind / f"{self.sets().index(base)}")
 
     def phase(self, name: str) -> Path:
@@ -102,7 +103,7 @@ class Job:
         return self.out / "tokenizer"
 
     def settings(self) -> dict[str, Any]:
-        """What the outputs depend on, to refuse a folder of another job."""
+        """Everything that the outputs depend on. A folder with other settings belongs to another job and is refused."""
         given: dict[str, Any] = {"recipe": self.config.model_dump(mode="json"), "ranks": self.ranks}
         if self.drawn:
             return given | {"synthetic": vars(self.synthetic)}
@@ -111,7 +112,7 @@ class Job:
 
 
 class Progress:
-    """Which stages are done, in quickstart.json. ValueError if the folder belongs to another job."""
+    """The finished stages, kept in quickstart.json. ValueError if the folder belongs to another job."""
 
     def __init__(self, job: Job) -> None:
         self.path, self.settings = job.out / STATE, json.loads(json.dumps(job.settings()))
@@ -143,7 +144,7 @@ class Progress:
 
 
 def quickstart(job: Job) -> dict[str, Any]:
-    """Run the stages that are not done yet -> the summary, also written to summary.json."""
+    """Run the stages that are not finished -> the summary, which is also written to summary.json."""
     check(job)
     with locked(job.out):
         progress = Progress(job)
@@ -169,7 +170,7 @@ def quickstart(job: Job) -> dict[str, Any]:
 
 
 def check(job: Job) -> None:
-    """Raise ValueError for all that can be known to fail, before anything is written."""
+    """ValueError for everything that is known to fail later. Call it before anything is written."""
     if not job.drawn:
         if not (job.paired and job.evaluation):
             raise ValueError(
@@ -190,7 +191,7 @@ def check(job: Job) -> None:
 
 
 def pack(job: Job) -> None:
-    """Draw and pack synthetic radiographs; sets given by URL are packed already."""
+    """Draw and pack synthetic radiographs. Does nothing for sets given by URL: they are packed already."""
     if not job.drawn:
         print(f"pack: {len(job.sets())} packed sets given")
         return
@@ -219,12 +220,12 @@ def entities(job: Job) -> None:
 
 
 def warmup(job: Job) -> None:
-    """Contrastive warm-up: the checkpoint that scores attention."""
+    """Contrastive warm-up. Its checkpoint computes the attention scores."""
     _train(job, "warmup", 0)
 
 
 def attention(job: Job) -> None:
-    """Score the patches of every training image with the warm-up's checkpoint, on Ray."""
+    """Score the patches of every training image with the checkpoint of the warm-up, on Ray."""
     jobs = {}
     for base in job.sets():
         jobs[base] = [
@@ -262,7 +263,7 @@ def write_report(job: Job, stages: Sequence[tuple[str, float]]) -> None:
 
 
 def phase_overrides(job: Job, phase: str) -> list[str]:
-    """The recipe's overrides for `warmup` or `train`: what a cluster user types."""
+    """The recipe's overrides for `warmup` or `train`, as a cluster user would type them."""
     sources = []
     for base in job.sets():
         source: dict[str, Any] = {"url": base, "weight": load_manifest(base).samples}
@@ -284,7 +285,7 @@ def phase_config(job: Job, phase: str) -> Config:
 
 
 def _train(job: Job, phase: str, first_step: int) -> None:
-    """One phase of the training, through the `deepspeed` launcher."""
+    """Run one phase of the training through the `deepspeed` launcher. OSError if it stops or fails."""
     config = phase_config(job, phase)
     check_ranks(config, job.ranks)
     command = train_command(RECIPE, phase_overrides(job, phase), job.ranks)
@@ -304,7 +305,7 @@ def _train(job: Job, phase: str, first_step: int) -> None:
 
 
 def _run_on_ray(job: Job, stage: str, jobs: dict[str, list[str]]) -> None:
-    """The commands of a stage as Ray jobs, side by side, on a cluster that lives as long as the stage."""
+    """Run the commands of a stage as Ray jobs at the same time, on a cluster that is started for this stage."""
     import torch
 
     gpus = torch.cuda.device_count() if stage == "attention" else 0
@@ -328,7 +329,7 @@ def _finished_shards(sidecar: str) -> int:
 
 
 def summarise(job: Job, stages: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """The figures of the whole job, all read back from what the stages wrote."""
+    """The figures of the whole job, read from the files that the stages wrote."""
     rows = [row for phase in ("warmup", "train") for row in read_metrics(job.phase(phase))]
     terms = {name for row in rows for name in row["loss"]}
     curves = {term: [row["loss"][term] for row in rows if term in row["loss"]] for term in sorted(terms)}

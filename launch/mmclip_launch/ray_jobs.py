@@ -1,4 +1,4 @@
-"""Ray jobs: a cluster on this machine for the length of a stage, and submission to any cluster."""
+"""Ray jobs: start a cluster on this machine for one stage, and submit jobs to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where jobs are submitted: the address of Ray's job server, and the environment that holds its token."""
+    """Where to submit jobs: the address of Ray's job server, and an environment with its token."""
 
     address: str
     env: dict[str, str]
@@ -31,9 +31,9 @@ class Cluster:
 
 @contextmanager
 def local_cluster(log: Path, *, cpus: int, gpus: int = 0) -> Iterator[Cluster]:
-    """A Ray head on the loopback interface, guarded by a token of its own, gone when the block is left.
+    """A Ray head on the loopback interface, with a new token. Leaving the block stops it.
 
-    OSError with the end of the log if it does not come up.
+    OSError with the end of the log if it does not start.
     """
     token = secrets.token_hex(32)
     env = environment({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"})
@@ -48,7 +48,7 @@ def local_cluster(log: Path, *, cpus: int, gpus: int = 0) -> Iterator[Cluster]:
     address = f"http://127.0.0.1:{dashboard}"
     with child(command, log, env) as head:
         _wait_until_up(f"{address}/api/version", token, head, log)
-        # The job server answers before the node's agent can run a job, and gives up on a job that waits long for it.
+        # Wait for the node's agent, too: the job server answers earlier, and drops a job that waits long for the agent.
         _wait_until_up(f"http://127.0.0.1:{agent}/api/local_raylet_healthz", token, head, log)
         yield Cluster(address, env)
 
@@ -66,12 +66,12 @@ def _wait_until_up(url: str, token: str, head: subprocess.Popen[bytes], log: Pat
 
 
 def submit_command(address: str, entrypoint: Sequence[str]) -> list[str]:
-    """The `ray job submit` command that runs `entrypoint` on the cluster and follows it to its end."""
+    """The `ray job submit` command that runs `entrypoint` on the cluster and waits until it ends."""
     return ["ray", "job", "submit", "--address", address, "--", *entrypoint]
 
 
 def run_jobs(cluster: Cluster, jobs: Sequence[Sequence[str]], log: Path, poll: Callable[[], None]) -> None:
-    """Submit jobs together and wait for all of them, calling poll() twice a second. OSError if one fails."""
+    """Submit all jobs at once and wait for them. Calls poll() twice a second. OSError if a job fails."""
     with ExitStack() as stack:
         running = [stack.enter_context(child(submit_command(cluster.address, job), log, cluster.env)) for job in jobs]
         while any(process.poll() is None for process in running):
@@ -84,5 +84,5 @@ def run_jobs(cluster: Cluster, jobs: Sequence[Sequence[str]], log: Path, poll: C
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The two offline stages as Ray jobs. On a cluster that runs already, set RAY_ADDRESS to its job server and the token
-# variables that its owner gave you; without RAY_ADDRESS a cluster is started on this machine and stopped at the end.
+# Runs an offline stage as a Ray job. To use a running cluster, set RAY_ADDRESS to its job server, and the token variables that its
+# owner gave you. Without RAY_ADDRESS, a cluster is started on this machine and stopped at the end.
 #
 #   ray_jobs.sh entities  SET/train
 #   ray_jobs.sh attention SET/train CHECKPOINT
@@ -8,7 +8,7 @@ set -euo pipefail
 stage=${1:?entities or attention}
 base=${2:?a packed set, SET/SPLIT}
 workers=${WORKERS:-2}
-# Sets on this machine are named by their full path: a job starts in a folder of its own.
+# Local sets need their full path: a job starts in another folder.
 [[ $base == *://* ]] || base=$(realpath -e "$base")
 
 case $stage in
@@ -27,7 +27,7 @@ esac
 
 if [[ -z ${RAY_ADDRESS:-} ]]; then
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(python3 -c 'import secrets; print(secrets.token_hex(32))')}
-  # Kept in the foreground of a child and ended by its number: `ray stop` would end every Ray cluster of this user.
+  # Run the head as a child and end it by its process id: `ray stop` would end every Ray cluster of this user.
   ray start --head --block --node-ip-address=127.0.0.1 --dashboard-host=127.0.0.1 --disable-usage-stats --num-cpus="$workers" \
     >/dev/null &
   head=$!

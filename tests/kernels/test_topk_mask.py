@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import Executor
 from typing import Any
 
 import pytest
@@ -113,7 +111,7 @@ def test_any_case_is_what_it_means_in_torch(case: dict[str, Any]) -> None:
     check("torch", case)
 
 
-@settings(max_examples=60 if DEVICE == "cpu" else 250, deadline=None, derandomize=True)
+@settings(max_examples=25 if DEVICE == "cpu" else 250, deadline=None, derandomize=True)  # the grid below holds the same
 @given(cases(70))
 def test_any_case_is_what_it_means_in_triton(case: dict[str, Any]) -> None:
     check("triton", case)
@@ -125,7 +123,32 @@ def test_images_of_any_size(impl: str, patches: int) -> None:
     """Below and above what one program copies itself; sizes that divide no tile."""
     case = {"patches": normal(2, patches, 20), "text": normal(2, 3, 20, seed=1), "score_features": normal(2, patches, 20)}
     case["noise"] = seeded_noise(2, patches, 0, torch.device(DEVICE))
+    case["score_features"][:, -1] = case["text"][:, 0]  # the highest response comes last, after other blocks
     check(impl, case | {"keep": patches // 2, "select": "hint"})
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("mode", ["gather", "replace"])
+@pytest.mark.parametrize(
+    ("source", "select", "dtype"),
+    [
+        ("scores", "high", torch.bfloat16), ("scores", "low", torch.float32), ("vector", "high", torch.float16),
+        ("tokens", "low", torch.bfloat16), ("padded", "hint", torch.float32),
+    ],
+)  # fmt: skip
+def test_each_source_and_mode(source: str, select: str, dtype: torch.dtype, mode: str, impl: str) -> None:
+    case: dict[str, Any] = {"patches": normal(2, 37, 20, dtype=dtype), "keep": 15, "select": select, "hint": 0.4}
+    case["noise"] = seeded_noise(2, 37, 0, torch.device(DEVICE))
+    if source == "scores":
+        case["scores"] = normal(2, 37, seed=1).round(decimals=1)
+    else:
+        case["score_features"] = normal(2, 37, 5, seed=2, dtype=dtype)
+        case["text"] = normal(*((2, 5) if source == "vector" else (2, 40, 5)), seed=3, dtype=dtype)
+    if source == "padded":
+        case["token_mask"] = torch.arange(40, device=DEVICE) < torch.tensor([[7], [0]], device=DEVICE)
+    if mode == "replace":
+        case |= {"mode": mode, "mask_token": normal(20, seed=6, dtype=dtype)}
+    check(impl, case)
 
 
 @pytest.mark.gpu
@@ -176,12 +199,13 @@ def _compile(architecture: int, dtype_name: str, patches: int, source: str, mode
     return found
 
 
-def test_compiles_for_cards_without_spilling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_compiles_for_cards_without_spilling(compiler: Executor) -> None:
     cases = [
         (90, "bf16", 196, "scores", "split"), (90, "bf16", 196, "tokens", "replace"), (80, "fp32", 196, "vector", "gather"),
         (90, "bf16", 1024, "tokens", "replace"), (80, "fp16", 1024, "scores", "gather"),
     ]  # fmt: skip
-    for case, kernels in zip(cases, compile_all(_compile, cases, tmp_path, monkeypatch), strict=True):
+    for case, kernels in zip(cases, compile_all(compiler, _compile, cases), strict=True):
         for kernel in kernels:
             assert kernel.spilled == 0, (case, kernel)
 
@@ -190,12 +214,12 @@ def test_compiles_for_cards_without_spilling(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("salient", "context", "hint"), [(5, 5, 0.0), (5, 3, 0.0), (4, 0, 0.3), (0, 10, 0.0), (4, 4, 0.5), (10, 0, 0.0)])
 def test_both_views_from_one_pass(impl: str, salient: int, context: int, hint: float) -> None:
-    patches, scores = normal(6, 10, 7).requires_grad_(), normal(6, 10, seed=1).round(decimals=1)
-    noise = seeded_noise(6, 10, 3, torch.device(DEVICE))
+    patches, scores = normal(3, 10, 7).requires_grad_(), normal(3, 10, seed=1).round(decimals=1)
+    noise = seeded_noise(3, 10, 3, torch.device(DEVICE))
     views = attention_split_views(patches, salient=salient, context=context, hint=hint, scores=scores, seed=3, impl=impl)
     swap = round(hint * min(salient, 10 - salient))
     chosen = reference.hidden_patches(scores, salient, swap=swap, noise=noise)  # the salient ones are those hidden above
-    for row in range(6):
+    for row in range(3):
         rest = sorted((~chosen[row]).nonzero().flatten().tolist(), key=lambda j: noise[row, j].item())[:context]
         assert views.ids_salient[row].tolist() == chosen[row].nonzero().flatten().tolist()
         assert views.ids_context[row].tolist() == sorted(rest)
@@ -205,7 +229,7 @@ def test_both_views_from_one_pass(impl: str, salient: int, context: int, hint: f
     weight = normal(10, 7, seed=4)
     ((views.salient * weight[:salient]).sum() + (views.context * weight[salient : salient + context]).sum()).backward()
     expected = torch.zeros_like(patches)
-    for row in range(6):
+    for row in range(3):
         expected[row, views.ids_salient[row]] = weight[:salient]
         expected[row, views.ids_context[row]] = weight[salient : salient + context]
     assert torch.equal(patches.grad, expected)
@@ -215,46 +239,44 @@ def test_both_views_from_one_pass(impl: str, salient: int, context: int, hint: f
 def test_selection_is_a_stable_sort_on_every_row(impl: str) -> None:
     """Equal scores, both zeros, infinities, denormals and NaN: where integer keys and thresholds go wrong."""
     special = torch.tensor([0, -0.0, torch.inf, -torch.inf, 1e-42, -1e-42, torch.nan, -torch.nan, 1, 1 + 2**-23])
-    scores = special[torch.randint(10, (16, 33), generator=torch.Generator().manual_seed(0))].to(DEVICE)
-    for keep in (0, 1, 16, 33):
-        for select, descending in (("high", True), ("low", False)):
-            found = attention_topk_mask(normal(16, 33, 2), scores=scores, keep=keep, select=select, impl=impl)
-            order = scores.sort(dim=1, descending=descending, stable=True).indices
-            expected = torch.zeros_like(found.mask).scatter(1, order[:, : 33 - keep], True)
-            assert torch.equal(found.mask, expected), (keep, select)
+    scores = special[torch.randint(10, (6, 33), generator=torch.Generator().manual_seed(0))].to(DEVICE)
+    for keep, select in ((0, "high"), (1, "high"), (16, "high"), (33, "high"), (1, "low"), (16, "low")):
+        found = attention_topk_mask(normal(6, 33, 2), scores=scores, keep=keep, select=select, impl=impl)
+        order = scores.sort(dim=1, descending=select == "high", stable=True).indices
+        expected = torch.zeros_like(found.mask).scatter(1, order[:, : 33 - keep], True)
+        assert torch.equal(found.mask, expected), (keep, select)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_padded_tokens_never_score_and_padded_texts_are_drawn(impl: str) -> None:
-    patches, text = normal(36, 12, 8), normal(36, 5, 8, seed=1)
-    mask = torch.ones(36, 5, dtype=torch.bool, device=DEVICE)
+    patches, text = normal(6, 12, 8), normal(6, 5, 8, seed=1)
+    mask = torch.ones(6, 5, dtype=torch.bool, device=DEVICE)
     mask[:, 3:] = False
-    mask[4:] = False
+    mask[3:] = False
     spoiled = text.clone()
     spoiled[~mask] = torch.nan  # what padding holds must not matter
     found = attention_topk_mask(patches, spoiled, mask, ratio=0.5, seed=7, impl=impl)
-    torch.testing.assert_close(found.scores[:4], reference.patch_scores(patches[:4], text[:4, :3]))
-    assert (found.scores[4:] == 0).all() and found.visible.isfinite().all()
-    assert (found.mask.sum(1) == 6).all() and (found.mask[4:].float().mean(0) - 0.5).abs().max() < 0.35
+    torch.testing.assert_close(found.scores[:3], reference.patch_scores(patches[:3], text[:3, :3]))
+    assert (found.scores[3:] == 0).all() and found.visible.isfinite().all() and (found.mask.sum(1) == 6).all()
+    drawn = reference.hidden_patches(seeded_noise(6, 12, 7, torch.device(DEVICE)), 6)  # of uniform noise: see below
+    assert torch.equal(found.mask[3:], drawn[3:])
     again = attention_topk_mask(patches, spoiled, mask, ratio=0.5, seed=7, impl=impl)
     other = attention_topk_mask(patches, spoiled, mask, ratio=0.5, seed=8, impl=impl)
-    assert torch.equal(found.mask, again.mask) and torch.equal(found.mask[:4], other.mask[:4])
-    assert not torch.equal(found.mask[4:], other.mask[4:])
+    assert torch.equal(found.mask, again.mask) and torch.equal(found.mask[:3], other.mask[:3])
+    assert not torch.equal(found.mask[3:], other.mask[3:])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["patches", "text"])
-@pytest.mark.parametrize("text_shape", [(2, 8), (2, 4, 8)])
+@pytest.mark.parametrize("text_shape", [(4, 8), (4, 4, 8)])
 @pytest.mark.parametrize("patches", [12, 260])
-def test_no_bad_feature_gives_a_finite_number(
-    impl: str, bad: float, where: str, text_shape: tuple[int, ...], patches: int
-) -> None:
-    features, text = normal(2, patches, 8), normal(*text_shape, seed=1)
-    (features if where == "patches" else text)[0].view(-1)[3] = bad
+def test_no_bad_feature_gives_a_finite_number(impl: str, where: str, text_shape: tuple[int, ...], patches: int) -> None:
+    features, text = normal(4, patches, 8), normal(*text_shape, seed=1)
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        (features if where == "patches" else text)[row].view(-1)[3] = bad
     found = attention_topk_mask(features, text, keep=patches // 2, impl=impl)
-    assert found.visible[0].isnan().all() and found.visible[1].isfinite().all()
-    assert found.scores[0].isnan().any() and found.scores[1].isfinite().all()
+    assert found.visible[:3].isnan().all() and found.visible[3].isfinite().all()
+    assert found.scores[:3].isnan().any(1).all() and found.scores[3].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -363,7 +385,7 @@ def test_compiles_into_one_graph(impl: str) -> None:
 
 def test_both_implementations_choose_alike() -> None:
     """On features in general position; the scores differ by rounding alone."""
-    patches, text = normal(16, 40, 24), normal(16, 6, 24, seed=1)
+    patches, text = normal(4, 40, 24), normal(4, 6, 24, seed=1)
     ours, theirs = (attention_topk_mask(patches, text, keep=10, select="hint", impl=impl) for impl in IMPLS)
     torch.testing.assert_close(ours.scores, theirs.scores)
     assert_same(ours._replace(scores=theirs.scores), theirs)
@@ -439,15 +461,17 @@ def test_views_must_share_the_patches() -> None:
             attention_split_views(torch.zeros(2, 6, 4), salient=salient, context=context, scores=torch.zeros(2, 6))
 
 
-def test_triton_refuses_what_it_cannot_run_on() -> None:
+def _refusal() -> str:
+    try:
+        attention_topk_mask(torch.zeros(2, 6, 4), scores=torch.zeros(2, 6), keep=3, impl="triton")
+    except ValueError as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def test_triton_refuses_what_it_cannot_run_on(compiler: Executor) -> None:
     """Not interpreted and without CUDA tensors: a sentence, not a fallback."""
-    code = (
-        "import torch; from mmclip_kernels import attention_topk_mask as mask\n"
-        "try: mask(torch.zeros(2, 6, 4), scores=torch.zeros(2, 6), keep=3, impl='triton')\n"
-        "except ValueError as error: print(error)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], env={"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
-    assert "needs CUDA tensors, found cpu; use impl='torch'" in found.stdout, found.stderr
+    assert "needs CUDA tensors, found cpu; use impl='torch'" in compiler.submit(_refusal).result()
 
 
 def test_empty_inputs() -> None:
@@ -457,5 +481,3 @@ def test_empty_inputs() -> None:
             found = attention_topk_mask(patches, scores=torch.zeros(shape[:2], device=DEVICE), keep=0, impl=impl)
             found.visible.sum().backward()
             assert found.visible.shape == (shape[0], 0, 4) and patches.grad.shape == shape
-
-
