@@ -65,15 +65,18 @@ def test_a_term_without_weight_is_not_computed(sets, tokenizer, batch: Batch) ->
     assert set(model_of(sets.config("loss.contrastive=0"), tokenizer)(batch)) == {"image", "entity"}
 
 
-def test_contrastive_term_is_the_mean_over_reports_and_prompts(sets, tokenizer, batch: Batch) -> None:
-    """Against the naive losses on features computed one part at a time."""
+@pytest.mark.parametrize("step", [0, 1, 6])
+def test_contrastive_term_is_the_mean_over_reports_and_prompts(sets, tokenizer, batch: Batch, step: int) -> None:
+    """Against the naive losses on features computed one part at a time. Two images share a report; there are four templates."""
     model = model_of(sets.config("loss.image=0", "loss.entity=0"), tokenizer)
-    paired = batch["report_id"] >= 0
+    first, second = (batch["report_id"] >= 0).nonzero().flatten()[:2].tolist()
+    batch["report_id"][second] = batch["report_id"][first]
+    batch["step"], paired = step, batch["report_id"] >= 0
     with torch.no_grad():
         loss = model(batch)["contrastive"]
         image = model.embed_images(batch["image"])
         text = model.embed_texts(batch["tokens"][paired], batch["token_mask"][paired])
-        prompt = model.embed_texts(model.prompt_tokens[0], model.prompt_mask[0])
+        prompt = model.embed_texts(model.prompt_tokens[step % 4], model.prompt_mask[step % 4])
         ids = batch["report_id"][paired]
         over_reports = reference.contrastive_loss(image[paired], text, model.scale(), image_ids=ids, text_ids=ids)
         over_prompts, rows = prompt_contrastive(image[~paired], prompt, model.scale(), batch["labels"][~paired], None)
@@ -123,6 +126,10 @@ def test_the_hidden_patches_cannot_be_seen_in_split_mode(sets, tokenizer, batch:
     assert not torch.allclose(queries[0], queries[2])
     is_mask = (queries[0] == model.mask_token.detach()).all(2)
     assert torch.equal(is_mask, torch.ones(8, 16, dtype=torch.bool).scatter(1, context, False))
+    with torch.no_grad():  # each feature lies at the place of its patch
+        places = context[:, :, None].expand(-1, -1, 32)
+        features = model.image.encode(model.image.embed(batch["image"]).gather(1, places))
+    torch.testing.assert_close(queries[0].gather(1, places), features)
     assert torch.equal(plain["contrastive"], changed["contrastive"])  # the salient view is not touched
     assert torch.equal(plain["contrastive"], seen["contrastive"])
     torch.testing.assert_close(plain["image"], changed["image"])  # the target is normalised patch by patch

@@ -1,0 +1,34 @@
+"""The worker of the `entities` stage, without Ray: one row a sample, in order, each with its own report's entities."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("negspacy", reason="needs the extra nlp")
+pytest.importorskip("scispacy", reason="needs the extra nlp")
+
+from mmclip_shards.document import check_spans
+
+from mmclip_dist.offline.clinical_text import extractor_hash
+from mmclip_dist.offline.entities import entities_stage
+
+
+def sample(report: str | None) -> dict[str, bytes]:
+    return {"json": json.dumps({"report": report and {"text": report}, "labels": {}}).encode()}
+
+
+def test_every_report_gets_its_own_entities(tmp_path) -> None:
+    stage = entities_stage("unused", str(tmp_path))
+    assert stage.kind == "entities" and stage.config_hash == extractor_hash()
+    reports = ["No effusion.", None, "Large heart and a nodule.", "Nothing to say."]
+    rows = stage.build()([(f"key-{number}", sample(report)) for number, report in enumerate(reports)])
+    assert [key for key, _ in rows] == ["key-0", "key-1", "key-2", "key-3"]
+    found = [json.loads(row["entities.json"]) for _, row in rows]
+    assert [[(span["text"], span["negated"]) for span in spans] for spans in found] == [
+        [("effusion", True)], [], [("Large heart", False), ("nodule", False)], [],
+    ]  # fmt: skip
+    for report, spans in zip(reports, found, strict=True):
+        check_spans(spans)
+        assert all(str(report)[span["start"] : span["end"]] == span["text"] for span in spans)
