@@ -29,6 +29,10 @@ def test_overrides_are_typed_and_win() -> None:
     config = load_config("quickstart", ["optim.lr=1e-4", "data.sources=[{url: a, weight: 2}]", "optim.stop_at=null"])
     assert config.optim.lr == 1e-4 and config.optim.stop_at is None
     assert config.data.sources[0].url == "a" and config.data.sources[0].weight == 2
+    # No field of ours converts what is passed through: YAML 1.1 alone would hand DeepSpeed a text.
+    assert load_config("quickstart", ["deepspeed.scheduler.params.warmup_max_lr=1e-4"]).deepspeed == {
+        "scheduler": {"params": {"warmup_max_lr": 1e-4}}
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,9 @@ def test_world_must_divide_streams_and_streams_the_batch() -> None:
         config(data__streams=32, optim__global_batch=48).check_world(2)
     with pytest.raises(ValueError, match="4 loader workers"):
         config(data__streams=12, data__workers=4, optim__global_batch=12).check_world(2)
+    config(data__streams=32, optim__global_batch=64, optim__micro_batch=8).check_world(2)
+    with pytest.raises(ValueError, match=r"optim.micro_batch=12 does not divide a rank's share of the batch, 64 / 2 = 32"):
+        config(data__streams=32, optim__global_batch=64, optim__micro_batch=12).check_world(2)
 
 
 def test_sidecars_that_the_losses_need() -> None:

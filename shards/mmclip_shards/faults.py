@@ -73,7 +73,7 @@ class Tries:
         self._in_a_row += 1
         self._settled = self._settled + 1 if isinstance(fault, _SETTLED) else 0
         spent = time.monotonic() - self._since
-        if spent > self.patience.budget_s or self._settled >= _SETTLED_TRIES:
+        if spent >= self.patience.budget_s or self._settled >= _SETTLED_TRIES:
             if isinstance(fault, ValueError):
                 raise fault
             tried = f"tried {self.count} times in {spent:.0f} s"

@@ -63,6 +63,7 @@ def index_set(
     Keys are mapped by `schema.make_key`, `jpeg` becomes `jpg`. dataset: the folder's name by default.
     progress(done, total): in shards. ValueError, and nothing is written, for a folder that is indexed already, a damaged tar
     (names shard and offset), or a sample whose members come twice or do not lie together (names shard and key).
+    Needs the `webdataset` package.
     """
     check_split_name(split)
     names = _tar_names(url)

@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 from mmclip_shards import storage
+from mmclip_shards.faults import Patience
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", Patience(first_wait_s=0.002, longest_wait_s=0.01))
 
 
 @pytest.fixture(params=["local", "file", "memory"])
