@@ -43,12 +43,13 @@ def test_ranks_that_do_not_divide_the_streams_are_refused(sets, tmp_path: Path) 
 
 
 def test_the_warm_up_is_contrastive_and_training_goes_on_from_it(sets, tmp_path: Path) -> None:
-    quick = job(sets, tmp_path)
+    quick = Job(tmp_path, (sets.paired,), (sets.unpaired,), (sets.test,), (*TINY, "optim.stop_at=6"))
     warmup, train = phase_config(quick, "warmup"), phase_config(quick, "train")
+    assert warmup.optim.stop_at == 6 and train.optim.stop_at is None
     assert warmup.loss.image == warmup.loss.entity == 0 and warmup.checkpoint.start_from is None
     assert all(source.entities is source.attention is None for source in warmup.data.sources)
     assert train.loss.image > 0 and train.loss.entity > 0 and train.checkpoint.start_from == str(tmp_path / "warmup")
-    assert train.optim.stop_at is None and train.run_dir == str(tmp_path / "train")
+    assert train.run_dir == str(tmp_path / "train")
     paired, unpaired = train.data.sources
     assert paired.entities == str(tmp_path / "sidecars" / "entities" / "0") and unpaired.entities is None
     assert paired.attention == str(tmp_path / "sidecars" / "attention" / "0")
