@@ -7,8 +7,6 @@ with the part's share of the other losses. Random states are replayed, so that b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,19 +30,20 @@ def forward_backward(engine: Any, batch: Batch, weights: Loss, micro_batch: int 
         engine.backward(poisoned(weighted_sum(losses, weights)))
         return losses
     states, embedded = [], []
-    for part in parts:
-        states.append(random_state())
-        if weights.contrastive:
+    if weights.contrastive:
+        for part in parts:
+            states.append(random_state())
             with torch.no_grad():
                 embedded.append(engine(part, embed_only=True))
     contrastive, gradients = _contrast(engine.module, embedded, batch) if embedded else (None, [None] * len(parts))
     hidden = sum_over_ranks((batch["target_tokens"] >= 0).sum())
 
     shares: list[dict[str, Tensor]] = []
-    for index, (part, state, gradient) in enumerate(zip(parts, states, gradients, strict=True)):
+    for index, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
         engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
-        with _replayed(state):
-            losses = engine(part, Part(len(parts), hidden, gradient))
+        if states:
+            set_random_state(states[index])  # the gradient belongs to the embeddings of the first pass
+        losses = engine(part, Part(len(parts), hidden, gradient))
         engine.backward(poisoned(weighted_sum(losses, weights)), scale_wrt_gas=False)
         shares.append({name: value.detach() for name, value in losses.items()})
     totals = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
@@ -70,14 +69,3 @@ def _contrast(model: MMCLIP, embedded: list[Embedded], batch: Batch) -> tuple[Te
     sizes = [len(part.image) for part in embedded], [len(part.report) for part in embedded]
     pairs = zip(image.split(sizes[0]), report.split(sizes[1]), strict=True)
     return loss.detach(), [Embedded(of_image, of_report, prompt, scale) for of_image, of_report in pairs]
-
-
-@contextmanager
-def _replayed(state: dict[str, Any]) -> Iterator[None]:
-    """Inside, repeat the random draws that followed `state`; afterwards restore the generators."""
-    now = random_state()
-    set_random_state(state)
-    try:
-        yield
-    finally:
-        set_random_state(now)

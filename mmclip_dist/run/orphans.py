@@ -34,6 +34,14 @@ def _is_launcher(process: psutil.Process) -> bool:
     return any(Path(word).name == "deepspeed" or word.startswith("deepspeed.launcher") for word in words)
 
 
+def _alive(process: psutil.Process) -> bool:
+    """False also for a zombie, and for a process that ends between the two calls."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def exit_with_launcher(ask: Callable[[str], None], interval_s: float = 0.5) -> None:
     """Watch the launchers from a thread. If a launcher dies, request a stop (DeepSpeed's outer launcher does not forward
     SIGTERM), and end this process `ORPHAN_S` later if it still runs."""
@@ -43,7 +51,7 @@ def exit_with_launcher(ask: Callable[[str], None], interval_s: float = 0.5) -> N
         sys.exit(EXIT_CODE)
 
     def watch() -> None:
-        while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in watched):
+        while all(_alive(process) for process in watched):
             time.sleep(interval_s)
         ask("its launcher is gone")
         time.sleep(ORPHAN_S)

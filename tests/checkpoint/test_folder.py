@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mmclip_shards.storage import exists, join, remove, write_atomic
 
+from mmclip_dist.checkpoint import mirror as mirror_module
 from mmclip_dist.checkpoint.folder import (
     MANIFEST,
     META,
@@ -175,6 +176,50 @@ def test_a_damaged_upload_is_passed_over(tmp_path: Path, store: str) -> None:
     assert fetch_newest(store, tmp_path / "other", said.append) == checkpoint_path(tmp_path / "other", 4)
     assert len(said) == 1 and "state.pt has changed" in said[0]
     assert [path.name for path in (tmp_path / "other" / "checkpoints").iterdir()] == ["step-00000004"]
+
+
+def test_an_upload_that_is_cut_off_is_torn_until_the_next_one_completes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link to the store that breaks at one file, then holds."""
+    run, there, said = tmp_path / "run", str(tmp_path / "store"), []
+    upload, keep = mirror_module.upload, kept_by(Checkpoint())
+    make(run, 4)
+
+    def breaking(source: Path, url: str) -> None:
+        if source.name == "state.pt":
+            raise OSError("no answer from the store")
+        upload(source, url)
+
+    monkeypatch.setattr(mirror_module, "upload", breaking)
+    with pytest.raises(OSError, match="no answer"):
+        mirror(run, there, keep)
+    assert exists(join(there, "step-00000004", META)) and fetch_newest(there, tmp_path / "first", said.append) is None
+    assert len(said) == 1 and "step-00000004, which is torn" in said[0]
+    monkeypatch.setattr(mirror_module, "upload", upload)
+    mirror(run, there, keep)
+    assert fetch_newest(there, tmp_path / "second", said.append) == checkpoint_path(tmp_path / "second", 4)
+
+
+def test_a_deletion_that_is_cut_off_leaves_nothing_that_claims_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, there = tmp_path / "run", str(tmp_path / "store")
+    removing = mirror_module.remove
+    make(run, 4)
+    mirror(run, there, kept_by(Checkpoint()))
+
+    def breaking(url: str) -> None:
+        if url.endswith("state.pt"):
+            raise OSError("no answer from the store")
+        removing(url)
+
+    monkeypatch.setattr(mirror_module, "remove", breaking)
+    make(run, 8)
+    with pytest.raises(OSError, match="no answer"):
+        mirror(run, there, kept_by(Checkpoint(keep=1)))
+    assert exists(join(there, "step-00000004", "state.pt")) and not exists(join(there, "step-00000004", MANIFEST))
+    assert fetch_newest(there, tmp_path / "other", print) == checkpoint_path(tmp_path / "other", 8)
 
 
 def test_nothing_at_the_url_is_no_fault(tmp_path: Path, store: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from mmclip_dist.config import Optim
 from mmclip_dist.engine.optimizer import AVERAGE, build_optimizer
+from tests.engine import two_ranks
+from tests.ranks import run_ranks
 
 
 def test_the_average_starts_at_the_first_weights_and_remembers_them() -> None:
@@ -38,6 +42,25 @@ def test_lamb_steps_by_its_trust_ratio() -> None:
     optimizer.step()
     # direction: 1 + 0.5 x 6 = 4; the ratio is 6 / 4.
     torch.testing.assert_close(plain.detach(), torch.full((3, 4), 6 - 0.1 * 4 * 1.5), rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+def test_lamb_of_ranks_that_hold_shares_steps_as_one_that_holds_all(tmp_path: Path) -> None:
+    code, outputs = run_ranks(two_ranks.lamb, tmp_path, ranks=2, folder=tmp_path)
+    assert code == 0 and all("shares step as the whole" in output for output in outputs), outputs
+
+
+def test_lamb_is_adam_with_a_trust_ratio_over_many_steps() -> None:
+    """Without decay it is Adam itself, bias correction included."""
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-2, 3, 12)) for _ in range(2))
+    lamb = build_optimizer([{"params": [ours], "weight_decay": 0.0}], Optim(steps=1, name="lamb"), sharded=False)
+    adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-6)
+    lamb.param_groups[0]["lr"] = 0.1
+    for step in range(4):
+        ours.grad = theirs.grad = torch.linspace(1, 2, 12).mul(step).sin()
+        lamb.step()
+        adam.step()
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_tensors_without_decay_are_not_scaled() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from mmclip_dist.config import Optim, load_config
 from mmclip_dist.engine import deepspeed_inside
-from mmclip_dist.engine.deepspeed_engine import deepspeed_json
+from mmclip_dist.engine.deepspeed_engine import deepspeed_json, set_learning_rate
 from mmclip_dist.engine.optimizer import layer_scales, parameter_groups
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
 from mmclip_dist.model.build import build_model
@@ -87,3 +88,18 @@ def test_parts_of_the_batch_are_accumulated() -> None:
     config = load_config("quickstart", ["optim.global_batch=64", "optim.micro_batch=8"])
     found = deepspeed_json(config, 2, gpu=False)
     assert found["train_micro_batch_size_per_gpu"] == 8 and found["gradient_accumulation_steps"] == 4
+
+
+def test_a_part_larger_than_a_ranks_share_is_the_share() -> None:
+    """So that a recipe of one machine runs on many."""
+    config = load_config("quickstart", ["optim.global_batch=64", "optim.micro_batch=32"])
+    found = deepspeed_json(config, 8, gpu=False)
+    assert found["train_micro_batch_size_per_gpu"] == 8 and found["gradient_accumulation_steps"] == 1
+
+
+def test_each_group_gets_the_rate_of_the_step_times_its_scale() -> None:
+    optim = Optim(steps=100, warmup=0, lr=0.1, global_batch=1024)
+    groups: list[dict] = [{"lr": 0.0, "lr_scale": 0.25}, {"lr": 0.0}]
+    engine = types.SimpleNamespace(optimizer=types.SimpleNamespace(param_groups=groups))
+    assert set_learning_rate(engine, 50, optim) == pytest.approx(0.05)
+    assert [group["lr"] for group in groups] == pytest.approx([0.0125, 0.05])

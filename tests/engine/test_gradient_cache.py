@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,22 +12,28 @@ from torch import Tensor, nn
 
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch, split_batch
-from mmclip_dist.engine.gradient_cache import forward_backward
+from mmclip_dist.engine import gradient_cache
+from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.model.build import build_model
 from tests.batches import DISEASES, mixed_batch
+from tests.engine import two_ranks
+from tests.ranks import run_ranks
 
 
 class PlainEngine:
-    """The part of DeepSpeed's interface that a step uses, over plain autograd."""
+    """The part of DeepSpeed's interface that a step uses, over plain autograd.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.boundaries = module, []
+    parts: the gradient accumulation steps, by which DeepSpeed divides a loss unless it is told not to.
+    """
+
+    def __init__(self, module: nn.Module, parts: int = 1) -> None:
+        self.module, self.parts, self.boundaries = module, parts, []
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.module(*arguments, **options)
 
     def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
-        loss.backward()
+        (loss / self.parts if scale_wrt_gas else loss).backward()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         self.boundaries.append(is_boundary)
@@ -36,7 +44,8 @@ def step(config: Config, tokenizer: Any, batch: Batch, dropout: float = 0.0) -> 
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-    engine = PlainEngine(model)
+    count = len(batch["keys"])
+    engine = PlainEngine(model, count // (config.optim.micro_batch or count))
     torch.manual_seed(3)
     losses = forward_backward(engine, batch, config.loss, config.optim.micro_batch)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -85,9 +94,54 @@ def test_dropout_is_the_same_in_both_passes(sets, tokenizer) -> None:
     after = torch.rand(1)
     assert len(seen[False]) == len(seen[True]) == 4
     assert all(torch.equal(first, second) for first, second in zip(seen[False], seen[True], strict=True))
-    assert not torch.equal(seen[True][0], seen[True][1])
     torch.manual_seed(3)
     assert not torch.equal(after, torch.rand(1))  # and the generators have moved on
+
+
+@pytest.mark.parametrize("contrastive", [1.0, 0.0])
+def test_every_part_of_every_step_draws_dropout_of_its_own(sets, tokenizer, contrastive: float) -> None:
+    """With and without a first pass, whose dropout is replayed: 8 times the same sample, in parts of 2, twice."""
+    batch = mixed_batch(sets, tokenizer)
+    same = taken(batch, [int((batch["report_id"] >= 0).nonzero()[0, 0])] * 8)
+    config = sets.config("optim.micro_batch=2", f"loss.contrastive={contrastive}")
+    model = build_model(config, tokenizer, DISEASES).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    seen: list[Tensor] = []
+    model.image_decoder.register_forward_hook(lambda module, _, output: seen.append(output.detach()))
+    torch.manual_seed(3)
+    for _ in range(2):
+        forward_backward(PlainEngine(model), same, config.loss, config.optim.micro_batch)
+    assert len(seen) == 8
+    assert not any(torch.equal(first, second) for first, second in combinations(seen, 2))
+
+
+@pytest.mark.parametrize("micro", [2, 8])
+def test_an_infinite_loss_leaves_no_finite_gradient(sets, tokenizer, monkeypatch: pytest.MonkeyPatch, micro: int) -> None:
+    """So that the step is skipped. An infinite constant has finite gradients of its own."""
+    monkeypatch.setattr(gradient_cache, "weighted_sum", lambda *sums: weighted_sum(*sums) + torch.inf)
+    _, gradients, _ = step(sets.config(f"optim.micro_batch={micro}"), tokenizer, mixed_batch(sets, tokenizer))
+    for name in ("log_scale", "image_head.weight", "mask_token"):
+        assert not bool(gradients[name].isfinite().any()), name
+
+
+@pytest.mark.slow
+def test_parts_add_up_on_ranks_that_mask_different_numbers_of_tokens(sets, tokenizer, tmp_path: Path) -> None:
+    """Rank 0 has one report, rank 1 several."""
+    batch = mixed_batch(sets, tokenizer)
+    order = (batch["report_id"] < 0).long().argsort(stable=True).tolist()
+    batches = [taken(batch, rows) for rows in (order[:1] + order[5:], order[1:5])]
+    first, second = (int((of_rank["target_tokens"] >= 0).sum()) for of_rank in batches)
+    assert 0 < first < second
+    torch.save(batches, tmp_path / "batches.pt")
+    code, outputs = run_ranks(two_ranks.caching, sets.overrides(tmp_path), tmp_path, ranks=2, folder=tmp_path)
+    assert code == 0 and all("parts add up" in output for output in outputs), outputs
+
+
+def taken(batch: Batch, rows: list[int]) -> Batch:
+    found = {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return Batch(**found | {"keys": [batch["keys"][row] for row in rows]})  # type: ignore[typeddict-item]
 
 
 def test_a_part_holds_the_samples_of_its_place(sets, tokenizer) -> None:

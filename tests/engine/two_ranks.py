@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmclip_shards.chunks import Tally
 
-from mmclip_dist.config import load_config
+from mmclip_dist.config import Health, load_config
+from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.engine import collective
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
 from mmclip_dist.engine.finite import poisoned
+from mmclip_dist.engine.gradient_cache import forward_backward
+from mmclip_dist.engine.optimizer import Lamb
+from mmclip_dist.model.build import build_model
+from mmclip_dist.run.guard import Guard
+from mmclip_dist.run.log import ProgressLog
+from mmclip_dist.run.metrics import read_metrics
 from mmclip_dist.run.stop import StopRequest
+from tests.batches import DISEASES
+from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 
 
 class Toy(torch.nn.Module):
@@ -70,10 +83,71 @@ def bad_steps(folder: Path) -> None:
                     assert engine.was_step_applied() == (not fault), (stage, precision, step, fault)
                     good += not fault
                 assert engine.skipped_steps == len(faults) - good
+                counted = {int(state["step"]) for state in engine.basic_optimizer.state.values()}
+                assert counted == {good}, (stage, precision, counted)  # Adam's bias correction starts at its first step
                 assert engine.global_steps == len(faults)
                 ends.append(state_of(engine))
             assert all(map(torch.equal, *ends)), (stage, precision)
     print("all stages and precisions")
+
+
+class Summing:
+    """An engine that, like DeepSpeed's, holds the mean of the ranks' gradients after the last part."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.module(*arguments, **options)
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
+        loss.backward()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Nothing to do: `gradients` sums."""
+
+    def gradients(self) -> list[torch.Tensor]:
+        found = [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+        for gradient in found:
+            torch.distributed.all_reduce(gradient)
+        return found
+
+
+def caching(overrides: list[str], folder: Path) -> None:
+    """Parts of a rank's batch give the gradients of the whole one, however unequally masked tokens are spread over ranks."""
+    rank, _, _ = start_distributed(1, 120)
+    batch = torch.load(folder / "batches.pt", weights_only=False)[rank]
+    ends = []
+    config = load_config("quickstart", overrides)
+    for micro in (None, 2, 1):
+        engine = Summing(build_model(config, load_tokenizer(str(config.model.text.tokenizer)), DISEASES))
+        losses = forward_backward(engine, batch, config.loss, micro)
+        ends.append((losses, engine.gradients()))
+    (whole_losses, whole), *parted = ends
+    assert max(float(gradient.abs().max()) for gradient in whole) > 1e-3
+    for losses, gradients in parted:
+        torch.testing.assert_close(losses, whole_losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
+    print("parts add up")
+
+
+def lamb(folder: Path) -> None:
+    """Ranks that hold unequal shares of a matrix step as one that holds all of it."""
+    rank, _, _ = start_distributed(1, 120)
+    whole = torch.nn.Parameter(torch.arange(1.0, 13.0))
+    own = [slice(0, 9), slice(9, 12)][rank]
+    share = torch.nn.Parameter(whole.detach()[own].clone())
+    optimizers = [
+        Lamb([{"params": [weight], "weight_decay": 0.5, "lr": 0.1}], betas=(0.9, 0.95), sharded=sharded)
+        for weight, sharded in ((whole, False), (share, True))
+    ]
+    for step in range(3):
+        whole.grad = torch.arange(12.0).add(step).sin()
+        share.grad = whole.grad[own].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(share.detach(), whole.detach()[own])
+    print("shares step as the whole")
 
 
 def stopping(folder: Path) -> None:
@@ -110,15 +184,52 @@ def hanging(folder: Path) -> None:
         collective.sums(device, value=1.0)
 
 
+def watching(folder: Path) -> None:
+    """One rank's news reach both: what guards a run, and what its log says, are of the global batch."""
+    rank, _, device = start_distributed(1, 120)
+    guard = Guard(folder, StopRequest(folder), Health(max_bad_steps=3), 0.5, device)
+    batch: Any = {"keys": [f"{rank}-{row}" for row in range(4 + rank)], "replaced": [("x", "cut")] if rank else []}
+    loss = torch.tensor(1.0 + 2 * rank)
+    guard.after_step(1, batch, loss, applied=True, writing=rank == 1)
+    assert guard.writing and not guard.stop.agreed
+    guard.after_step(2, batch, loss, applied=False, writing=False)
+    assert not guard.writing and (guard.quarantine.bad, guard.quarantine.seen, guard.health.skipped) == (2, 18, 1)
+    (row,) = [json.loads(line) for line in (folder / f"trouble-{rank}.jsonl").read_text().splitlines()]
+    assert (row["step"], row["loss"], row["keys"]) == (2, 2.0, batch["keys"])  # the mean loss, this rank's samples
+
+    config = config_of("optim.steps=12", "optim.stop_at=null", batch=8).model_copy(update={"run_dir": str(folder)})
+    load = load_of(config, ranks=2)
+    log = ProgressLog(config, None, 0, device)
+
+    def slow() -> Iterator[Any]:
+        while True:
+            time.sleep(0.5 * rank)
+            yield batch_of(config, load) | {"reading": Tally(requests=2 + rank)}
+
+    log.wait_for(slow())
+    module = model_of(config, load.prompts // 2)
+    engine = types.SimpleNamespace(module=module, optimizer=None, zero_optimization_stage=lambda: 0)
+    log.write(1, {"image": torch.tensor(1.0 + rank)}, 1e-3, engine)
+    if rank == 0:
+        (row,) = read_metrics(folder)
+        assert row["loss"] == {"image": 1.5} and row["samples"] == 8 and row["read"]["requests"] == 5
+        assert row["samples_per_s"] / row["samples_per_s_per_rank"] - 2 < 0.1
+        assert 0.5 < row["data_wait"] <= 1  # rank 1 waited, and rank 0 for it
+    print("both know")
+
+
 def alone(folder: Path) -> None:
     """What the first rank does alone takes longer than the time-out of a collective call; then it fails."""
     rank, _, _ = start_distributed(1, 3)
+    done: list[int] = []
 
     def slow() -> str:
+        done.append(rank)
         time.sleep(8)
         return f"by {rank}"
 
     assert collective.first_rank_does(slow, "sleeping") == "by 0"
+    assert done == ([0] if rank == 0 else [])
 
     def failing() -> None:
         raise OSError("no space")

@@ -32,7 +32,9 @@ def test_operational_keys_may_change_and_are_noted(tmp_path: Path, capsys: pytes
     """Every remedy of the README for a lack of memory, and what has to do with speed, files and watching."""
     here = f"run_dir={tmp_path}"
     describe(tmp_path, load_config("quickstart", [here]), 2, {})
-    MetricsLog(tmp_path, 0).write({"step": 30})
+    log = MetricsLog(tmp_path, 0)
+    for step in (20, 30):
+        log.write({"step": step})
     changes = [
         "optim.micro_batch=8", "model.checkpoint_activations=true", "zero_stage=3", "offload={optimizer: cpu, parameters: cpu}",
         "log_every=3", "data.workers=1", "data.prefetch=2", "data.reading.memory_mib=9", "data.max_bad_fraction=0.5",

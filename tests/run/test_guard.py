@@ -15,6 +15,8 @@ from mmclip_dist.config import Health as Limits
 from mmclip_dist.engine.collective import AgreedError
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.stop import StopRequest
+from tests.engine import two_ranks
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -60,3 +62,11 @@ def test_steps_that_were_not_applied_are_listed_with_their_loss_and_end_the_run(
         guard.after_step(2, batch(), torch.tensor(3.0), applied=False, writing=False)
     rows = [json.loads(line) for line in (tmp_path / "trouble-0.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"], row["keys"]) for row in rows] == [(1, None, batch()["keys"]), (2, 3.0, batch()["keys"])]
+
+
+@pytest.mark.slow
+def test_news_of_one_rank_reach_both_and_the_log_is_of_the_global_batch(tmp_path: Path) -> None:
+    code, outputs = run_ranks(two_ranks.watching, tmp_path, ranks=2, folder=tmp_path / "logs")
+    assert code == 0 and all("both know" in output for output in outputs), outputs
+    assert len((tmp_path / "quarantine-1.jsonl").read_text().splitlines()) == 2  # of both steps
+    assert not (tmp_path / "quarantine-0.jsonl").exists()

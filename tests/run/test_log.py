@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mmclip_dist.plan import cost
 from mmclip_dist.plan.cards import card_named
 from mmclip_dist.run import log
-from mmclip_dist.run.log import ProgressLog, as_built, progress_line
+from mmclip_dist.run.log import ProgressLog, as_built, load_of_steps, progress_line
 from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
 from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 
@@ -117,6 +117,17 @@ def test_mfu_is_of_the_work_that_the_batches_hold(
     log.write(2, {"image": torch.tensor(0.5)}, 1e-3, engine_of(model_of(config, load.prompts // 2)))
     flops = cost.training_flops(cost.pieces(config, load, 2))
     assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(flops / seconds / peak, rel=0.01)
+
+
+def test_the_work_of_a_step_is_that_of_one_rank() -> None:
+    """Of two ranks' 16 samples in two steps 12 had a report, of 20 tokens and 5 masked ones; 4 images had no stored scores."""
+    model = model_of(config_of(batch=16), 6)
+    counts = {"reports": 24.0, "tokens": 480.0, "masked": 120.0, "scored": 8.0}
+    load = load_of_steps(counts, model, batch=16, world=2, steps=2)
+    assert (load.images, load.reports, load.tokens, load.masked) == (8, 6, 20, 5)
+    assert (load.texts, load.scored, load.prompts) == (12, 0.25, 12)
+    alone = load_of_steps(dict.fromkeys(counts, 0.0), model, batch=16, world=2, steps=2)  # no report at all
+    assert (alone.reports, alone.tokens, alone.masked, alone.texts) == (0, 0, 0, 0)
 
 
 def test_pretrained_encoders_count_with_their_own_shapes() -> None:

@@ -59,13 +59,48 @@ def test_tensorboard_shows_the_rows_and_drops_those_that_are_computed_again(tmp_
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config_at(tmp_path, "track.tensorboard=true")
+
+    def shown() -> list[tuple[int, Any]]:
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss/image")]
+
     for start, steps in ((0, (2, 4, 6)), (4, (6, 8))):
         with open_trackers(config, start) as tracker:
             for step in steps:
                 tracker.write(step, {"loss/image": start + step / 10})
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss/image")]
-    assert found == [(2, 0.2), (4, 0.4), (6, 4.6), (8, 4.8)]
+                assert shown()[-1] == (step, start + step / 10)  # while the run goes on
+    assert shown() == [(2, 0.2), (4, 0.4), (6, 4.6), (8, 4.8)]
+
+
+def test_tensorboard_gets_every_row_at_once_and_forgets_those_after_the_resumed_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a stand-in for torch's SummaryWriter, which needs the tensorboard package."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str, *, purge_step: int | None) -> None:
+            calls.append(("open", Path(folder).name, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            calls.append((name, value, step))
+
+        def flush(self) -> None:
+            calls.append(("flush",))
+
+        def close(self) -> None:
+            calls.append(("close",))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    for start in (0, 4):
+        with open_trackers(config_at(tmp_path, "track.tensorboard=true"), start) as tracker:
+            tracker.write(start + 2, {"lr": 1.0})
+    assert calls == [
+        ("open", "tensorboard", None), ("lr", 1.0, 2), ("flush",), ("close",),
+        ("open", "tensorboard", 5), ("lr", 1.0, 6), ("flush",), ("close",),
+    ]  # fmt: skip
 
 
 class WandbStandIn(types.ModuleType):
@@ -177,6 +212,13 @@ def test_a_tracker_that_cannot_start_is_an_error_and_closes_those_before_it(
     with pytest.raises(ValueError, match=r"track\.mlflow cannot start: .*is the URI right"):
         open_trackers(config_at(tmp_path, "track.wandb=lungs", "track.mlflow=x"), 0).__enter__()
     assert wandb.calls[-1] == ("finish", 1)
+
+
+def test_mlflow_learns_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = MlflowStandIn(monkeypatch)
+    with pytest.raises(RuntimeError), open_trackers(config_at(tmp_path, "track.mlflow=http://there"), 0):
+        raise RuntimeError("the run breaks")
+    assert mlflow.calls[-1] == ("set_terminated", "r1", "FAILED")
 
 
 def test_the_real_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

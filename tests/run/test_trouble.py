@@ -18,7 +18,7 @@ from mmclip_dist.checkpoint.folder import entry_of
 from mmclip_dist.checkpoint.writer import CheckpointWriter, read_back
 from mmclip_dist.config import Health as Limits
 from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.finite import poisoned
+from mmclip_dist.engine.finite import poisoned, skip_non_finite
 from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.run import stop as stop_module
 from mmclip_dist.run.health import Health, is_spike
@@ -58,6 +58,27 @@ def test_a_loss_that_is_not_finite_poisons_the_gradients_and_another_is_left_alo
         assert weight.grad is not None and bool(weight.grad.isfinite()) == finite
         if finite:
             assert weight.grad == 2 and torch.equal(guarded, loss)
+
+
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_state_of_a_bare_optimizer() -> None:
+    """Under stage 0 in float32 DeepSpeed leaves the check to the optimizer; the second gradient is finite."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW(weights, lr=0.1)
+    skip_non_finite(optimizer)
+
+    def step(first: float) -> list[torch.Tensor]:
+        for weight, value in zip(weights, (first, 1.0), strict=True):
+            weight.grad = torch.full((2,), value)
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [value.detach().clone() for value in [*weights, *states]]
+
+    before = step(1.0)
+    assert not optimizer.overflow
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        assert all(map(torch.equal, before, step(bad))) and optimizer.overflow
+    after = step(1.0)
+    assert not optimizer.overflow and not any(map(torch.equal, before[:2], after[:2]))
 
 
 def rows(folder: Path) -> list[dict]:
@@ -101,6 +122,7 @@ def test_signals_and_the_stop_file_ask_for_a_stop(tmp_path: Path, one_rank: None
         assert not stop.requested(cpu)
         os.kill(os.getpid(), number)
         assert stop.requested(cpu) and stop.agreed
+        stop.ask("its launcher is gone")  # afterwards, and because of it
         stop.leave_mark(12)
         assert json.loads((tmp_path / STOPPED).read_text()) == {"step": 12, "reason": number.name, "exit_code": 75}
     (tmp_path / STOP_FILE).touch()
