@@ -384,6 +384,7 @@ def outcomes(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dict[Cas
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONCE, ids=str)
 def test_a_fault_that_comes_once_costs_nothing(outcomes: dict[Case, Outcome], case: Case) -> None:
     outcome = outcomes[case]
@@ -394,6 +395,7 @@ def test_a_fault_that_comes_once_costs_nothing(outcomes: dict[Case, Outcome], ca
         assert outcome.retries > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LASTING, ids=str)
 def test_a_fault_that_stays_is_told_in_time(outcomes: dict[Case, Outcome], case: Case) -> None:
     outcome = outcomes[case]
