@@ -274,6 +274,7 @@ USES = {
 """What is done with each alone, the modules left out because they need an extra, and what must not be importable."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_useful_alone(name: str, tmp_path: Path) -> None:
     """The wheel holds the package alone, and its declared dependencies are all that it needs."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHTS, Meta, read_meta
 from mmclip_dist.config import Config, config_hash, dump_config, load_config
-from mmclip_dist.data.prompts import prompts_source
+from mmclip_dist.data.prompts import prompts_text
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.model.build import build_model
 from mmclip_dist.model.mmclip import MMCLIP
@@ -36,7 +36,7 @@ def write_model(
     (folder / CONFIG).write_text(dump_config(config))
     tokenizer.save_pretrained(str(folder / _TOKENIZER))
     model.save_shapes(folder)
-    (folder / _PROMPTS).write_text(prompts_source(config.prompts.file).read_text())
+    (folder / _PROMPTS).write_text(prompts_text(config.prompts.file), encoding="utf-8")
     (folder / META).write_text(json.dumps(vars(meta)))
 
 

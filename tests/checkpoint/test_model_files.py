@@ -10,7 +10,7 @@ import torch
 
 from mmclip_dist.checkpoint.folder import Meta, weights_hash
 from mmclip_dist.checkpoint.model_files import load_model, write_model
-from mmclip_dist.data.prompts import prompts_source
+from mmclip_dist.data.prompts import prompts_text
 from mmclip_dist.model.build import build_model
 
 META = Meta(3, 1, 1, ("Nodule",), ("a",))
@@ -18,7 +18,7 @@ META = Meta(3, 1, 1, ("Nodule",), ("a",))
 
 def test_a_checkpoint_is_complete_without_the_files_of_its_run(sets, tokenizer, tmp_path: Path) -> None:
     """Its prompts are those of training, though the file that the run named is gone; average and weights are two models."""
-    wording = prompts_source(None).read_text().replace("There is", "One sees")
+    wording = prompts_text(None).replace("There is", "One sees")
     (tmp_path / "mine.yaml").write_text(wording)
     config = sets.config(f"prompts.file={tmp_path / 'mine.yaml'}")
     folder = tmp_path / "step"

@@ -42,7 +42,8 @@ def test_one_kind_of_sample_has_no_auc(positive: bool) -> None:
 def test_unknown_labels_do_not_count() -> None:
     scores = np.array([[0.1], [0.9], [0.5], [0.0]])
     assert per_class_auc(scores, np.array([[0], [1], [-1], [1]]))[0] == 0.5
-    assert per_class_auc(scores, np.array([[0], [1], [0], [-1]]))[0] == 1.0
+    assert per_class_auc(scores, np.array([[0], [-1], [1], [0]]))[0] == 1.0  # 0.9 as a negative would give 2/3
+    assert per_class_auc(scores, np.array([[0], [1], [1], [-1]]))[0] == 1.0  # 0.0 as a positive would give 2/3
 
 
 def test_the_interval_draws_patients_not_images() -> None:

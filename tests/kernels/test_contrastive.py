@@ -69,6 +69,7 @@ def test_any_case_equals_its_meaning(data: st.DataObject) -> None:
     check_any_case(data, "torch", EVERY_DTYPE)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)  # test_contrastive_triton.py has a grid of the same
 @given(st.data())
 def test_any_case_equals_its_meaning_in_triton(data: st.DataObject) -> None:

@@ -242,6 +242,7 @@ def _refusal() -> str:
     return "nothing was refused"
 
 
+@pytest.mark.slow
 def test_cpu_tensors_without_the_interpreter_are_refused(compiler: Executor) -> None:
     assert compiler.submit(_refusal).result() == "impl='triton' needs CUDA tensors, found cpu; use impl='torch' there"
 

@@ -111,6 +111,7 @@ def test_any_case_is_what_it_means_in_torch(case: dict[str, Any]) -> None:
     check("torch", case)
 
 
+@pytest.mark.slow
 @settings(max_examples=25 if DEVICE == "cpu" else 250, deadline=None, derandomize=True)  # the grid below holds the same
 @given(cases(70))
 def test_any_case_is_what_it_means_in_triton(case: dict[str, Any]) -> None:
@@ -469,6 +470,7 @@ def _refusal() -> str:
     return "nothing was refused"
 
 
+@pytest.mark.slow
 def test_triton_refuses_what_it_cannot_run_on(compiler: Executor) -> None:
     """Not interpreted and without CUDA tensors: a sentence, not a fallback."""
     assert "needs CUDA tensors, found cpu; use impl='torch'" in compiler.submit(_refusal).result()

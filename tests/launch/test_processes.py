@@ -29,6 +29,7 @@ def test_a_child_and_its_children_end_with_the_block(tmp_path: Path) -> None:
     assert (tmp_path / "log" / "out.log").read_text().startswith(f"$ {sys.executable} -c")
 
 
+@pytest.mark.slow
 def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     with child([sys.executable, "-c", deaf], tmp_path / "out.log", environment()) as process:

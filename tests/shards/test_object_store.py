@@ -32,7 +32,7 @@ from mmclip_shards.writer import Sample, ShardWriter
 from tests.object_store import client_environment
 
 QUICK = Patience(budget_s=2.0, stall_s=1.0, first_wait_s=0.05, longest_wait_s=0.5)
-STEADY = Patience(budget_s=30.0, stall_s=0.5, first_wait_s=0.02, longest_wait_s=0.2)
+STEADY = Patience(budget_s=30.0, stall_s=1.0, first_wait_s=0.02, longest_wait_s=0.2)
 CHUNK = 64 * 1024
 NAMES = tuple(faults(Places(0, 0, 0)))
 HARMLESS = {"flipped bit in a header", "flipped bit in a header, true checksum sent"}  # nothing there is believed
@@ -324,7 +324,7 @@ ONCE = [
 ]
 LASTING = [case._replace(lasting=True) for case in ONCE if case.chunk_bytes]
 SMALL = make_samples(12, 6000)
-THREADS = 32
+THREADS = 16
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +384,7 @@ def outcomes(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dict[Cas
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONCE, ids=str)
 def test_a_fault_that_comes_once_costs_nothing(outcomes: dict[Case, Outcome], case: Case) -> None:
     outcome = outcomes[case]
@@ -394,6 +395,7 @@ def test_a_fault_that_comes_once_costs_nothing(outcomes: dict[Case, Outcome], ca
         assert outcome.retries > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LASTING, ids=str)
 def test_a_fault_that_stays_is_told_in_time(outcomes: dict[Case, Outcome], case: Case) -> None:
     outcome = outcomes[case]
