@@ -102,6 +102,21 @@ def test_malformed_manifests_are_refused(
         load_manifest(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"Edema", b"Edemb"), (b"aaaa", b"aaab"), (b"train", b"trein"), (b"4096", b"4097")]
+)
+def test_a_flipped_byte_that_leaves_a_legal_manifest_is_noticed(tmp_path: Path, old: bytes, new: bytes) -> None:
+    save_manifest(tmp_path, BASE)
+    path = tmp_path / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(ValueError, match="digest"):
+        load_manifest(tmp_path)
+    document = json.loads(path.read_text())
+    del document["digest"]  # as after an edit on purpose
+    path.write_text(json.dumps(document))
+    assert load_manifest(tmp_path) != BASE
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'{"version": 1}', b"\xff", b"[" * 100_000])
 def test_other_content_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(data)

@@ -167,8 +167,15 @@ def test_unreadable_images_are_all_reported_and_nothing_is_left(tmp_path: Path, 
         of[number] = replace(of[number], image=path if number % 2 else b"not an image")
     dest = tmp_path / "set"
     seen: list[tuple[int, int]] = []
+    published: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        published.append(len(list(dest.rglob("*.tar"))))
+
     with pytest.raises(ValueError, match=r"7 of 12 images cannot be read") as caught:
-        pack_to(dest, of, samples_per_shard=1, workers=workers, progress=lambda done, total: seen.append((done, total)))
+        pack_to(dest, of, samples_per_shard=1, workers=workers, progress=progress)
+    assert published == [1] * 12, "after the first unreadable image, nothing more is written"
     assert str(caught.value).count("is not a usable") == 5
     assert seen == [(done, 12) for done in range(1, 13)]
     assert not dest.exists()
