@@ -1,4 +1,4 @@
-"""The command line: `mmclip ...`. Assembles the commands; what a user can mend prints one line and exits with 2."""
+"""The command line: `mmclip ...`. Assembles the commands. An error that the user can mend prints one line and exits with 2."""
 
 from __future__ import annotations
 

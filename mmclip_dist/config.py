@@ -54,7 +54,7 @@ class Augment(Section):
 
 
 class Reading(Section):
-    """How each loader process reads shards that are on object storage; local ones need none of it."""
+    """How each loader process reads shards on object storage. Local shards ignore it."""
 
     memory_mib: int = Field(1024, gt=0)  # for fetched bytes; if the blocks do not fit, each sample is one request
     connections: int = Field(16, gt=0)  # requests under way at once

@@ -28,7 +28,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Stands in for ExampleMaker. size: decode to size x size pixels; None: take the checked bytes as they are."""
+    """Replaces ExampleMaker. size: decode to size x size pixels; None: return the checked bytes as they are."""
 
     size: int | None
 

@@ -3,7 +3,7 @@
     python -m mmclip_dist.bench.loader_peers [--rounds 5] [--seconds 3]
 
 Local disk without and with decoding, then a real S3 server on this machine. Every round measures each reader once, in turn, so
-that a busy moment of the machine meets all of them; the table holds medians. One process each.
+that other load on the machine affects all of them; the table holds medians. One process each.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def webdataset_samples(
 
 
 def raw(url: str, seconds: float) -> tuple[float, float]:
-    """The shards from end to end, in 8 MiB reads, nothing looked at."""
+    """The shards from end to end, in 8 MiB reads, without parsing."""
     manifest = load_manifest(url)
     share = manifest.samples / sum(shard.bytes for shard in manifest.shards)
 
@@ -157,7 +157,7 @@ def raw(url: str, seconds: float) -> tuple[float, float]:
 
 
 def ranged(url: str, seconds: float, connections: int) -> tuple[float, float]:
-    """Ordered ranged GETs through the same S3 client as ours, so many under way, nothing looked at."""
+    """Ordered ranged GETs through the same S3 client as ours, `under way` at once, without parsing."""
     manifest = load_manifest(url)
     share = manifest.samples / sum(shard.bytes for shard in manifest.shards)
     plan = [

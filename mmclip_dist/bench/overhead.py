@@ -1,4 +1,4 @@
-"""What the engine costs: steps of the training loop and of the bare model and optimizer, in turn on the same batches."""
+"""The engine's overhead: steps of the training loop, and of the bare model and optimizer, in turn on the same batches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLES = 4
 
 
 def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[str, str | int | float]:
-    """One row, in milliseconds. Joins a process group of its own and starts the watchdog: run it in a process of its own."""
+    """One row, in milliseconds. Starts a process group and the watchdog, so it needs a process of its own."""
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}.items():
         os.environ[key] = value
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", str(_free_port())

@@ -1,4 +1,4 @@
-"""What a training step costs beside plain CLIP, and what our loop adds to it: one command, one run.
+"""The cost of a training step beside plain CLIP, and what our loop adds to it: one command, one run.
 
     python -m mmclip_dist.bench.step [--shape small|vit_b16|vit_l16 ...] [--batch N] [--rounds N] [--unpaired SHARE]
 
@@ -48,7 +48,7 @@ from mmclip_dist.bench.variants import (
 from mmclip_dist.model.mmclip import MMCLIP
 
 RESULTS = Path(__file__).parent / "results"
-SAMPLES = 4  # batches that the rounds take in turn: their reports differ in length
+SAMPLES = 4  # batches that the rounds use in turn; their reports differ in length
 Row = dict[str, str | int | float]
 
 
@@ -110,7 +110,7 @@ def compare(
 def counted(model: MMCLIP, variant: str, samples: Sequence[Sample]) -> tuple[dict[str, float], float]:
     """Tokens per sample that enter each stack of layers, and operations of a step: means over the samples, counted by running.
 
-    Prompts, padding where there is any, and room left in packed rows are counted like any other token.
+    Prompts, padding and unused room in packed rows count like any other token.
     """
     stacks: dict[str, nn.ModuleList] = {
         "image tokens": model.image.layers, "text tokens": model.text.layers,
@@ -137,7 +137,7 @@ def counted(model: MMCLIP, variant: str, samples: Sequence[Sample]) -> tuple[dic
 
 
 def _cpu_attention() -> dict[Any, Any]:
-    """What torch's counter knows of its CUDA kernels, for the CPU's."""
+    """Give torch's FLOP counter the formulas of its CUDA kernels for the CPU's."""
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return int(sdpa_flop_count(query, key, value))
@@ -193,8 +193,8 @@ def _resident(field: str) -> int:
 
 
 def in_a_process(call: Callable[..., Any], *arguments: object) -> Any:
-    """call(*arguments) in a process of its own: memory, process groups and watchdogs end with it."""
-    # No Pool: it ends workers by SIGTERM, which a worker that ran our loop takes for a stop request. The fork server has
+    """call(*arguments) in a process of its own, whose memory, process groups and watchdogs end with it."""
+    # No Pool: it ends workers by SIGTERM, which our loop takes for a stop request. The fork server has
     # imported the packages but run nothing, so a process starts clean and without their imports' time.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mmclip_dist.bench.variants", "mmclip_dist.bench.overhead", "deepspeed"])

@@ -40,7 +40,7 @@ _FIRST_WORD, _MASK_TOKEN = 5, 4  # the token ids below are special ones
 
 @dataclass(frozen=True)
 class Shape:
-    """A recipe with overrides, tokens of the vocabulary, samples of a step, and how the result is told."""
+    """A recipe with overrides, the size of the vocabulary, samples of a step, and the words of the results table."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -92,7 +92,7 @@ def build(shape: Shape, variant: str, device: torch.device, batch: int) -> MMCLI
 
 
 def without_idle_parts(model: MMCLIP) -> MMCLIP:
-    """The model less the decoders whose loss has no weight: what a step of its kind needs in memory."""
+    """The model without decoders whose loss has no weight: what such a step needs in memory."""
     idle = [("image_decoder", model.config.loss.image), ("text_decoder", model.config.loss.entity)]
     for name, weight in idle:
         if not weight:
@@ -173,7 +173,7 @@ class AdamW:
         self.adam = torch.optim.AdamW(full, lr=1e-6, fused=True)
 
     def step(self) -> None:
-        """One step, after which no gradient is left; weights without a gradient stay as they are."""
+        """One step; gradients are freed afterwards, and weights without a gradient do not change."""
         for weight, full in self.pairs:
             if weight is not full:
                 full.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
@@ -185,7 +185,7 @@ class AdamW:
 
 
 def loss_of(model: MMCLIP, variant: str, sample: Sample) -> Tensor:
-    """Scalar loss of `sample`, whose batch the variant sees in its own way."""
+    """Scalar loss of `sample`, with the inputs that the variant uses."""
     if variant == PLAIN:
         return plain_clip_loss(model, sample)
     return weighted_sum(model(sample.batch), model.config.loss)
@@ -201,7 +201,7 @@ def plain_clip_loss(model: MMCLIP, sample: Sample) -> Tensor:
 
 
 def seconds(device: torch.device) -> float:
-    """A clock: of the wall once a card is done, of the processor's time of this process on a CPU."""
+    """Seconds: wall time after a device synchronisation on a card, processor time of this process on a CPU."""
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize()

@@ -17,7 +17,7 @@ evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 
 @evaluate_app.command("zeroshot")
 def evaluate_zeroshot(
-    urls: Annotated[list[str], typer.Argument(help="Packed, labelled sets that were not trained on.")],
+    urls: Annotated[list[str], typer.Argument(help="Packed, labelled sets that the model was not trained on.")],
     checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder for its newest one.")],
     out: Annotated[Path | None, typer.Option(parser=local_folder, metavar="FILE", help="Write the result here, as JSON.")] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Evaluate on a set that was trained on.")] = False,
@@ -49,9 +49,9 @@ def report(
     run: Annotated[
         Path, typer.Argument(parser=local_folder, metavar="RUN", help="Folder of a training run or of a quick start.")
     ],
-    images: Annotated[list[str] | None, typer.Option(help="Packed set whose first images are shown.")] = None,
+    images: Annotated[list[str] | None, typer.Option(help="Packed set; the report shows its first images.")] = None,
 ) -> None:
-    """Write RUN/report.html: losses, scores, attention on some images, and what made the run."""
+    """Write RUN/report.html: losses, scores, attention on some images, configuration and versions."""
     from mmclip_dist.evaluate.report import build_report
 
     print(build_report(run, images=images or ()))

@@ -39,7 +39,7 @@ def attention(
     entities: Annotated[str | None, typer.Option(help="Entity sidecars, whose words guide the scores.")] = None,
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,
     workers: Workers = 2,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; without, it runs on the CPU.")] = 0,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; by default it runs on the CPU.")] = 0,
     address: Address = None,
 ) -> None:
     """Score how strongly each patch responds to the report, on Ray."""

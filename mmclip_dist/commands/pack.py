@@ -16,8 +16,8 @@ pack_app = typer.Typer(no_args_is_help=True, help="Turn a raw data set into shar
 
 Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
 Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient never crosses splits.")]
-Seed = Annotated[int, typer.Option(help="Of the split (and of synthetic data).")]
-ShortSide = Annotated[int, typer.Option(help="Images are shrunk to this short side, in pixels.")]
+Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic data).")]
+ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
 PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
 
 
@@ -30,12 +30,12 @@ def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
 def pack_csv(
     dest: Dest,
     table: Annotated[Path, typer.Option(help="CSV or TSV with one image a row.")],
-    images: Annotated[Path, typer.Option(help="Folder that the image column is relative to.")],
+    images: Annotated[Path, typer.Option(help="Folder of the image column's relative paths.")],
     image_column: Annotated[str, typer.Option(help="Column of the image's path.")],
     patient_column: Annotated[str, typer.Option(help="Column of the patient's id; only a keyed hash is stored.")],
-    text_column: Annotated[str | None, typer.Option(help="Column of the report; none: unpaired images.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the report; by default images are unpaired.")] = None,
     labels_column: Annotated[str | None, typer.Option(help="Column of the findings that are present.")] = None,
-    labels_separator: Annotated[str, typer.Option(help="Between findings in one cell.")] = "|",
+    labels_separator: Annotated[str, typer.Option(help="Separator of findings in one cell.")] = "|",
     view_column: Annotated[str | None, typer.Option(help="Column of the view (PA, AP, ...).")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column of the split, instead of --splits.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
@@ -80,7 +80,7 @@ def pack_synthetic(
     samples_per_shard: PerShard = 256,
     workers: Workers = 1,
 ) -> None:
-    """Pack drawn chest radiographs with findings of known place, and reports. Never real data."""
+    """Pack synthetic chest radiographs with findings of known location, and reports. Never real data."""
     from mmclip_shards.datasets.synthetic.set import pack_synthetic as run
     from mmclip_shards.split import parse_splits
 

@@ -11,20 +11,20 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
     gpus: Annotated[list[int], typer.Option(min=1, help="GPUs; given several times: one row for each.")] = [8],  # noqa: B006
-    gpu: Annotated[str, typer.Option(help="Card: h100, h200, a100-80, ... (an unknown name lists them).")] = "h100",
+    gpu: Annotated[str, typer.Option(help="Card: h100, h200, a100-80, ... (an unknown name lists all).")] = "h100",
     per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node; by default the card's usual.")] = None,
     per_gpu: Annotated[
         int | None, typer.Option(min=1, help="Samples of each GPU in a step: sets optim.global_batch and data.streams.")
     ] = None,
-    mfu: Annotated[float | None, typer.Option(help="Share of the peak that compute reaches; by default as published.")] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Of the data set: tells the epochs.")] = None,
-    tokens: Annotated[float, typer.Option(min=1, help="Of a report, as computed: mean, or padded length.")] = 45,
-    masked: Annotated[float, typer.Option(min=0, help="Of a report's tokens, hidden by EntMLM.")] = 10,
-    paired: Annotated[float, typer.Option(min=0, max=1, help="Share of the samples with a report.")] = 1,
-    diseases: Annotated[int, typer.Option(min=0, help="With a prompt; prompts.diseases of the recipe goes first.")] = 14,
-    vocabulary: Annotated[int, typer.Option(min=1, help="Tokens of the tokenizer.")] = 28_996,
-    sample_bytes: Annotated[float, typer.Option(min=1, help="Of one stored sample.")] = 64e3,
+    mfu: Annotated[float | None, typer.Option(help="Reached share of the peak FLOP/s; by default as published.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of one GPU for one hour.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples of the data set; shows the epochs.")] = None,
+    tokens: Annotated[float, typer.Option(min=1, help="Tokens of a report: the mean, or the padded length.")] = 45,
+    masked: Annotated[float, typer.Option(min=0, help="Tokens of a report that EntMLM masks.")] = 10,
+    paired: Annotated[float, typer.Option(min=0, max=1, help="Share of the samples that have a report.")] = 1,
+    diseases: Annotated[int, typer.Option(min=0, help="Diseases with a prompt, if the recipe names none.")] = 14,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Size of the tokenizer's vocabulary.")] = 28_996,
+    sample_bytes: Annotated[float, typer.Option(min=1, help="Size of one stored sample.")] = 64e3,
 ) -> None:
     """Memory, speed, days and cost of a run on paper, and which ZeRO stage and micro batch fit."""
     from mmclip_dist.config import load_config

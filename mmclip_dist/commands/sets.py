@@ -1,4 +1,4 @@
-"""The commands about sets of shards as such: `mmclip verify`, `mmclip stats`, `mmclip index`. Thin: each calls one function."""
+"""The commands about sets of shards: `mmclip verify`, `mmclip stats`, `mmclip index`, `mmclip bench-loader`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmclip_dist.commands.progress import progress_bar
 if TYPE_CHECKING:
     from mmclip_shards.stats import SetStats, SplitStats
 
-_VIEWS = 8  # of a split that are printed
+_VIEWS = 8  # printed of one split
 
 SetUrl = Annotated[str, typer.Argument(help="A packed set, or the folder of its splits.")]
 
@@ -26,7 +26,7 @@ def verify(
     base: Annotated[str | None, typer.Option(help="The packed set that the sidecars at URL belong to.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Shards checked at once.")] = 1,
 ) -> None:
-    """Check every byte of a set and of its sidecars. One line a finding; exit code 1 when there is any."""
+    """Check every byte of a set and of its sidecars. One line for each problem; exit code 1 if there is any."""
     from mmclip_shards.verify import verify as check
 
     with progress_bar("verify", "shards") as report:
@@ -114,12 +114,12 @@ def _facts(split: SplitStats) -> dict[str, str]:
 def bench_loader(
     urls: Annotated[list[str], typer.Argument(help="Packed sets, SET/SPLIT.")],
     size: Annotated[
-        int | None, typer.Option(min=1, help="Decode to so many pixels; without, nothing is decoded.")
+        int | None, typer.Option(min=1, help="Decode to this many pixels; by default nothing is decoded.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Loader processes.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Loader workers (processes).")] = 0,
     streams: Annotated[int, typer.Option(min=1, help="Streams of this rank.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long.")] = 10.0,
-    cache: Annotated[str | None, typer.Option(help="Folder on a local disk for what is fetched.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of the measurement.")] = 10.0,
+    cache: Annotated[str | None, typer.Option(help="Folder on a local disk that caches fetched shards.")] = None,
 ) -> None:
     """How fast sets are read in training order, every byte checked: samples/s, MB/s, waiting for the store."""
     from mmclip_shards.manifest import find_split

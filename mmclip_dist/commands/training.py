@@ -1,4 +1,4 @@
-"""What a training run needs beforehand: `mmclip config`, `mmclip tokenizer`."""
+"""What a training run needs first: `mmclip config`, `mmclip tokenizer`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def config(
 
 
 def tokenizer(
-    urls: Annotated[list[str], typer.Argument(help="Packed sets whose reports it is trained on.")],
+    urls: Annotated[list[str], typer.Argument(help="Packed sets with the reports to train on.")],
     out: Annotated[Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder to write.")],
-    vocabulary: Annotated[int, typer.Option(min=100, help="Tokens at most.")] = 8192,
+    vocabulary: Annotated[int, typer.Option(min=100, help="Maximal size of the vocabulary.")] = 8192,
 ) -> None:
     """Train a WordPiece tokenizer on packed reports. Any tokenizer of transformers can be used instead."""
     from mmclip_shards.manifest import find_split

@@ -33,7 +33,7 @@ class EvaluationDuringTraining:
     def scores(self, engine: Any, stop: StopRequest) -> dict[str, float] | None:
         """AUC of every class and their mean, "macro"; None if a stop came in between. A collective call.
 
-        Of the averaged weights where the run keeps them. The same numbers on any number of ranks.
+        Uses the averaged weights if the run keeps them. The numbers do not depend on the number of ranks.
         """
         watchdog.beat("evaluating")
         rank, world = dist.get_rank(), dist.get_world_size()

@@ -30,8 +30,8 @@ def macro_auc_interval(
 ) -> tuple[float, float]:
     """95% percentile bootstrap interval of the macro AUC. patients [N]: images of one patient are drawn together.
 
-    A class that loses its positives (or negatives) in a resample leaves that resample's mean; (nan, nan) if no resample
-    has a class with both.
+    A class without positives (or negatives) in a resample is left out of that resample's mean; (nan, nan) if no resample has
+    a class with both.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     groups = [np.flatnonzero(patients == patient) for patient in np.unique(patients)]

@@ -40,7 +40,7 @@ class ZeroShot:
     per_class: dict[str, float]
     left_out: tuple[str, ...]
     samples: int
-    undecodable: tuple[str, ...]  # keys of the images that no score could be made of
+    undecodable: tuple[str, ...]  # keys of the images that could not be decoded
     patients: int
     datasets: tuple[str, ...]
     checkpoint: str  # sha256 of the weights
@@ -52,8 +52,8 @@ def zero_shot(
 ) -> ZeroShot:  # fmt: skip
     """Evaluate a checkpoint (or a run's newest) on packed, labelled sets. report(done, total) in samples.
 
-    average: the exponential average of the weights, not the last ones. ValueError if the run kept none, if a set was trained
-    on, unless allow_leak, or if no class has positives and negatives.
+    average: use the exponential average of the weights instead of the last ones. ValueError if the run kept no average, if a
+    set was trained on (unless allow_leak), or if no class has positives and negatives.
     """
     folder = resolve_checkpoint(checkpoint)
     sets = labelled_sets(urls, () if allow_leak else read_meta(folder).trained_on)
@@ -95,7 +95,7 @@ class Scored:
 
 
 class Evaluation:
-    """Zero-shot classification on some sets, by one process or by all ranks of a training run, each with its share."""
+    """Zero-shot classification on some sets, by one process, or by all ranks of a training run with a share each."""
 
     def __init__(self, sets: Sequence[ShardReader], config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
         self.sets, self.tokenizer = sets, tokenizer
@@ -110,10 +110,10 @@ class Evaluation:
         )  # fmt: skip
 
     def rounds(self, model: MMCLIP, rank: int, world: int) -> Iterator[list[Scored]]:
-        """Score the rank's batches, one a round: [] in a round in which it has none left.
+        """Score the rank's batches, one in each round; [] in rounds after its last batch.
 
-        Every rank runs the same modules in every round, as ZeRO-3 needs; between two rounds all of them may stop. The caller
-        must go on with them in step.
+        Every rank runs the same modules in every round, as ZeRO-3 needs. All ranks may stop between two rounds, so every
+        caller must take or stop at the same round.
         """
         device, training = model.log_scale.device, model.training
         model.eval()
@@ -151,7 +151,7 @@ class Evaluation:
         )  # fmt: skip
 
     def _shares(self, rank: int, world: int) -> Iterator[list[tuple[ShardReader, int, int]]]:
-        """Batches of (set, shard, row): every world-th of all of them, in their order."""
+        """Batches of (set, shard, row) of this rank: every world-th batch, in order."""
         rows = (
             (reader, number, row)
             for reader in self.sets

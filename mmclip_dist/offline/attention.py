@@ -22,7 +22,7 @@ def attention_stage(base: str, out: str, checkpoint: str, entities: str | None =
     gpus: of each worker process; 0 scores on the CPU.
     """
     folder = resolve_checkpoint(checkpoint)
-    # All that shapes a score: the model with its tokenizer, prompts and diseases, and the content of the entities.
+    # Everything that affects a score: the model with its tokenizer, prompts and diseases, and the content of the entities.
     guide = None if entities is None else manifest_hash(load_manifest(entities))
     weights = weights_hash(folder)
     identity = config_hash("attention", model_hash(folder, weights), guide)
@@ -32,6 +32,6 @@ def attention_stage(base: str, out: str, checkpoint: str, entities: str | None =
 def _build(checkpoint: str) -> Maker:
     from mmclip_dist.offline.scorer import (
         build_scorer,
-    )  # needs torch and transformers, which the driver does without
+    )  # needs torch and transformers, which the driver does not
 
     return build_scorer(checkpoint)

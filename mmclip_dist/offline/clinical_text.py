@@ -5,7 +5,7 @@
 
 Words come from scispaCy's tokeniser, short forms defined in the report from its abbreviation detector (Schwartz and
 Hearst, 2003), negation from NegEx (Chapman et al., 2001) through negspacy. Everything that a radiologist may want to
-change is in `lexicon.yaml`. A report that wraps lines in the middle of a phrase is read as if it did not.
+change is in `lexicon.yaml`. Line breaks in the middle of a phrase are ignored.
 
 Needs the extra `nlp`; its packages are imported only where they are used, as spaCy alone takes about three seconds.
 """
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 LEXICON_PATH = Path(__file__).with_name("lexicon.yaml")
 LEXICON_MODEL = "lexicon"
 RULES_VERSION = 1
-"""Part of the extractor's hash: raise it when this file changes what is extracted, so that old sidecars are stale."""
+"""Part of the extractor's hash. Raise it when this file changes what is extracted: old sidecars then become stale."""
 
 NLP_PACKAGES = ("spacy", "scispacy", "negspacy")
 SENTENCE_ENDS = [".", "!", "?", ";", "\n"]
 UNUSED_PIPES = ["tagger", "attribute_ruler", "lemmatizer", "parser", "senter"]
-"""Parts of an installed model that entities do not need: its sentences are replaced by ours."""
+"""Parts of an installed model that entities do not need; its sentence splitter is replaced by ours."""
 
 NEW_BLOCK = re.compile(
     r"\n[^\S\n]*\n"  # a blank line
@@ -47,7 +47,7 @@ NEW_BLOCK = re.compile(
 )
 FOLDED_BLANKS = re.compile(r"\s{2,}|[^\S ]")
 SLASH = r"(?<=[A-Za-z])/(?=[A-Za-z])"
-"""scispaCy keeps "consolidation/effusion" whole, for the sake of chemistry; in a report a slash lists findings."""
+"""scispaCy keeps "consolidation/effusion" whole (meant for chemistry); in a report a slash separates findings."""
 SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 
@@ -60,7 +60,7 @@ class Entity:
     """A span of a report: `report[start:end] == text`, in characters.
 
     label: FINDING, ANATOMY, LOCATION, SEVERITY or DEVICE with the lexicon; the model's own label otherwise.
-    negated: within reach of a negation, so no evidence of the disease (every label, not only findings).
+    negated: within the scope of a negation, so no evidence of the disease (any label, not only findings).
     term: the lexicon's canonical name ("opacities" -> "lung opacity"); None with an installed model.
     cui: the UMLS concept, where the model gives one.
     """
@@ -75,7 +75,7 @@ class Entity:
 
 
 def as_json(entity: Entity) -> dict[str, Any]:
-    """One item of an entity sidecar: `cui` only where known; `term` is no part of the format."""
+    """One item of an entity sidecar: `cui` only if known; `term` is not part of the format."""
     item = asdict(entity)
     del item["term"]
     if entity.cui is None:
@@ -99,10 +99,10 @@ def build_extractor(model: str = LEXICON_MODEL) -> Extractor:
         """Entities of each report, in the order of the reports."""
         flat = [flatten(report) for report in reports]
         found = []
-        # Without the zone every new word of the corpus would stay in the vocabulary for the life of the worker.
+        # The zone frees new words of the vocabulary afterwards; without it a worker's memory grows with the corpus.
         with nlp.memory_zone():
             for report, (text, positions), doc in zip(reports, flat, nlp.pipe(text for text, _ in flat), strict=True):
-                if "(" in text:  # no definition without it, and the detector would add a sixth to the run time
+                if "(" in text:  # a definition needs one; skipping the detector saves a sixth of the run time
                     add_short_forms(detect_abbreviations(doc))
                 found.append([entity_of(span, report, positions) for span in negate(doc).ents])
         return found
@@ -111,7 +111,7 @@ def build_extractor(model: str = LEXICON_MODEL) -> Extractor:
 
 
 def extractor_hash(model: str = LEXICON_MODEL) -> str:
-    """sha256 (hex) of all that decides the entities: lexicon, negation, rules, versions of model and packages."""
+    """sha256 (hex) of everything that affects the entities: lexicon, negation, rules, versions of model and packages."""
     require_installed(model)
     if model == LEXICON_MODEL:
         source = {"lexicon": hashlib.sha256(LEXICON_PATH.read_bytes()).hexdigest()}
@@ -128,7 +128,7 @@ def extractor_hash(model: str = LEXICON_MODEL) -> str:
 
 
 def require_installed(model: str) -> None:
-    """ValueError, with the command that mends it, unless the NLP packages and the model are there."""
+    """ValueError with the command that helps, unless the NLP packages and the model are installed."""
     missing = [name for name in NLP_PACKAGES if not is_installed(name)]
     if missing:
         raise ValueError(f"entities need {', '.join(missing)}, not installed here: run pip install 'mmclip-dist[nlp]'")
@@ -159,7 +159,7 @@ def load_lexicon() -> dict[str, Any]:
 
 
 def surface_forms(form: str, spellings: dict[str, str]) -> set[str]:
-    """All spellings that one line of the lexicon stands for, in lower case: endings, hyphens, British forms."""
+    """All spellings of one line of the lexicon, in lower case: endings, hyphens, British forms."""
     pieces = ALTERNATIVES.split(form.lower())
     choices = [
         [piece] if index % 2 == 0 else (piece.split("/") if "/" in piece else ["", piece])
@@ -208,7 +208,7 @@ def lexicon_pipeline() -> Language:
 
 
 def installed_pipeline(model: str) -> Language:
-    """An installed model, without what entities do not need. Raises ValueError for one without entities."""
+    """An installed model, without the parts that entities do not need. ValueError if it recognises no entities."""
     import spacy
 
     if find_spec(model) is None or not hasattr(import_module(model), "load"):
@@ -220,7 +220,7 @@ def installed_pipeline(model: str) -> Language:
 
 
 def add_sentences(nlp: Language) -> Language:
-    """Put sentence boundaries in front: a negation reaches no further than its sentence."""
+    """Put a sentence splitter first: a negation ends with its sentence."""
     nlp.add_pipe("sentencizer", name="report_sentences", first=True, config={"punct_chars": SENTENCE_ENDS})
     return nlp
 
@@ -233,9 +233,9 @@ def negation(nlp: Language, *, entity_prefixes: bool) -> Callable[[Doc], Doc]:
     from negspacy.negation import Negex
 
     class LongestPhraseNegex(Negex):
-        """negspacy lets "resolved" act inside "has resolved", and a pseudo-negation cancel its right neighbour; here
-        phrases never overlap and the longest wins. It also lists a document's entities once per statement, more
-        than half of its run time; here once per document."""
+        """In negspacy "resolved" acts inside "has resolved", and a pseudo-negation cancels its right neighbour; here phrases
+        never overlap and the longest wins. It also lists a document's entities once per statement, which is more than half
+        of its run time; here once per document."""
 
         def process_negations(self, doc: Doc) -> tuple[list[Match], list[Match], list[Match]]:
             """The phrases of a document: (preceding, following, termination) as (kind, first token, end token)."""
@@ -272,7 +272,7 @@ def abbreviations(nlp: Language) -> Callable[[Doc], Doc]:
     from scispacy.abbreviation import AbbreviationDetector
 
     detector = AbbreviationDetector(nlp)
-    # spaCy warns at every call of a matcher without patterns, as this one is until a definition turns up.
+    # spaCy warns at every call of a matcher without patterns; this one has none until a definition is found.
     detector.global_matcher.add("no token", [[{"ORTH": ""}]])
     return detector
 
@@ -290,9 +290,9 @@ def without_overlap(matches: Sequence[Match]) -> list[Match]:
 
 
 def flatten(report: str) -> tuple[str, list[int] | None]:
-    """The report with each run of blanks as one: "\\n" where a block starts, else " ".
+    """The report with each run of white space as one character: "\\n" before a new block, else " ".
 
-    Wrapped lines and double blanks would otherwise cut "pleural\\n effusion" in two.
+    Wrapped lines and double spaces would otherwise split "pleural\\n effusion".
     Returns the text and, per character, its offset in the report (None: nothing moved).
     """
     if not FOLDED_BLANKS.search(report):
@@ -314,7 +314,7 @@ def flatten(report: str) -> tuple[str, list[int] | None]:
 def add_short_forms(doc: Doc) -> Doc:
     """Make "RVC" an entity everywhere in a report that says "retractile visceral consolidation (RVC)".
 
-    The short form takes label and term of the entity that ends its long form: the head of an English noun phrase.
+    The short form gets label and term of the last entity in its long form, the head of an English noun phrase.
     """
     from spacy.tokens import Span
 
@@ -330,7 +330,7 @@ def add_short_forms(doc: Doc) -> Doc:
 
 
 def entity_of(span: Span, report: str, positions: list[int] | None) -> Entity:
-    """A spaCy entity as `Entity`, in offsets of the report as it came."""
+    """A spaCy entity as `Entity`, with offsets of the original report."""
     start, end = span.start_char, span.end_char
     if positions is not None:
         start, end = positions[start], positions[end - 1] + 1

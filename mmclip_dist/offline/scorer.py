@@ -1,4 +1,4 @@
-"""What a worker of the `attention` stage runs: a checkpoint, applied to a batch of samples."""
+"""The worker of the `attention` stage: applies a checkpoint to a batch of samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_scorer(checkpoint: str) -> Maker:
         try:
             return examine(key, members, epoch=0)
         except ValueError:
-            return None  # undecodable: no scores. Training meets the same sample, replaces it and counts it.
+            return None  # no scores: training meets the same sample, replaces it and counts it
 
     def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
         examples = {key: found for key, members in samples if (found := example(key, members))}

@@ -1,8 +1,8 @@
-"""What all offline stages share: one base shard in, one sidecar shard out, on Ray.
+"""The part that all offline stages share: one base shard in, one sidecar shard out, on Ray.
 
-A task reads a base shard, makes one row a sample, and publishes the sidecar shard whole. The driver alone writes the
-manifest, once all shards are there, and keeps a journal of finished shards until then; a stage that is started again
-goes on where the journal ends. Same input, same bytes.
+A task reads a base shard, makes one row for each sample, and publishes the sidecar shard as a whole. Only the driver writes
+the manifest, once all shards exist; until then it keeps a journal of finished shards. A restarted stage continues after the
+journal. Same input, same bytes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _PUBLISH_EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class Stage:
-    """What to make of a base set. `build` runs in each worker process and loads models once.
+    """What to make from a base set. `build` runs once in each worker process and loads its models.
 
-    config_hash: identity of everything that shapes the rows; rows of another identity are never mixed in.
+    config_hash: identity of everything that affects the rows; rows of different identities are never mixed.
     """
 
     kind: Kind
@@ -180,7 +180,7 @@ def progress_line(unit: str) -> Callable[[int, int], None]:
 def connect(address: str | None) -> None:
     """Join the Ray cluster at `address`, or the one that RAY_ADDRESS names (Ray sets it inside a job); else start one.
 
-    Never the last cluster of this machine, Ray's own default: if that one was killed, joining waits for minutes.
+    Never the last cluster of this machine, which is Ray's default: if it was killed, joining would wait for minutes.
     """
     found = address or os.environ.get("RAY_ADDRESS") or "local"
     ray.init(address=found, include_dashboard=False if found == "local" else None, logging_level=logging.ERROR)

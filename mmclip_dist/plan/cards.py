@@ -1,4 +1,4 @@
-"""What the cards can do at best, as data. Vendors' figures are peaks; `Card.mfu` says which share of it a run reaches."""
+"""The cards' peak rates, as data. Vendors publish peaks; `Card.mfu` is the share of the peak that a run reaches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def card_named(name: str) -> Card:
 def card_of_device(device_name: str) -> Card | None:
     """The card behind a driver's device name, such as "NVIDIA H100 80GB HBM3"; None for one that is not in the table.
 
-    A PCIe or NVL board has another peak than the SXM one: it is not taken for it.
+    PCIe and NVL boards have other peaks than the SXM board of the same name, so they do not match it.
     """
     other = ("PCIe", "NVL", "GB200")
     if any(word in device_name for word in other):

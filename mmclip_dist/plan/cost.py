@@ -1,7 +1,7 @@
-"""What one pass of the objective costs: multiplications, bytes that autograd keeps, bytes that move. Pure arithmetic.
+"""The cost of one pass of the objective: FLOPs, bytes that autograd keeps, bytes that move. Pure arithmetic.
 
-A pass is walked once, in the order in which `MMCLIP.forward` computes it, as a list of pieces; FLOPs, activation memory and
-memory traffic are sums over that list, so that they cannot disagree about what is computed.
+A pass is a list of pieces, in the order in which `MMCLIP.forward` computes them. FLOPs, activation memory and memory traffic
+are sums over that one list, so that they always count the same work.
 
 Letters: N rows, L tokens or patches of a row, S of what a decoder looks at, D width, e bytes of a number. What a layer keeps for
 its backward pass was read off autograd (`saved_tensors_hooks`, transformers 5.23, torch 2.13) and is checked by
@@ -31,11 +31,11 @@ _TORCH_BLOCK, _TRITON_BYTES = (512, 1024), 128 * 2**20
 
 @dataclass(frozen=True)
 class Load:
-    """What one rank computes in one pass. Lengths are means: what is computed, so padding counts where it is not skipped.
+    """What one rank computes in one pass. Lengths are means of the computed lengths: padding counts unless it is skipped.
 
     reports: images that have one. tokens: of a report. masked: tokens of a report that EntMLM hides. prompts: 2C disease
     prompts, of prompt_tokens each. texts: of the whole global batch, for the contrastive loss. scored: share of the passes
-    whose attention scores are computed here (no sidecar).
+    that compute attention scores (they have no sidecar).
     """
 
     images: int
@@ -51,12 +51,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Piece:
-    """Some equal layers in a row, each with: forward FLOPs, parameters, bytes.
+    """Equal layers in a row. Figures are of one layer: forward FLOPs, parameters, bytes.
 
-    saved: kept for backward. work: alive at once, beyond `saved`, while its backward pass runs. boundary: its input, all
-    that is kept if the layer is checkpointed; 0: it never is. moved: read and written by element-wise work, both passes.
+    saved: kept for backward. work: allocated beyond `saved` while its backward pass runs. boundary: its input, which is all
+    that a checkpointed layer keeps; 0: never checkpointed. moved: read and written by element-wise work, both passes.
     backward: FLOPs of the backward pass over those of the forward one. again: computed in both passes of gradient caching.
-    shares: the earlier piece whose weights it runs on.
+    shares: the earlier piece whose weights it uses.
     """
 
     name: str
@@ -82,7 +82,7 @@ def pieces(config: Config, load: Load, number: int) -> tuple[Piece, ...]:
         Piece(
             "patches", flops=2.0 * load.images * image.grid**2 * image.patch**2 * image.width, backward=1.0,
             parameters=(image.patch**2 + image.grid**2 + 3) * image.width,
-            saved=load.images * image.size**2 * number if number != 4 else 0.0,  # in float32 it is the batch's own tensor
+            saved=load.images * image.size**2 * number if number != 4 else 0.0,  # in float32 the batch's own tensor is used
             work=load.images * image.grid**2 * image.width * number,
         ),
         *_image_encoder(config, load, number),
@@ -124,8 +124,8 @@ def _decoder_layer(name: str, config: Decoder, rows: float, length: float, seen:
         parameters=16.0 * width**2 + 19 * width,
         saved=(20.0 * tokens + 3 * looked_at) * width * number + 6 * tokens * number + 8 * config.heads * tokens,
         work=(9.0 * tokens + 3 * looked_at) * width * number,
-        boundary=(tokens + looked_at / config.depth) * width * number,  # what is looked at is the same for all layers
-        # As above with a third norm and sum, and the copies that attention in another order of dimensions needs.
+        boundary=(tokens + looked_at / config.depth) * width * number,  # all layers look at the same tokens
+        # As above, with a third norm and sum, and the copies that attention makes to reorder dimensions.
         moved=(67.0 * tokens + 8 * looked_at) * width * number, layers=config.depth, again=False,
     )  # fmt: skip
 
@@ -160,7 +160,7 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
 
 
 def _scores(config: Config, load: Load) -> Piece:
-    """Attention of every patch to every word, in float32 and without gradient; both are embedded even where it is known."""
+    """Attention of every patch to every word, in float32 and without gradient. Both are embedded even if scores are known."""
     patches, words, embed = config.model.image.grid**2, load.tokens + load.prompts, config.model.embed
     embedding = words * config.model.text.width + patches * config.model.image.width
     return Piece(
@@ -235,18 +235,18 @@ def forward_flops(found: tuple[Piece, ...]) -> float:
 
 
 def training_flops(found: tuple[Piece, ...]) -> float:
-    """Model FLOPs of forward and backward: what MFU counts. Recomputed work is not in it."""
+    """Model FLOPs of forward and backward, as MFU counts them: without recomputed work."""
     return sum(p.flops * p.layers * (1 + p.backward) for p in found)
 
 
 def recomputed_flops(found: tuple[Piece, ...], *, checkpointed: bool, cached: bool) -> float:
-    """Forward work that is done a second time: layers of activation checkpointing, encoders of gradient caching."""
+    """FLOPs of forward work that is repeated: layers of activation checkpointing, encoders of gradient caching."""
     once_more = sum(p.flops * p.layers for p in found if p.boundary and checkpointed)
     return once_more + (sum(p.flops * p.layers for p in found if p.again) if cached else 0.0)
 
 
 def checkpointed(found: tuple[Piece, ...]) -> tuple[Piece, ...]:
-    """The pieces when layers keep their inputs only; one layer at a time is computed again for backward."""
+    """The pieces under activation checkpointing: layers keep only inputs, and backward recomputes one layer at a time."""
     return tuple(replace(p, saved=p.boundary, work=p.work + p.saved) if p.boundary else p for p in found)
 
 
@@ -265,10 +265,10 @@ class Moment:
 
 
 def fullest(found: tuple[Piece, ...], number: int, *, most_gradients: float) -> Moment:
-    """Walk the backward pass: what is kept shrinks layer by layer while gradients appear, up to `most_gradients` bytes.
+    """Walk the backward pass: kept activations shrink layer by layer while gradients grow, up to `most_gradients` bytes.
 
-    Beyond those lie the gradients of weights that serve several passes (the text encoder, the ViT in split mode): they wait
-    whole for the last of them, and nothing can be reduced before.
+    Gradients of weights that serve several passes (the text encoder, the ViT in split mode) come on top: they cannot be
+    reduced before the last of these passes.
     """
     kept = {"activations": 0.0, "loss": 0.0}
     for piece in found:

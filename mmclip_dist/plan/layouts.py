@@ -1,7 +1,7 @@
 """A run on paper: memory of each GPU by part, time of a step by part, and which ZeRO stage and micro batch fit.
 
 Pure functions of a `Setup` and a `Choice`. What is allocated follows DeepSpeed 0.19 and is checked against measured memory by
-tests/plan/test_layouts.py; times are computed from the card's table (`cards.py`) and the assumptions below, which no one has
+tests/plan/test_layouts.py. Times follow from the card's table (`cards.py`) and the assumptions below; they have not been
 measured for this model.
 """
 
@@ -14,13 +14,13 @@ from dataclasses import dataclass, fields, replace
 from mmclip_dist.plan import cost
 from mmclip_dist.plan.setup import BUCKET, Choice, Setup, load_of
 
-# Share of the nominal bandwidth that is reached: element-wise kernels over HBM, collectives over NVLink and the network.
+# Reached share of the nominal bandwidth: element-wise kernels over HBM, collectives over NVLink and the network.
 HBM_SHARE, LINK_SHARE = 0.8, 0.8
-# Of communication that may run beside the backward pass, the share that is hidden at best, and the backward share of the compute.
+# Largest hidden share of the communication that may overlap the backward pass; share of the compute that is backward.
 HIDDEN, BACKWARD = 0.5, 2 / 3
-# Share of the float32 peak that matrix products reach.
+# Reached share of the float32 peak, in matrix products.
 FP32_SHARE = 0.7
-# Seconds that a collective over N ranks takes besides its bytes: this times log2 N.
+# Latency of a collective over N ranks in seconds: this times log2 N.
 HOP_S = 10e-6
 # PCIe 4.0 x16, one way: what offloaded states travel over. Bytes/s of the host's memory for one rank's share of Adam.
 HOST_LINK, HOST_MEMORY = 25e9, 20e9
@@ -37,7 +37,7 @@ LIVE = 1e9
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the fullest moment of a step; `host` beside it, on its node."""
+    """Bytes on one GPU at the peak of a step; `host`: bytes on its node's host memory."""
 
     weights: float
     gradients: float
@@ -51,7 +51,7 @@ class Memory:
 
     @property
     def allocated(self) -> float:
-        """What the framework allocates: all but the reserve."""
+        """What the framework allocates: everything except the reserve."""
         parts = (self.weights, self.gradients, self.optimizer, self.activations, self.loss, self.batch, self.workspace)
         return sum(parts)
 
@@ -61,7 +61,7 @@ class Memory:
 
 
 def memory(setup: Setup, choice: Choice) -> Memory:
-    """The fullest of three moments: inside the backward pass, at its end (gradients reduced), and in the optimizer's step."""
+    """The largest of three moments: inside the backward pass, at its end (gradients reduced), and in the optimizer's step."""
     count, number, ranks = setup.parameters, setup.number, setup.gpus
     sharded = count / ranks if choice.zero_stage >= 1 else count
     gathered = min(count, LIVE) * number if choice.zero_stage == 3 and ranks > 1 else 0.0
@@ -78,15 +78,15 @@ def memory(setup: Setup, choice: Choice) -> Memory:
     inside = cost.fullest(found, number, most_gradients=growing)
     inside = replace(inside, gradients=inside.gradients + held)
     end = cost.Moment(0.0, 0.0, reduced, held + growing)
-    # Gradients of the step in float32; AdamW itself steps in one pass, with nothing beside them.
+    # Gradients of the step in float32; fused AdamW allocates nothing else.
     cast = 4.0 * (0 if choice.zero_stage == 0 and number == 4 else 1) * sharded
     if choice.offload_optimizer:
         cast = 0.0
-    # In half precision they are laid end to end first, and made float32 then.
+    # In half precision they are first flattened, then converted to float32.
     flattened = cost.Moment(0.0, 0.0, cast + (number * sharded if cast and number == 2 else 0.0), number * sharded)
-    # Stage 1 has let go of the gradients themselves by then.
+    # Stage 1 has freed the gradients themselves by then.
     updated = cost.Moment(0.0, 0.0, cast, 0.0 if choice.zero_stage == 1 else number * sharded)
-    # ZeRO-3 lets go of gathered weights before it steps.
+    # ZeRO-3 frees gathered weights before it steps.
     moments = (inside, weights + gathered), (end, weights + gathered), (flattened, weights), (updated, weights)
     most, weights = max(moments, key=lambda moment: moment[0].total + moment[1])
 
@@ -101,16 +101,16 @@ def memory(setup: Setup, choice: Choice) -> Memory:
 
 
 def _gradients(setup: Setup, choice: Choice, whole: float, sharded: float) -> tuple[float, float, float]:
-    """Bytes of gradients -> held all through the backward pass, growing in it at most, and copied at its end.
+    """Bytes of gradients: held throughout the backward pass, largest growth within it, copied at its end.
 
-    Stages 0 and 1 reduce at the end. Stages 2 and 3 keep a partition, and reduce a bucket when it is full; one that takes the
-    whole model makes stage 2 no better than stage 1.
+    Stages 0 and 1 reduce at the end. Stages 2 and 3 keep a partition and reduce each full bucket; if one bucket holds the
+    whole model, stage 2 saves nothing over stage 1.
     """
     bucket = setup.bucket * setup.number
     beside = 2 if (setup.overlap if setup.overlap is not None else choice.zero_stage == 3) else 1
     if choice.zero_stage == 3 or (choice.zero_stage == 2 and bucket < whole):
         return sharded, min(whole, beside * bucket), 0.0
-    copied = min(whole, BUCKET * setup.number) if choice.zero_stage == 0 else sharded  # stage 0 knows no reduce_bucket_size
+    copied = min(whole, BUCKET * setup.number) if choice.zero_stage == 0 else sharded  # stage 0 ignores reduce_bucket_size
     if choice.micro_batch < setup.share:  # they are summed over the passes
         return whole, 0.0, copied
     return 0.0, whole, copied
@@ -122,7 +122,7 @@ def _gradients(setup: Setup, choice: Choice, whole: float, sharded: float) -> tu
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one step of one rank. compute: the larger of `products` and `element_wise`, since the published MFU holds both.
-    exposed: communication that nothing hides. The loader works beside all of it."""
+    exposed: communication that is not hidden. The loader runs in parallel with all of it."""
 
     products: float
     element_wise: float
@@ -172,9 +172,9 @@ def step_time(setup: Setup, choice: Choice) -> StepTime:
 
 
 def communication(setup: Setup, choice: Choice) -> float:
-    """Seconds of collectives in one step. In units of all the weights: stages 0 to 2 gather and scatter once (stage 2 scatters in
-    every pass), stage 3 gathers for each forward and backward pass; the contrastive loss gathers its texts twice and scatters
-    their gradients."""
+    """Seconds of collectives in one step. In units of the model's size: stages 0 to 2 gather and scatter once (stage 2
+    scatters in every pass), stage 3 gathers for each forward and backward pass; the contrastive loss gathers its texts twice
+    and scatters their gradients."""
     if setup.gpus == 1:
         return 0.0
     passes, count = math.ceil(setup.share / choice.micro_batch), setup.parameters
@@ -189,8 +189,8 @@ def communication(setup: Setup, choice: Choice) -> float:
 
 
 def links(setup: Setup, size: float) -> float:
-    """Seconds to gather (or scatter) `size` bytes over all ranks: every card of a node must get what its neighbours and the other
-    nodes hold, and a node's cards share its network."""
+    """Seconds to gather (or scatter) `size` bytes over all ranks: each card receives what its neighbours and the other nodes
+    hold, and the cards of a node share its network."""
     local = min(setup.gpus, setup.per_node)
     inside = size * (local - 1) / local / setup.card.nvlink
     across = size * (setup.nodes - 1) / setup.nodes / setup.card.network
@@ -217,7 +217,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Of the whole step, communication and all."""
+        """Of the whole step, communication included."""
         return self.time.flops / self.time.total / self.setup.card.flops
 
     @property
@@ -232,8 +232,8 @@ def plan(setup: Setup, choice: Choice) -> Plan:
 
 
 def layouts() -> Iterator[Choice]:
-    """Every layout apart from its micro batch, in order of preference: stage 1 costs the communication of stage 0 and shards
-    what takes most room; stages 2 and 3, checkpointing and offload are for what does not fit."""
+    """Every layout without its micro batch, best first. Stage 1 communicates as much as stage 0 and shards the largest part;
+    stages 2 and 3, checkpointing and offload are for models that do not fit otherwise."""
     for stage in (1, 0, 2, 3):
         for checkpoint in (False, True):
             for optimizer, weights in ((False, False), (True, False), (True, True)):
@@ -242,14 +242,14 @@ def layouts() -> Iterator[Choice]:
 
 
 def largest(setup: Setup, layout: Choice) -> Plan:
-    """The plan with the largest micro batch that fits; if none does, that of the smallest."""
+    """The plan with the largest micro batch that fits; the smallest micro batch if none fits."""
     micro_batches = [size for size in range(setup.share, 0, -1) if setup.share % size == 0]
     found = (plan(setup, replace(layout, micro_batch=size)) for size in micro_batches)
     return next(candidate for candidate in found if candidate.fits or candidate.choice.micro_batch == 1)
 
 
 def recommend(plans: list[Plan]) -> Plan:
-    """The first that fits and is within 5% of the fastest: less, paper cannot tell. ValueError if none fits."""
+    """The first that fits and is within 5% of the fastest (estimates are no finer). ValueError if none fits."""
     fitting = [candidate for candidate in plans if candidate.fits]
     if not fitting:
         least = min(plans, key=lambda candidate: candidate.memory.total)

@@ -1,4 +1,4 @@
-"""What a plan is made from: the run, its data and its machines (`Setup`), and how the run is laid out on them (`Choice`)."""
+"""The input of a plan: the run, its data and its machines (`Setup`), and the layout of the run on them (`Choice`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKET = 5e8
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the plan must know of the data. Lengths are means of what is computed: padding counts where it is not skipped."""
+    """What the plan must know of the data. Lengths are means of the computed lengths: padding counts unless it is skipped."""
 
     tokens: float = 45.0  # of a report; assumed: radiology reports are short
     masked: float = 10.0  # of them hidden by EntMLM
@@ -39,7 +39,7 @@ class Choice:
     offload_parameters: bool = False
 
     def overrides(self) -> list[str]:
-        """As `key=value` for the command line; what is off by default and stays off is left out."""
+        """As `key=value` for the command line, without switches that are off by default and stay off."""
         on = {
             "model.checkpoint_activations": ("true", self.checkpoint_activations),
             "offload.optimizer": ("cpu", self.offload_optimizer), "offload.parameters": ("cpu", self.offload_parameters),
@@ -84,7 +84,7 @@ class Setup:
 def setup_of(
     config: Config, card: Card, gpus: int, *, corpus: Corpus = Corpus(), per_node: int | None = None, mfu: float | None = None
 ) -> Setup:
-    """Everything that a plan is computed from; ValueError where the run cannot be spread over so many GPUs."""
+    """The input of a plan. ValueError if the run cannot be spread over so many GPUs."""
     per_node = per_node or card.per_node
     if gpus > per_node and gpus % per_node:
         low = gpus // per_node * per_node
@@ -106,7 +106,7 @@ def setup_of(
 
 
 def configured(config: Config, gpus: int) -> Choice:
-    """The layout that the configuration asks for; the one place that reads it."""
+    """The layout that the configuration asks for. Only this function reads it."""
     return Choice(
         config.zero_stage, config.optim.micro_batch or config.optim.global_batch // gpus, config.model.checkpoint_activations,
         config.offload.optimizer == "cpu", config.offload.parameters == "cpu",

@@ -14,10 +14,10 @@ from mmclip_dist.evaluate.report.numbers import is_known, power_of_ten, signific
 Point = tuple[float, float]
 """(step, value), both finite."""
 
-WIDTH, HEIGHT = 360.0, 212.0  # of the view box; about the pixels on screen, so that text keeps its size
+WIDTH, HEIGHT = 360.0, 212.0  # of the view box; close to pixels on screen, so that text keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 350.0, 34.0, 176.0  # the plotting area inside it
 
-_DOTS = 60  # points of a stretch: up to here each gets a mark, above it a noisy one gets a smooth line over the raw one
+_DOTS = 60  # points of a stretch: up to this many, each gets a mark; longer noisy stretches get a smooth line over the raw one
 _DRAWN = 300  # points of a line at most: one a pixel of the plotting area
 _TABLED = 40  # rows of a table at most
 _ROOM_FOR_LABEL = 62.0  # view box units that the name of a phase takes
@@ -85,7 +85,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 
 def value_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
-    """Ends of a y axis that has room for all values; never empty."""
+    """Ends of a y axis that holds all values; never empty."""
     low, high = min(values), max(values)
     if from_zero and low >= 0:
         return 0.0, high * 1.08 or 1.0
@@ -94,12 +94,12 @@ def value_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]
 
 
 def window(stretch: Sequence[Point]) -> int:
-    """Points that one mean of a smooth line takes, odd; 0 for a stretch too short to be smoothed."""
+    """Points in one mean of a smooth line (odd); 0 if the stretch is too short to smooth."""
     return len(stretch) // 10 | 1 if len(stretch) > _DOTS else 0
 
 
 def smooth(points: Sequence[Point], size: int) -> list[Point]:
-    """Centred mean over `size` points, over those there are at the ends: the line does not lag and keeps its length."""
+    """Centred mean over `size` points (fewer at the ends): the line neither lags nor gets shorter."""
     half = size // 2
     means = []
     for number, (step, _) in enumerate(points):
@@ -109,7 +109,7 @@ def smooth(points: Sequence[Point], size: int) -> list[Point]:
 
 
 def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most `limit` points: the lowest and the highest of each stretch, so that no spike is lost. limit >= 4."""
+    """At most `limit` points: the minimum and maximum of each stretch, so that no spike is lost. limit >= 4."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil((len(points) - 2) / (limit // 2 - 1))
@@ -157,7 +157,7 @@ def description(chart: LineChart) -> str:
 
 
 def table_rows(chart: LineChart) -> list[tuple[str, str]]:
-    """(step, value) texts, evenly spaced where there are many; first and last are always among them."""
+    """(step, value) texts. If there are many they are evenly spaced; the first and the last are always included."""
     points = chart.points
     every = max(1, math.ceil((len(points) - 1) / (_TABLED - 1)))
     rows = [*points[:-1:every], *points[-1:]]
@@ -195,7 +195,7 @@ def _value_axis(low: float, high: float, down: Scale, unit: str) -> Markup:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Texts of the ticks, all with the decimals that their distance needs."""
+    """Texts of the ticks, with as many decimals as their distance needs."""
     gap = min((abs(after - before) for before, after in pairwise(values)), default=0.0)
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9)) if gap else 2
     return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
@@ -227,7 +227,7 @@ def step_label(step: float) -> str:
 
 
 def _boundary(boundary: float | None, steps: tuple[float, float], across: Scale) -> Markup:
-    """The warm-up's part of the axis shaded, and both phases named where there is room."""
+    """Shade the warm-up's part of the axis, and name both phases if there is room."""
     if boundary is None or not steps[0] < boundary < steps[1]:
         return Markup("")
     x = across(boundary)

@@ -1,4 +1,4 @@
-"""Example panels: an evaluation image, where the checkpoint looks for its diseases, and what it scores.
+"""Example panels: an evaluation image, the checkpoint's attention to its diseases, and its scores.
 
 Only pixels, label names, boxes and scores leave this module: no report, no patient, no key.
 """
@@ -31,10 +31,10 @@ from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
 from mmclip_dist.evaluate.zeroshot import class_directions
 
 _PANELS = 4
-_LONG_SIDE = 320  # pixels of an embedded picture: sharp at the width it is shown at, some 15 kB as JPEG
+_LONG_SIDE = 320  # pixels of an embedded picture: sharp at its width on the page, about 15 kB as JPEG
 _SCORES = 10  # rows of a panel's table at most
 
-# Viridis: purple to yellow, lighter throughout, so that colour-blind eyes read it too; every 51st of its 256 colours.
+# Viridis: purple to yellow with rising lightness, readable for the colour-blind; every 51st of its 256 colours.
 _VIRIDIS = np.array([(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)])
 _OPACITY = (0.15, 0.65)  # of the lowest and of the highest score: the image stays visible where attention is low
 
@@ -62,7 +62,7 @@ class Panel:
 
     @property
     def guides(self) -> tuple[str, ...]:
-        """The classes whose prompts the attention answers to."""
+        """The classes whose prompts guide the attention."""
         return tuple(score.name for score in self.scores if score.label == 1)
 
 
@@ -89,7 +89,7 @@ def build_gallery(checkpoint: Path, urls: Sequence[str]) -> Gallery:
     samples = list(islice(_positive_samples(urls, manifests), _PANELS))
     model, tokenizer, config, meta = load_model(checkpoint)
     tokens, mask = tokenize_prompts(load_prompts(classes, config.prompts.file), tokenizer, config.model.text.max_tokens)
-    # The model comes with the prompts of the classes it was trained on; an evaluation set may have others.
+    # The model has the prompts of the classes it was trained on; an evaluation set may have others.
     model.prompt_tokens, model.prompt_mask = tokens, mask
     maker = ExampleMaker(
         tokenizer, classes, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
@@ -120,7 +120,7 @@ def _positive_samples(urls: Sequence[str], manifests: Sequence[Manifest]) -> Ite
 
 
 def _without_report(members: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The sample as an unpaired one, which its disease prompts guide; a report would guide it otherwise."""
+    """The sample without its report, so that the disease prompts guide the attention."""
     document = {"report": None, "labels": read_document(members).labels}
     return {name: data for name, data in members.items() if name != "txt"} | {"json": json.dumps(document).encode()}
 
@@ -145,7 +145,7 @@ def _box(values: Mapping[str, Any]) -> Box:
 
 
 def _scores(labels: Mapping[str, int | None], scores: Mapping[str, float]) -> list[Score]:
-    """Classes that are present first, then the others; each part by falling score."""
+    """Present classes first, then the others; both by falling score."""
     known = {name: label for name, label in labels.items() if label in (0, 1)}
     rows = [Score(name, known.get(name), value) for name, value in scores.items()]
     return sorted(rows, key=lambda row: (row.label != 1, -row.value))

@@ -1,4 +1,4 @@
-"""Figures as a reader wants them: few digits, units, and words where there is no value."""
+"""Numbers as text: few digits, units, and words for missing values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def is_known(value: float | None) -> bool:
-    """Whether there is a value: neither None, nor nan, nor infinite."""
+    """Whether the value is a finite number (not None, nan or infinite)."""
     return value is not None and math.isfinite(value)
 
 
@@ -51,7 +51,7 @@ def interval(bounds: tuple[float, float]) -> str:
 
 
 def count(value: int) -> str:
-    """Whole numbers with thousands set apart: 9,600."""
+    """Whole numbers with thousands separators: 9,600."""
     return f"{value:,}"
 
 

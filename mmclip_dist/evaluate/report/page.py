@@ -36,7 +36,7 @@ class KeyFigure:
 
 @dataclass(frozen=True)
 class BarRow:
-    """A line of a table of bars. figure, note: texts beside the bar."""
+    """A row of a table of bars. figure, note: texts beside the bar."""
 
     name: str
     bar: Markup
@@ -46,7 +46,7 @@ class BarRow:
 
 @dataclass(frozen=True)
 class DrawnChart:
-    """svg: None where no value is finite; smoothed: rows in a mean of the line, 0 for none; logged: rows there are."""
+    """svg: None if no value is finite; smoothed: rows in each mean of the smooth line, 0: none; logged: number of rows."""
 
     title: str
     unit: str
@@ -84,13 +84,13 @@ def build_report(folder: Path, stages: Sequence[tuple[str, float]] = (), images:
 
 
 def _gallery(job: Job, images: Sequence[str]) -> Gallery | None:
-    """Examples by the last phase that has a checkpoint; None if there are no images or no checkpoint."""
+    """Examples scored by the last phase that has a checkpoint; None without images or checkpoint."""
     found = [checkpoint for phase in job.phases if (checkpoint := newest_checkpoint(phase.folder))]
     return build_gallery(found[-1], images) if images and found else None
 
 
 def run_title(job: Job) -> str:
-    """The recipe's name where the command tells it, else that of the folder."""
+    """The recipe's name if the command holds it, else the folder's name."""
     for phase in reversed(job.phases):
         words = [str(word) for word in (phase.environment or {}).get("command", [])[1:]]
         recipes = [word for word in words if "=" not in word and not word.startswith("-")]
@@ -109,7 +109,7 @@ def _subtitle(job: Job) -> str:
 
 
 def synthetic_sets(job: Job, gallery: Gallery | None) -> list[str]:
-    """Names of the drawn data sets among those that were trained on, evaluated on or shown; sorted."""
+    """Sorted names of the synthetic data sets among those that were trained on, evaluated on or shown."""
     shown = gallery.datasets if gallery else ()
     tested = job.result.datasets if job.result else ()
     names = {name for name in (*training_sets(job.phases).values(), *tested, *shown) if name}
@@ -235,7 +235,7 @@ def _draw(job: Job, title: str, unit: str, value: Callable[[Row], float | None],
 
 
 def _step_axis(job: Job) -> tuple[float, float]:
-    """From 0, unless the run went on from a checkpoint so late that most of the axis would be empty."""
+    """First step of the axis: 0, or that of the checkpoint a run resumed from if most of the axis would be empty."""
     first, last = job.rows[0]["step"], job.rows[-1]["step"]
     return (0.0 if first <= 0.3 * last or first == last else float(first), float(last) or 1.0)
 
@@ -244,7 +244,7 @@ def _step_axis(job: Job) -> tuple[float, float]:
 
 
 def _commands(phases: Sequence[Phase]) -> list[tuple[str, str]]:
-    """(phase, command) of each phase that knows its own."""
+    """(phase, command) of each phase that recorded its command."""
     return [
         (phase.name, shlex.join(str(word) for word in phase.environment["command"]))
         for phase in phases
@@ -253,13 +253,13 @@ def _commands(phases: Sequence[Phase]) -> list[tuple[str, str]]:
 
 
 def _evaluate_command(job: Job) -> str:
-    """What writes the zeroshot.json that is missing."""
+    """The command that writes the missing zeroshot.json."""
     words = ["--checkpoint", str(job.phases[-1].folder), "--out", str(job.folder / "zeroshot.json")]
     return f"mmclip evaluate zeroshot SET {shlex.join(words)}"
 
 
 def _last_environment(phases: Sequence[Phase]) -> list[tuple[str, str]]:
-    """(name, value) of the machine and the versions of the last phase that knows them."""
+    """(name, value) of machine and versions, from the last phase that recorded them."""
     known = [phase.environment for phase in phases if phase.environment]
     if not known:
         return []

@@ -1,4 +1,4 @@
-"""What a report is made from: the files of a run, or of the two runs of a quick start, read and checked."""
+"""The input of a report: the files of a run, or of the two runs of a quick start, read and checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PHASES = (("warmup", "warm-up"), ("train", "MMCLIP"))  # sub-folder of a quick 
 class Phase:
     """One training run. rows: ascending in step; config: the text of config.yaml, settings: its tree.
 
-    None, or an empty tree: that file is not there.
+    None or an empty tree: the file does not exist.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Job:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of all phases, on their one step axis."""
+        """The rows of all phases, on one step axis."""
         return tuple(row for phase in self.phases for row in phase.rows)
 
     @property
     def boundary(self) -> int | None:
-        """The step at which the warm-up stopped and MMCLIP began; None unless both have rows."""
+        """The step at which the warm-up ended and MMCLIP began; None unless both have rows."""
         before, *after = [phase.rows for phase in self.phases if phase.rows] or [()]
         return int(before[-1]["step"]) if after else None
 
 
 def read_job(folder: Path, stages: Sequence[tuple[str, float]] = ()) -> Job:
-    """Read a run folder or a quick-start folder. Stages given here go before those of summary.json.
+    """Read a run folder or a quick-start folder. `stages`, if given, replaces the stages of summary.json.
 
     ValueError if the folder is neither, or if one of its files cannot be read.
     """
@@ -146,8 +146,8 @@ def _read_stages(path: Path) -> tuple[tuple[str, float], ...]:
 def training_seconds(phases: Sequence[Phase]) -> float | None:
     """Time in the training loops, from the samples and the throughput of each row; None where a row has no throughput.
 
-    A phase that goes on from another's step begins there; a run that starts from a checkpoint logs its first row at
-    most `log_every` steps later.
+    A phase begins at the last step of the phase before it; a run that starts from a checkpoint logs its first row at most
+    `log_every` steps after it.
     """
     seconds, before = 0.0, 0
     rows = [(row, phase.settings.get("log_every", 0)) for phase in phases for row in phase.rows]
@@ -163,7 +163,7 @@ def training_seconds(phases: Sequence[Phase]) -> float | None:
 
 
 def usual_speed(phases: Sequence[Phase]) -> float | None:
-    """Median samples/s of the last phase that logged any: its first row, with the start-up in it, hardly counts."""
+    """Median samples/s of the last phase that logged any. The median hides the first row, which includes the start-up."""
     for phase in reversed(phases):
         speeds = [row["samples_per_s"] for row in phase.rows if is_known(row["samples_per_s"])]
         if speeds:
@@ -172,7 +172,7 @@ def usual_speed(phases: Sequence[Phase]) -> float | None:
 
 
 def training_sets(phases: Sequence[Phase]) -> dict[str, str | None]:
-    """URL of each source -> "data set/split" by its manifest; None where that cannot be read on this machine."""
+    """URL of each source -> "data set/split" by its manifest; None if that cannot be read on this machine."""
     sources = [source for phase in phases for source in (phase.settings.get("data") or {}).get("sources") or ()]
     return {str(source["url"]): _set_name(str(source["url"])) for source in sources}
 
@@ -183,6 +183,6 @@ def _set_name(url: str) -> str | None:
         return None
     try:
         manifest = load_manifest(url)
-    except ValueError:  # the report is about the run; its sets may have been deleted or packed again since
+    except ValueError:  # the sets may have been deleted or packed again since the run
         return None
     return f"{manifest.dataset}/{manifest.split}"
