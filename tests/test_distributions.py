@@ -223,7 +223,7 @@ USE_SHARDS = """
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from mmclip_shards import ShardReader, decode_image, load_manifest, pack, verify
+from mmclip_shards import ShardReader, as_webdataset, decode_image, index_set, load_manifest, pack, verify
 from mmclip_shards.datasets.table import read_table, table_hash
 
 folder = Path(sys.argv[4])
@@ -261,6 +261,17 @@ except ValueError as error:
     assert "damaged" in str(error)
 else:
     raise AssertionError("a damaged byte was not seen")
+
+foreign = folder / "foreign"
+foreign.mkdir()
+shard.rename(foreign / "a.tar")
+for use in (lambda: as_webdataset(train), lambda: index_set(foreign)):
+    try:
+        use()
+    except ValueError as error:
+        assert "pip install 'mmclip-shards[webdataset]'" in str(error), error
+    else:
+        raise AssertionError("webdataset was not missed")
 """
 
 USES = {

@@ -18,9 +18,11 @@ from mmclip_shards.schema import IMAGE_SUFFIXES, canonical_json, check_suffix, m
 from mmclip_shards.split import check_split_name
 from mmclip_shards.storage import Url
 from mmclip_shards.tarwalk import Entry, TarFault, TarWalk
+from mmclip_shards.webdataset_extra import webdataset_module
 
 DEFAULT_SPLIT = "train"
 
+_TARITERATORS = "webdataset.tariterators"
 _FOREIGN = "foreign-"  # the config_hash of such a set begins with this
 _METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset skips
 _HIDDEN = re.compile(r"(?:.*/)?\.[^/]*", re.DOTALL)
@@ -116,11 +118,9 @@ def foreign_member(name: str) -> tuple[str, str] | None:
     webdataset divides the name. Unsafe names and those that webdataset skips are None, and so are hidden files (such as
     `a/._k.jpg`, which macOS adds): webdataset would take their folder for the key.
     """
-    from webdataset.tariterators import base_plus_ext  # slow to import: it imports torch
-
     if _METADATA.match(name) or _HIDDEN.fullmatch(name) or name.startswith("/") or ".." in name.split("/"):
         return None
-    key, suffix = base_plus_ext(name)
+    key, suffix = webdataset_module(_TARITERATORS).base_plus_ext(name)
     # webdataset stores its own facts in a sample under names like `__key__`.
     return None if key is None or suffix.startswith("__") else (key, _our_suffix(suffix))
 
@@ -178,8 +178,6 @@ def _check_free(where: str) -> None:
 
 def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
     """Index one tar; None if it holds no sample with an image."""
-    from webdataset.tariterators import group_by_keys  # slow to import: it imports torch
-
     where = storage.join(url, path)
     try:
         walk = TarWalk(where)
@@ -188,7 +186,7 @@ def _index_tar(url: Url, path: str, left_out: Counter[str]) -> _Tar | None:
         suffixes: set[str] = set()
         labels: set[str] = set()
         samples = 0
-        for sample in group_by_keys(_files(walk, where, left_out)):
+        for sample in webdataset_module(_TARITERATORS).group_by_keys(_files(walk, where, left_out)):
             raw_key = sample["__key__"]
             key = make_key(raw_key)
             if key in seen:

@@ -12,6 +12,7 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.sidecars import check_sidecar
 from mmclip_shards.storage import Url
+from mmclip_shards.webdataset_extra import webdataset_module
 
 if TYPE_CHECKING:
     from webdataset import FluidWrapper
@@ -28,13 +29,12 @@ def as_webdataset(url: Url, sidecars: Sequence[Url] = ()) -> FluidWrapper:
     `split_by_worker`, so the counts of nodes may differ (`.with_epoch` evens them out).
 
     ValueError at once for no set or a stale or short sidecar, and while reading for a damaged byte; other errors as of
-    `ShardReader.read`. Needs the `webdataset` package.
+    `ShardReader.read`. Needs the extra `webdataset`; ValueError without it.
     """
-    from webdataset import FluidWrapper, SimpleShardList, split_by_node, split_by_worker
-
+    webdataset = webdataset_module("webdataset")
     samples = _CheckedSamples(*_open(url, sidecars))
-    shards: FluidWrapper = FluidWrapper(SimpleShardList(list(samples.numbers)))
-    return shards.compose(split_by_node, split_by_worker, samples)
+    shards: FluidWrapper = webdataset.FluidWrapper(webdataset.SimpleShardList(list(samples.numbers)))
+    return shards.compose(webdataset.split_by_node, webdataset.split_by_worker, samples)
 
 
 class _CheckedSamples:
