@@ -68,7 +68,7 @@ class Reading(Section):
 
 class Data(Section):
     sources: tuple[Source, ...] = ()
-    streams: int = Field(64, gt=0)  # virtual streams: ranks x workers must divide this, and this the global batch
+    streams: int = Field(64, gt=0)  # virtual streams; must divide the global batch. A multiple of ranks x workers reads least
     shuffle_block: int = Field(256, gt=0)  # samples of one stream that are permuted together, and read together
     workers: int = Field(0, ge=0)  # loader processes of each rank
     prefetch: int = Field(4, gt=0)  # batches that each worker prepares ahead
@@ -341,13 +341,9 @@ class Config(Section):
 
     def check_world(self, world: int) -> None:
         """Raise ValueError if this run cannot be spread over `world` ranks."""
-        batch, streams, readers = self.optim.global_batch, self.data.streams, world * max(1, self.data.workers)
-        if streams % readers:
-            near = _nearest_divisors(streams, readers)
-            raise ValueError(
-                f"data.streams={streams} does not divide over {world} ranks x {max(1, self.data.workers)} loader "
-                f"workers = {readers}; set data.streams to a multiple of it, or use {near} readers"
-            )
+        batch, streams = self.optim.global_batch, self.data.streams
+        if world > batch:
+            raise ValueError(f"optim.global_batch={batch} samples cannot be spread over {world} ranks: use at most {batch} ranks")
         if batch % streams:
             low = max(1, batch // streams) * streams
             raise ValueError(
@@ -355,11 +351,18 @@ class Config(Section):
                 f"the nearest ones are {low} and {low + streams}, or lower data.streams"
             )
 
-        micro = self.optim.micro_batch
-        if micro is not None and (batch // world) % micro:
+        micro, least = self.optim.micro_batch, batch // world
+        if micro is not None and batch % world == 0 and least % micro:
+            raise ValueError(f"optim.micro_batch={micro} does not divide a rank's share of the batch, {batch} / {world} = {least}")
+        if self.passes(world) > least:
             raise ValueError(
-                f"optim.micro_batch={micro} does not divide a rank's share of the batch, {batch} / {world} = {batch // world}"
+                f"optim.micro_batch={micro} needs {self.passes(world)} passes, but some of the {world} ranks have {least} samples "
+                "of a batch: raise optim.micro_batch"
             )
+
+    def passes(self, world: int) -> int:
+        """Passes that each of `world` ranks makes over its share of a batch: the largest share decides."""
+        return -(-(-(-self.optim.global_batch // world)) // self.optim.micro_batch) if self.optim.micro_batch else 1
 
     def check_sources(self) -> None:
         """Raise ValueError if training lacks a set or a sidecar that its losses need."""
@@ -405,11 +408,6 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
-
-
-def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
-    return " or ".join(str(d) for d in sorted(divisors[:2]))
 
 
 def recipe_names() -> list[str]:

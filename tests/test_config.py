@@ -93,17 +93,24 @@ def config(**changes: object) -> Config:
     return load_config("quickstart", [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
 
 
-def test_world_must_divide_streams_and_streams_the_batch() -> None:
-    config(data__streams=32, optim__global_batch=64).check_world(2)
-    with pytest.raises(ValueError, match=r"data\.streams=32 does not divide over 3 ranks .* use 2 or 4 readers"):
-        config(data__streams=32, optim__global_batch=64).check_world(3)
+def test_streams_must_divide_the_batch_and_any_number_of_ranks_up_to_it_will_do() -> None:
+    for world in (1, 2, 3, 31, 63, 64):
+        config(data__streams=32, data__workers=4, optim__global_batch=64).check_world(world)
+    with pytest.raises(ValueError, match=r"optim\.global_batch=64 samples cannot be spread over 65 ranks: use at most 64"):
+        config(data__streams=32, optim__global_batch=64).check_world(65)
     with pytest.raises(ValueError, match="nearest ones are 32 and 64"):
         config(data__streams=32, optim__global_batch=48).check_world(2)
-    with pytest.raises(ValueError, match="4 loader workers"):
-        config(data__streams=12, data__workers=4, optim__global_batch=12).check_world(2)
-    config(data__streams=32, optim__global_batch=64, optim__micro_batch=8).check_world(2)
+
+
+def test_every_rank_makes_the_same_number_of_passes() -> None:
+    """Under ZeRO-3 a rank that made one pass less would hang the others."""
+    cached = config(data__streams=32, optim__global_batch=64, optim__micro_batch=8)
+    cached.check_world(2)
+    assert cached.passes(2) == 4 and cached.passes(3) == 3 and config(optim__global_batch=64).passes(3) == 1
     with pytest.raises(ValueError, match=r"optim.micro_batch=12 does not divide a rank's share of the batch, 64 / 2 = 32"):
         config(data__streams=32, optim__global_batch=64, optim__micro_batch=12).check_world(2)
+    with pytest.raises(ValueError, match="needs 2 passes, but some of the 63 ranks have 1 samples"):
+        config(data__streams=32, optim__global_batch=64, optim__micro_batch=1).check_world(63)
 
 
 def test_sidecars_that_the_losses_need() -> None:

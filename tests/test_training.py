@@ -153,7 +153,7 @@ def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
     [
         (["optim.lr=0.2"], "another configuration (differs in optim.lr, which would change"),
         (["model.image.dept=3"], "did you mean model.image.depth"),
-        (["data.streams=3"], "does not divide over 2 ranks"),
+        (["data.streams=3"], "optim.global_batch=8 is no multiple of data.streams=3"),
         (["evaluation.sets=[TRAINED]"], "was trained on"),
         (["data.streams=512", "optim.global_batch=512"], "samples cannot fill data.streams=512"),
         (["data.sources=[{url: /nowhere, entities: /nowhere}]"], "/nowhere"),

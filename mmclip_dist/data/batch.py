@@ -34,24 +34,29 @@ Example = dict[str, Any]
 """One sample's entries of a Batch, without the batch dimension (`report_id` a number)."""
 
 
+_TOKENS = {"tokens": None, "token_mask": False, "masked_tokens": None, "target_tokens": -100, "evidence": False}
+"""Tensors with a column for each token, and what fills the columns behind a text's end; None: the tokenizer's padding."""
+
+
 def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
     """Stack examples; token rows are padded to the longest. `padding`: the tokenizer's padding id."""
 
     def stack(name: str) -> Tensor:
         return torch.stack([example[name] for example in examples])
 
-    def pad(name: str, fill: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([e[name] for e in examples], batch_first=True, padding_value=fill)
+    def pad(name: str) -> Tensor:
+        rows = [example[name] for example in examples]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_fill(name, padding))
 
     return Batch(
         step=step,
         keys=[example["key"] for example in examples],
         image=stack("image"),
-        tokens=pad("tokens", padding),
-        token_mask=pad("token_mask", False),
-        masked_tokens=pad("masked_tokens", padding),
-        target_tokens=pad("target_tokens", -100),
-        evidence=pad("evidence", False),
+        tokens=pad("tokens"),
+        token_mask=pad("token_mask"),
+        masked_tokens=pad("masked_tokens"),
+        target_tokens=pad("target_tokens"),
+        evidence=pad("evidence"),
         report_id=torch.tensor([example["report_id"] for example in examples]),
         labels=stack("labels"),
         attention=stack("attention"),
@@ -62,17 +67,52 @@ def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
     )
 
 
-def split_batch(batch: Batch, size: int) -> list[Batch]:
-    """The batch in parts of `size` samples, in order."""
-    count = len(batch["keys"])
-    if size >= count:
+def _fill(name: str, padding: int) -> int:
+    fill = _TOKENS[name]
+    return padding if fill is None else fill
+
+
+def join(parts: Sequence[Batch], padding: int, *, pin: bool = False) -> Batch:
+    """One batch from parts of a step, in order; token rows are padded to the longest. pin: into pinned memory."""
+    if len(parts) == 1 and not pin:
+        return parts[0]
+    joined: dict[str, Any] = {}
+    for name, first in parts[0].items():
+        values: list[Any] = [part[name] for part in parts]  # type: ignore[literal-required]
+        if isinstance(first, list):
+            joined[name] = [item for value in values for item in value]
+        elif isinstance(first, Tensor):
+            size = [sum(map(len, values)), *first.shape[1:]]
+            if name in _TOKENS:
+                size[1] = max(value.shape[1] for value in values)
+            whole = torch.empty(size, dtype=first.dtype, pin_memory=pin)
+            for value, rows in zip(values, whole.split([len(value) for value in values]), strict=True):
+                if name in _TOKENS:
+                    rows[:, value.shape[1] :] = _fill(name, padding)
+                    rows = rows[:, : value.shape[1]]
+                rows.copy_(value)
+            joined[name] = whole
+        else:
+            joined[name] = first
+    return Batch(**joined)  # type: ignore[typeddict-item]
+
+
+def even_share(rows: range, part: int, parts: int) -> range:
+    """Part number `part` of `parts` contiguous parts of some rows, whose lengths differ by at most one."""
+    return rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
+
+
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """The batch in so many parts, in order, whose sizes differ by at most one."""
+    if parts == 1:
         return [batch]
-    parts = []
-    for start in range(0, count, size):
-        here = slice(start, start + size)
+    rows, found = range(len(batch["keys"])), []
+    for number in range(parts):
+        share = even_share(rows, number, parts)
+        here = slice(share.start, share.stop)
         part = {name: value[here] if isinstance(value, list | Tensor) else value for name, value in batch.items()}
-        parts.append(Batch(**part))  # type: ignore[typeddict-item]
-    return parts
+        found.append(Batch(**part))  # type: ignore[typeddict-item]
+    return found
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

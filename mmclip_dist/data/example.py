@@ -47,6 +47,12 @@ class ExampleMaker:
     seed: int = 0
     needs_entities: bool = False
 
+    @property
+    def bytes_per_example(self) -> int:
+        """Bytes of the tensors of an example whose report is as long as allowed."""
+        pixels, patches = self.size**2, self.grid**2
+        return 4 * pixels + 8 * patches + 26 * self.max_tokens + 8 * len(self.diseases)
+
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
         """The example. ValueError if the image or the document cannot be decoded."""
         random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}".encode())))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Protocol, TypeVar
 
@@ -17,10 +18,11 @@ from mmclip_shards.storage import local_path
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmclip_dist.config import Data, Reading, Source
-from mmclip_dist.data.batch import Batch, Example, collate
+from mmclip_dist.data.batch import Batch, Example, collate, even_share, join
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.order import Order
+from mmclip_dist.data.parts import Part, in_thread
 from mmclip_dist.errors import exit_code
 
 T = TypeVar("T")
@@ -90,61 +92,61 @@ def as_it_is(item: T) -> T:
     return item
 
 
-class StreamShare(IterableDataset):
-    """Examples of one rank's streams, step by step. A loader worker takes a contiguous part of the rank's streams and
-    yields that part of every batch, so each stream is read by one process.
+class BatchRows(IterableDataset):
+    """Examples of some rows of every global batch, step by step. In a loader worker: its part of them, joined to one `Part`.
 
-    ahead: steps whose samples are fetched from object storage before they are due.
+    Row i of a global batch is position `step * per_stream + i % per_stream` of stream `i // per_stream`, so batches do not
+    depend on who reads which row. ahead: steps whose samples are fetched from object storage before they are due.
     """
 
     def __init__(
-        self, sets: Sequence[JoinedSet], order: Order, maker: Maker, streams: range, per_stream: int, start: int,
-        ahead: int,
+        self, sets: Sequence[JoinedSet], order: Order, maker: Maker, collate: Callable[[list[Example], int], Batch] | None,
+        *, rows: range, per_stream: int, start: int, ahead: int,
     ) -> None:  # fmt: skip
-        self.sets, self.order, self.maker = sets, order, maker
-        self.streams, self.per_stream, self.start, self.ahead = streams, per_stream, start, ahead
+        """collate(examples, step); None: workers send the examples as they are."""
+        self.sets, self.order, self.maker, self.collate = sets, order, maker, collate
+        self.rows, self.per_stream, self.start, self.ahead = rows, per_stream, start, ahead
         self.remote = any(local_path(reader.url) is None for joined in sets for reader in joined.readers)
 
-    def __iter__(self) -> Iterator[tuple[list[Example], Tally] | Exception]:
+    def __iter__(self) -> Iterator[tuple[list[Example] | Batch | Part, Tally] | Exception]:
         """In a worker process, an error that is not a bug becomes the last item. Raised there, it would reach the rank as the
         text of a traceback, without its type."""
-        if get_worker_info() is None:
-            yield from self._parts()
+        worker = get_worker_info()
+        if worker is None:
+            yield from self._steps(self.rows)
             return
         try:
-            yield from self._parts()
+            for made, tally in self._steps(even_share(self.rows, worker.id, worker.num_workers)):
+                yield (Part.of(made), tally) if isinstance(made, dict) else (made, tally)
         except Exception as error:
             if exit_code(error) is None:
                 raise
             yield error
 
-    def _parts(self) -> Iterator[tuple[list[Example], Tally]]:
-        worker = get_worker_info()
-        part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
-        width = len(self.streams) // parts
-        mine = self.streams[part * width : (part + 1) * width]
+    def _steps(self, rows: range) -> Iterator[tuple[list[Example] | Batch, Tally]]:
         if self.remote:
             for step in range(self.start, self.start + self.ahead):
-                self._prefetch(mine, step)
+                self._prefetch(rows, step)
         for step in count(self.start):
             if self.remote:
-                self._prefetch(mine, step + self.ahead)
-            examples = [self._example(stream, position) for stream, position in self._positions(mine, step)]
+                self._prefetch(rows, step + self.ahead)
+            examples = [self._example(stream, position) for stream, position in self._positions(rows, step)]
             tally = self.sets[0].chunks.take_tally()
             tally.samples = len(examples)
-            yield examples, tally
+            yield self.collate(examples, step) if self.collate else examples, tally
 
-    def _positions(self, streams: range, step: int) -> Iterator[tuple[int, int]]:
-        first = step * self.per_stream
-        return ((stream, position) for stream in streams for position in range(first, first + self.per_stream))
+    def _positions(self, rows: range, step: int) -> Iterator[tuple[int, int]]:
+        for row in rows:
+            stream, place = divmod(row, self.per_stream)
+            yield stream, step * self.per_stream + place
 
-    def _prefetch(self, streams: range, step: int) -> None:
-        rows = defaultdict(list)
-        for stream, position in self._positions(streams, step):
+    def _prefetch(self, rows: range, step: int) -> None:
+        wanted = defaultdict(list)
+        for stream, position in self._positions(rows, step):
             place = self.order.locate(stream, position)
-            rows[place.set, place.shard].append(place.row)
-        for (number, shard), wanted in rows.items():
-            self.sets[number].prefetch(shard, wanted)
+            wanted[place.set, place.shard].append(place.row)
+        for (number, shard), of_shard in wanted.items():
+            self.sets[number].prefetch(shard, of_shard)
 
     def _example(self, stream: int, position: int) -> Example:
         """The example at a position, or the next of its block that can be decoded, with the failures listed."""
@@ -180,6 +182,22 @@ def outlive_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LAST_BATCHES_S))
 
 
+def in_workers(rows: BatchRows, workers: int, prefetch: int) -> DataLoader:
+    """The items of `rows`, made by `workers` processes (0: by this one): consecutive items are the parts of one step, in order.
+
+    Processes are forked: nothing of the sets, which hold an entry for each shard, is pickled.
+    """
+    return DataLoader(
+        rows, batch_size=None, num_workers=workers, prefetch_factor=prefetch if workers else None,
+        multiprocessing_context="fork" if workers else None, collate_fn=as_it_is, worker_init_fn=outlive_sigterm,
+    )  # fmt: skip
+
+
+def with_reading(batch: Batch, reading: Tally) -> Batch:
+    batch["reading"] = reading
+    return batch
+
+
 def build_loader(
     sets: Sequence[JoinedSet],
     order: Order,
@@ -191,27 +209,32 @@ def build_loader(
     world: int,
     start: int,
 ) -> Iterator[Batch]:
-    """This rank's batches of steps start, start + 1, ... without end. Sizes were checked by `Config.check_world`."""
-    width = data.streams // world
-    share = StreamShare(
-        sets, order, maker, range(rank * width, (rank + 1) * width), global_batch // data.streams, start, data.prefetch
-    )
-    parts = max(1, data.workers)
-    loader = DataLoader(
-        share, batch_size=None, num_workers=data.workers, prefetch_factor=data.prefetch if data.workers else None,
-        pin_memory=False, collate_fn=as_it_is, worker_init_fn=outlive_sigterm,
+    """This rank's batches of steps start, start + 1, ... without end. Sizes were checked by `Config.check_world`.
+
+    With loader workers a thread joins their parts, in pinned memory if there is a card.
+    """
+    padding = maker.tokenizer.pad_token_id
+    mine = even_share(range(global_batch), rank, world)
+    rows = BatchRows(
+        sets, order, maker, partial(collate, padding=padding),
+        rows=mine, per_stream=global_batch // data.streams, start=start, ahead=data.prefetch,
     )  # fmt: skip
-    # DataLoader asks its workers in turn, so `parts` consecutive items are the parts of one step, in stream order.
-    items = raised(loader)
-    for step in count(start):
-        examples: list[Example] = []
-        reading = Tally()
-        for _ in range(parts):
-            some, tally = next(items)
-            examples += some
-            reading.add(tally)
-        batch = collate(examples, step, maker.tokenizer.pad_token_id)
-        if torch.cuda.is_available():
-            batch = Batch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()})  # type: ignore[typeddict-item]
-        batch["reading"] = reading
-        yield batch
+    workers = min(data.workers, len(mine))
+    pin = torch.cuda.is_available()
+    if not workers:
+        for batch, tally in raised(in_workers(rows, 0, data.prefetch)):
+            yield with_reading(join([batch], padding, pin=pin), tally)
+        return
+    items = raised(iter(in_workers(rows, workers, data.prefetch)))
+
+    def joined() -> Iterator[Batch]:
+        while True:
+            reading, parts = Tally(), []
+            for _ in range(workers):
+                part, tally = next(items)
+                parts.append(part.batch())
+                reading.add(tally)
+            yield with_reading(join(parts, padding, pin=pin), reading)
+
+    with in_thread(joined(), "joining batches") as batches:
+        yield from batches

@@ -24,7 +24,7 @@ def forward_backward(engine: Any, batch: Batch, weights: Loss, micro_batch: int 
 
     micro_batch: samples that are in memory at once; None: all.
     """
-    parts = split_batch(batch, micro_batch or len(batch["keys"]))
+    parts = split_batch(batch, -(-len(batch["keys"]) // micro_batch) if micro_batch else 1)
     if len(parts) == 1:
         losses: dict[str, Tensor] = engine(batch)
         engine.backward(poisoned(weighted_sum(losses, weights)))

@@ -9,12 +9,12 @@ from mmclip_dist.data.batch import Batch, split_batch, to_device
 from tests.batches import mixed_batch
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8, 100])
-def test_parts_put_together_are_the_batch(sets, tokenizer, size: int) -> None:
+@pytest.mark.parametrize(("count", "sizes"), [(1, [8]), (2, [4, 4]), (3, [2, 3, 3]), (5, [1, 2, 1, 2, 2]), (8, [1] * 8)])
+def test_parts_put_together_are_the_batch(sets, tokenizer, count: int, sizes: list[int]) -> None:
     batch = mixed_batch(sets, tokenizer)
     batch["replaced"] = [("bad", "reason")] * 8
-    parts = split_batch(batch, size)
-    assert [len(part["keys"]) for part in parts] == [min(size, 8 - start) for start in range(0, 8, size)]
+    parts = split_batch(batch, count)
+    assert [len(part["keys"]) for part in parts] == sizes
     for name, value in batch.items():
         values = [part[name] for part in parts]
         if isinstance(value, torch.Tensor):

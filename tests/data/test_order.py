@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from mmclip_shards.chunks import Tally
 
 from mmclip_dist.data import loader
-from mmclip_dist.data.loader import StreamShare
+from mmclip_dist.data.batch import even_share
+from mmclip_dist.data.loader import BatchRows
 from mmclip_dist.data.order import Order, mix, permutation
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=8)
@@ -56,11 +57,13 @@ def keys_of_batch(
     monkeypatch: pytest.MonkeyPatch, order: Order, step: int, per_stream: int, *, ranks: int, workers: int
 ) -> list[str]:
     """The keys of a global batch, as the workers of all ranks read their parts of it, put together again."""
-    width, keys = order.streams // ranks, []
+    keys, batch = [], range(order.streams * per_stream)
     sets = [NumberedSet(number) for number in range(len(order.sets))]
     for rank in range(ranks):
-        streams = range(rank * width, (rank + 1) * width)
-        share = StreamShare(sets, order, lambda key, *_: {"key": key}, streams, per_stream, step, ahead=1)
+        rows = even_share(batch, rank, ranks)
+        share = BatchRows(
+            sets, order, lambda key, *_: {"key": key}, None, rows=rows, per_stream=per_stream, start=step, ahead=1
+        )  # fmt: skip
         for worker in range(workers):
             monkeypatch.setattr(loader, "get_worker_info", lambda at=worker: SimpleNamespace(id=at, num_workers=workers))
             examples, tally = next(iter(share))
@@ -69,12 +72,12 @@ def keys_of_batch(
     return keys
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 3), (2, 1), (2, 4), (4, 2), (8, 3)])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 3), (2, 1), (2, 4), (4, 2), (8, 3), (5, 1), (7, 2), (48, 1)])
 @pytest.mark.parametrize(("counts", "weights"), [([[200, 150]], [1]), ([[80, 120], [90]], [2, 1])])
 def test_batches_do_not_depend_on_ranks_and_workers(
     monkeypatch: pytest.MonkeyPatch, counts: list[list[int]], weights: list[float], ranks: int, workers: int
 ) -> None:
-    """The real shares of real streams: 24 streams, which 1, 2, 4 and 8 ranks of these workers divide."""
+    """The real shares of real streams: 48 rows of 24 streams, over ranks and workers that do or do not divide them."""
     for step in (0, 1, 40):  # 40: some epochs on
         alone = keys_of_batch(monkeypatch, order_of(counts, weights, 24), step, 2, ranks=1, workers=1)
         found = keys_of_batch(monkeypatch, order_of(counts, weights, 24), step, 2, ranks=ranks, workers=workers)

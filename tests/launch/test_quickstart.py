@@ -37,8 +37,8 @@ def test_sets_that_cannot_work_are_refused(sets, tmp_path: Path, given: dict, me
         check(job(sets, tmp_path, **given))
 
 
-def test_ranks_that_do_not_divide_the_streams_are_refused(sets, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not divide over 2 ranks"):
+def test_streams_that_do_not_divide_the_batch_are_refused(sets, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no multiple of data.streams=3"):
         check(Job(tmp_path, (sets.paired,), (), (sets.test,), (*TINY, "data.streams=3")))
 
 
