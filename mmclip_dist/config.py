@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
@@ -353,16 +354,19 @@ class Config(Section):
 
         micro, least = self.optim.micro_batch, batch // world
         if micro is not None and batch % world == 0 and least % micro:
-            raise ValueError(f"optim.micro_batch={micro} does not divide a rank's share of the batch, {batch} / {world} = {least}")
+            raise ValueError(
+                f"optim.micro_batch={micro} does not divide a rank's share of the batch, {batch} / {world} = {least}"
+            )
         if self.passes(world) > least:
             raise ValueError(
-                f"optim.micro_batch={micro} needs {self.passes(world)} passes, but some of the {world} ranks have {least} samples "
-                "of a batch: raise optim.micro_batch"
+                f"optim.micro_batch={micro} needs {self.passes(world)} passes, but some of the {world} ranks have {least} "
+                "samples of a batch: raise optim.micro_batch"
             )
 
     def passes(self, world: int) -> int:
         """Passes that each of `world` ranks makes over its share of a batch: the largest share decides."""
-        return -(-(-(-self.optim.global_batch // world)) // self.optim.micro_batch) if self.optim.micro_batch else 1
+        most = math.ceil(self.optim.global_batch / world)
+        return math.ceil(most / (self.optim.micro_batch or most))
 
     def check_sources(self) -> None:
         """Raise ValueError if training lacks a set or a sidecar that its losses need."""

@@ -101,13 +101,16 @@ def write_images(url: str, count: int) -> None:
         url, kind="base", dataset="bench", split="train", config_hash="bench", samples_per_shard=500
     ) as writer:
         for number in range(count):
-            coarse = Image.fromarray(random.integers(0, 255, (24, 24), dtype=np.uint8)).resize(
-                (512, 512), Image.Resampling.BICUBIC
-            )
-            pixels = np.clip(np.asarray(coarse, np.float32) + random.normal(0, 4, (512, 512)), 0, 255).astype(np.uint8)
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-            writer.add(f"k{number:07d}", {"jpg": buffer.getvalue(), "json": b'{"report": null, "labels": {}}'})
+            writer.add(f"k{number:07d}", {"jpg": jpeg(random), "json": b'{"report": null, "labels": {}}'})
+
+
+def jpeg(random: np.random.Generator) -> bytes:
+    """A smooth grey image of 512 pixels with noise."""
+    coarse = Image.fromarray(random.integers(0, 255, (24, 24), dtype=np.uint8)).resize((512, 512), Image.Resampling.BICUBIC)
+    pixels = np.clip(np.asarray(coarse, np.float32) + random.normal(0, 4, (512, 512)), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def shards(url: str) -> list[str]:

@@ -114,7 +114,7 @@ def _facts(split: SplitStats) -> dict[str, str]:
 def bench_loader(
     urls: Annotated[list[str], typer.Argument(help="Packed sets, SET/SPLIT.")],
     size: Annotated[
-        int | None, typer.Option(min=1, help="Decode to this many pixels; by default nothing is decoded.")
+        int | None, typer.Option(min=1, help="Make full examples of this many pixels; by default only read.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Loader workers (processes).")] = 0,
     streams: Annotated[int, typer.Option(min=1, help="Streams of this rank.")] = 32,
@@ -124,13 +124,16 @@ def bench_loader(
     """How fast sets are read in training order, every byte checked: samples/s, MB/s, waiting for the store."""
     from mmclip_shards.manifest import find_split
 
-    from mmclip_dist.bench.loader import measure
+    from mmclip_dist.bench.loader import measure, with_sidecars
     from mmclip_dist.config import Data, Reading, Source
 
     sources = [Source(url=find_split(url, "train")) for url in urls]
+    if size:
+        sources = [with_sidecars(source) for source in sources]
     data = Data(streams=streams, workers=workers, reading=Reading(cache=cache))
     rate = measure(sources, data, seconds=seconds, size=size, batch=8 * streams)
     print(
         f"{rate.samples_per_s:,.0f} samples/s, {rate.mb_per_s:,.1f} MB/s, {rate.wait:.0%} of the time waiting for the store "
-        f"({rate.read.requests} requests, {rate.read.retries} retries, {rate.read.cache_hits} cache hits)"
+        f"({rate.read.requests} requests, {rate.read.retries} retries, {rate.read.cache_hits} cache hits), "
+        f"{rate.main_ms:.2f} ms of the main thread a sample"
     )

@@ -88,9 +88,9 @@ def join(parts: Sequence[Batch], padding: int, *, pin: bool = False) -> Batch:
             whole = torch.empty(size, dtype=first.dtype, pin_memory=pin)
             for value, rows in zip(values, whole.split([len(value) for value in values]), strict=True):
                 if name in _TOKENS:
-                    rows[:, value.shape[1] :] = _fill(name, padding)
-                    rows = rows[:, : value.shape[1]]
-                rows.copy_(value)
+                    rows[:, : value.shape[1]], rows[:, value.shape[1] :] = value, _fill(name, padding)
+                else:
+                    rows.copy_(value)
             joined[name] = whole
         else:
             joined[name] = first

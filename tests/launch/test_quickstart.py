@@ -38,7 +38,7 @@ def test_sets_that_cannot_work_are_refused(sets, tmp_path: Path, given: dict, me
 
 
 def test_streams_that_do_not_divide_the_batch_are_refused(sets, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no multiple of data.streams=3"):
+    with pytest.raises(ValueError, match=r"no multiple of data\.streams=3"):
         check(Job(tmp_path, (sets.paired,), (), (sets.test,), (*TINY, "data.streams=3")))
 
 
