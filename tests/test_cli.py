@@ -133,7 +133,7 @@ def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureF
         (["quickstart", "--paired", "/nowhere", "--eval", "/nowhere", "--out", "/tmp/never"], "/nowhere"),
         (["quickstart", "--eval", "/nowhere", "--out", "/tmp/never"], "at least one --paired"),
         (["quickstart", "--out", "/tmp/never", "optim.stepz=1"], "did you mean optim.steps"),
-        (["quickstart", "--out", "/tmp/never", "data.streams=31"], "does not divide"),
+        (["quickstart", "--out", "/tmp/never", "data.streams=31"], "no multiple of data.streams=31"),
         (["verify", "/nowhere"], "no manifest.json in /nowhere"),
         (["verify", "nostore://x"], "nostore"),
         (["stats", "/nowhere"], "no manifest.json in /nowhere"),
