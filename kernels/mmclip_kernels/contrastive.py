@@ -19,7 +19,7 @@ partial gradients of the texts are summed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mmclip_kernels.implementation import Impl, implementation
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, finite
-from mmclip_kernels.ranks import Group, Shards, all_reduce, gather_rows
+from mmclip_kernels.ranks import Group, Shards, all_reduce, gather_rows, rank_sizes
 
 
 def contrastive_loss(
@@ -47,6 +47,7 @@ def contrastive_loss(
     directions: bool = False,
     impl: Impl = "torch",
     group: Group = None,
+    sizes: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Symmetric multi-positive InfoNCE, or SigLIP, of image [N, E] and text [M, E] (L2-normalised by the caller) -> [].
 
@@ -62,9 +63,11 @@ def contrastive_loss(
       global (None: the diagonal of each rank), and the columns of `exclude` are the texts of all ranks in rank order. Every
       rank returns the global loss. Gradients are scaled for engines that *average* parameter gradients over the ranks: the
       average is exactly the gradient of the global loss, also for the scale.
+    sizes: (N of each rank, M of each rank), where the caller knows them. None: gathered, and the host waits for the device once.
 
     -> float32 (float64 for float64 features). Without any positive pair the loss and all gradients are 0. NaN or infinite
-    features give NaN. ValueError for arguments that do not fit and for a scale or bias that is not finite.
+    features give NaN, and so does a scale or bias that is not finite (on a CPU, where reading it costs nothing, ValueError).
+    ValueError for arguments that do not fit. Weights are passed on all ranks or on none.
     """
     diagonal = image_ids is None and text_ids is None
     _check(image, text, scale, bias, image_ids, text_ids, mode, impl)
@@ -74,15 +77,17 @@ def contrastive_loss(
         image_ids = text_ids = torch.arange(len(image), device=image.device) + (rank << 40)
     assert image_ids is not None and text_ids is not None
     _check_weights(row_weight, col_weight, image_ids, text_ids)
+    row_sizes, column_sizes = sizes or rank_sizes([len(image), len(text)], group, image.device)
     if exclude is not None:
-        columns = sum(gather_rows(text_ids, group)[1])
-        exclude = _broadcast(exclude, len(image), columns)
+        exclude = _broadcast(exclude, len(image), sum(column_sizes))
     if directions and mode == "sigmoid":
         raise ValueError("the sigmoid loss has no directions: leave directions=False")
     if bias is None:
         bias = torch.zeros_like(scale)
     arguments = (image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, impl)
-    losses: Tensor = contrastive_op(*arguments)[0] if group is None else _OverRanks.apply(*arguments, group)
+    losses: Tensor = contrastive_op(*arguments)[0] if group is None else _OverRanks.apply(
+        *arguments, group, row_sizes, column_sizes
+    )  # fmt: skip
     return losses if directions else losses.mean()
 
 
@@ -149,24 +154,25 @@ def _broadcast(exclude: Tensor, rows: int, columns: int) -> Tensor:
 def _forward(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
-    group: Group,
+    group: Group, row_sizes: Sequence[int], column_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> losses [2] of rows and columns; log-sum-exps [2, N] of this rank's rows and [2, M] of all ranks' columns."""
     kernels = implementation("contrastive", impl, image.device)
     for name, value in (("scale", scale), ("bias", bias)):
-        if not _capturing(value) and not math.isfinite(float(value)):
+        if value.device.type == "cpu" and not math.isfinite(float(value)):  # on a card this would wait for it
             raise ValueError(f"{name} must be finite, found {float(value)}")
     if not diagonal:
         image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
     pairs, shards = _relate(
-        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group
-    )
+        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group, row_sizes,
+        column_sizes,
+    )  # fmt: skip
     precise = pairs.factor.dtype
     everything = len(pairs.column_ids)
     columns = LogSums.empty(everything + 1, precise, image.device)  # the last place is for padding
     rows = LogSums.empty(len(image), precise, image.device)
     # float64, because the loss is a small difference of two large means: of the log-sum-exps and of the positives' logits.
-    total = _poison(image, text, torch.float64).repeat(2)
+    total = (_poison(image, text, torch.float64) + 0 * (pairs.factor + pairs.bias)).repeat(2)
     for texts, place in zip(shards.gather(text), shards.columns, strict=True):
         part = kernels.sweep(image, texts, _columns(pairs, place), mode)
         total += part.total
@@ -190,7 +196,7 @@ def _backward(
     upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
-    group: Group,
+    group: Group, row_sizes: Sequence[int], column_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """upstream [2] -> gradients of image, text, scale and bias. Computes the logits again: only log-sum-exps were saved."""
     kernels = implementation("contrastive", impl, image.device)
@@ -198,8 +204,9 @@ def _backward(
     if not diagonal:
         image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
     pairs, shards = _relate(
-        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group
-    )
+        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group, row_sizes,
+        column_sizes,
+    )  # fmt: skip
     world = dist.get_world_size(group) if group is not None else 1
     precise = pairs.factor.dtype
     rows, columns = world * (upstream.to(precise) + 0 * losses)  # a loss of NaN makes all gradients NaN
@@ -241,29 +248,30 @@ def _backward(
 def _relate(
     image: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, group: Group,
+    row_sizes: Sequence[int], column_sizes: Sequence[int],
 ) -> tuple[Pairs, Shards]:  # fmt: skip
     """-> the pairs of this rank's rows and all ranks' columns, and how the columns are spread over the ranks."""
     precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64: gradcheck needs it
-    column_ids, sizes = gather_rows(text_ids, group)
+    column_ids = gather_rows(text_ids, group, column_sizes)
     weight = torch.ones(len(image_ids), dtype=precise, device=image.device) if row_weight is None else row_weight
-    column_weight = torch.ones_like(text_ids, dtype=precise) if col_weight is None else col_weight.to(precise)
-    if group is not None:
-        column_weight = gather_rows(column_weight, group)[0]
+    column_weight = torch.ones_like(column_ids, dtype=precise)
+    if col_weight is not None:
+        column_weight = gather_rows(col_weight.to(precise), group, column_sizes)
     if mode == "sigmoid":
         row_use, column_mean = weight.to(precise) * (image_ids >= 0), column_weight
         counts = row_use, column_mean
     else:
-        counts = _positives(image_ids, column_ids, exclude, diagonal, precise, group)
+        counts = _positives(image_ids, column_ids, exclude, diagonal, precise, group, row_sizes)
         row_use = weight.to(precise) * (counts[0] > 0)
         column_mean = _share(column_weight * (counts[1] > 0), None)
     row_mean = _share(row_use, group)
     pairs = Pairs(
-        row_ids=image_ids, column_ids=column_ids, some_out=not diagonal or max(sizes) > min(sizes), exclude=exclude,
+        row_ids=image_ids, column_ids=column_ids, some_out=not diagonal or max(column_sizes) > min(column_sizes), exclude=exclude,
         factor=scale.detach().reshape(()).to(precise), bias=bias.detach().reshape(()).to(precise),
         row_mean=row_mean, column_mean=column_mean,
         row_share=row_mean / counts[0].clamp(min=1), column_share=column_mean / counts[1].clamp(min=1),
     )  # fmt: skip
-    return pairs, Shards(sizes, group, image.device)
+    return pairs, Shards(column_sizes, group, image.device)
 
 
 def _share(weight: Tensor, group: Group) -> Tensor:
@@ -273,7 +281,8 @@ def _share(weight: Tensor, group: Group) -> Tensor:
 
 
 def _positives(
-    row_ids: Tensor, column_ids: Tensor, exclude: Tensor | None, diagonal: bool, precise: torch.dtype, group: Group
+    row_ids: Tensor, column_ids: Tensor, exclude: Tensor | None, diagonal: bool, precise: torch.dtype, group: Group,
+    row_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """-> how many positives each of this rank's rows has among all columns, and each column among all rows."""
     if exclude is not None:
@@ -288,7 +297,7 @@ def _positives(
         return of_rows, all_reduce(of_columns, group)
     if diagonal:
         return torch.ones_like(row_ids, dtype=precise), torch.ones_like(column_ids, dtype=precise)
-    all_row_ids = gather_rows(row_ids, group)[0]
+    all_row_ids = gather_rows(row_ids, group, row_sizes)
     return _occurrences(row_ids, column_ids).to(precise), _occurrences(column_ids, all_row_ids).to(precise)
 
 
@@ -346,11 +355,6 @@ def _dot(weight: Tensor, sums: Tensor) -> Tensor:
     return torch.where(weight > 0, weight.double() * sums.double().sum(0), 0).sum()
 
 
-def _capturing(value: Tensor) -> bool:
-    """Whether a CUDA graph is being captured: no value can be read then, and a scale that is not finite gives NaN."""
-    return value.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 # -- Autograd: a custom operator for one process, an autograd function around the collectives for several --------------------
 
 
@@ -361,7 +365,7 @@ def contrastive_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _forward(
         image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal,
-        cast(Mode, mode), cast(Impl, impl), None,
+        cast(Mode, mode), cast(Impl, impl), None, [len(image)], [len(text)],
     )  # fmt: skip
 
 
@@ -379,7 +383,7 @@ def contrastive_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _backward(
         upstream, losses, row_lse, column_lse, image, text, scale, bias, image_ids, text_ids,
-        row_weight, col_weight, exclude, diagonal, cast(Mode, mode), cast(Impl, impl), None,
+        row_weight, col_weight, exclude, diagonal, cast(Mode, mode), cast(Impl, impl), None, [len(image)], [len(text)],
     )  # fmt: skip
 
 
@@ -415,4 +419,4 @@ class _OverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = _backward(upstream[0], *(*ctx.saved_tensors, *ctx.options))
-        return *gradients, *[None] * 9
+        return *gradients, *[None] * 11

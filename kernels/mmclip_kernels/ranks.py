@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,23 +23,46 @@ def all_reduce(value: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.R
     return value
 
 
-def gather_rows(rows: Tensor, group: Group) -> tuple[Tensor, list[int]]:
-    """-> the rows [n, ...] of all ranks in rank order, and each rank's n, which may differ between ranks. No gradient."""
+def rank_sizes(counts: Sequence[int], group: Group, device: torch.device) -> list[list[int]]:
+    """Each of these counts of every rank, in rank order: [[n of rank 0, ...], ...]. The host waits for the device once."""
+    if group is None:
+        return [[count] for count in counts]
+    own = torch.tensor(counts, device=device)
+    every = own.new_empty(dist.get_world_size(group) * len(own))
+    dist.all_gather_into_tensor(every, own, group)
+    found: list[list[int]] = every.view(-1, len(own)).T.tolist()
+    return found
+
+
+def gather_rows(rows: Tensor, group: Group, sizes: Sequence[int] | None = None) -> Tensor:
+    """The rows [n, ...] of all ranks in rank order; n may differ between ranks. No gradient.
+
+    sizes: n of each rank. None: gathered first, and the host waits for the device.
+    """
     rows = rows.detach()
     if group is None:
-        return rows, [len(rows)]
-    world = dist.get_world_size(group)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device), group)
-    counts = [int(size) for size in sizes]
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded, group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]), counts
+        return rows
+    if sizes is None:
+        (sizes,) = rank_sizes([len(rows)], group, rows.device)
+    longest = max(sizes)
+    whole = rows.new_empty((len(sizes) * longest, *rows.shape[1:]))
+    if longest:
+        dist.all_gather_into_tensor(whole, _padded(rows, longest), group)
+    if min(sizes) == longest:
+        return whole
+    first, length = torch.arange(len(sizes)) * longest, torch.tensor(sizes)
+    start = first - (length.cumsum(0) - length)
+    places = start.repeat_interleave(length) + torch.arange(sum(sizes))
+    return whole[places.to(rows.device, non_blocking=True)]
 
 
-def own_rows(rows: Tensor, sizes: list[int], group: Group) -> Tensor:
+def _padded(rows: Tensor, length: int) -> Tensor:
+    if len(rows) == length:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros((length - len(rows), *rows.shape[1:]))])
+
+
+def own_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     """This rank's part of rows that `gather_rows` gathered."""
     rank = dist.get_rank(group) if group is not None else 0
     return rows[sum(sizes[:rank]) : sum(sizes[: rank + 1])]
@@ -53,7 +75,7 @@ class Shards:
     the place `sum(sizes)`, one past the last. Without a group there is one piece: all rows in their order.
     """
 
-    def __init__(self, sizes: list[int], group: Group, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[int], group: Group, device: torch.device) -> None:
         self.sizes, self.group = sizes, group
         self.columns: list[Tensor | slice] = [slice(0, sizes[0])]
         if group is None:
@@ -61,12 +83,13 @@ class Shards:
         longest = max(sizes)
         pieces = min(max(longest // PIECE_ROWS, 1), 4)
         self._length = -(-longest // pieces)
-        starts = [0, *accumulate(sizes)]
+        length = torch.tensor(sizes)
+        # Of all ranks at once: the work of the host must not grow with their number.
+        size, start = torch.stack([length, length.cumsum(0) - length])[..., None].to(device, non_blocking=True)
         self.columns = []
         for first in range(0, max(longest, 1), max(self._length, 1)):
             row = torch.arange(first, first + self._length, device=device)
-            own = [torch.where(row < size, row + start, sum(sizes)) for size, start in zip(sizes, starts, strict=False)]
-            self.columns.append(torch.cat(own))
+            self.columns.append(torch.where(row < size, row + start, sum(sizes)).flatten())
 
     def gather(self, rows: Tensor) -> Iterator[Tensor]:
         """rows [n, E] of this rank -> the pieces, each [W x length, E]. Later pieces are sent while one is used."""
@@ -96,24 +119,26 @@ class Shards:
 
     def _cut(self, rows: Tensor) -> Iterator[Tensor]:
         for index in range(len(self.columns)):
-            piece = rows[index * self._length : (index + 1) * self._length]
-            padding = piece.new_zeros((self._length - len(piece), *rows.shape[1:]))
-            yield torch.cat([piece, padding])
+            yield _padded(rows[index * self._length : (index + 1) * self._length], self._length)
 
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
-        gathered, ctx.sizes = gather_rows(rows, group)
-        ctx.group = group
-        return gathered
+    def forward(ctx: Any, rows: Tensor, group: Group, sizes: Sequence[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        return gather_rows(rows, group, sizes)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return own_rows(all_reduce(upstream[0], ctx.group), ctx.sizes, ctx.group), None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        return own_rows(all_reduce(upstream[0], ctx.group), ctx.sizes, ctx.group), None, None
 
 
-def gather_with_gradient(rows: Tensor, group: Group) -> Tensor:
-    """The rows [n, ...] of all ranks in rank order. The backward pass sums the ranks' gradients of each row."""
-    gathered: Tensor = _GatherWithGradient.apply(rows, group)
+def gather_with_gradient(rows: Tensor, group: Group, sizes: Sequence[int] | None = None) -> Tensor:
+    """The rows [n, ...] of all ranks in rank order. The backward pass sums the ranks' gradients of each row.
+
+    sizes: as in `gather_rows`.
+    """
+    if sizes is None:
+        (sizes,) = rank_sizes([len(rows)], group, rows.device)
+    gathered: Tensor = _GatherWithGradient.apply(rows, group, sizes)
     return gathered
