@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = """
 import collections, json, warnings
 warnings.filterwarnings("ignore")
