@@ -22,12 +22,12 @@ from mmclip_kernels import check_impl
 from mmclip_dist import errors
 from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.config import Config, load_config
-from mmclip_dist.data.batch import to_device
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.data.training import TrainingData, open_training_data
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, first_rank_does, place
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
+from mmclip_dist.engine.feed import Feed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.model.build import build_model
@@ -66,8 +66,8 @@ def train(config: Config, stop: StopRequest) -> bool:
         engine = build_engine(model.to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)
-        batches = data.batches(rank, world, step)
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
+        batches = guard.counted(Feed(data.batches(rank, world, step), model.text.width, config.passes(world), device))
         log = held.enter_context(open_log(config, step, device))
         if first:
             announce(config, device, data, step)
@@ -76,7 +76,7 @@ def train(config: Config, stop: StopRequest) -> bool:
             watchdog.beat("waiting for data", step + 1)
             batch = log.wait_for(batches)
             rate = set_learning_rate(engine, step, config.optim)
-            losses = forward_backward(engine, to_device(batch, device), config.loss, config.optim.micro_batch)
+            losses = forward_backward(engine, batch, config.loss)
             engine.step()  # skipped on every rank if any gradient is not finite
             step += 1
             loss = weighted_sum(losses, config.loss)
@@ -93,6 +93,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
                     score = scores.get("macro") if scores else None
                     checkpoints.save(Meta(step, world, config.zero_stage, data.diseases, data.trained_on, score))
+        guard.finish()
         checkpoints.finish()
         if step < config.optim.last_step:
             first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")

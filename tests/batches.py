@@ -11,6 +11,7 @@ from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
 from mmclip_dist.model.build import build_model
+from mmclip_dist.model.inputs import PlannedBatch, planned
 from mmclip_dist.model.mmclip import MMCLIP
 
 DISEASES = ("Atelectasis", "Cardiomegaly", "Consolidation", "Nodule", "Pleural Effusion", "Pneumothorax")
@@ -37,3 +38,8 @@ def mixed_batch(sets: Any, tokenizer: PreTrainedTokenizerBase) -> Batch:
 
 def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> MMCLIP:
     return build_model(config, tokenizer, DISEASES)
+
+
+def in_passes(batch: Batch, model: MMCLIP, micro_batch: int | None) -> PlannedBatch:
+    """The batch with a plan for passes over so many samples each."""
+    return planned(batch, model.text.width, -(-len(batch["keys"]) // micro_batch) if micro_batch else 1)

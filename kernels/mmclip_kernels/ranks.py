@@ -11,6 +11,10 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
+# Since torch 2.13 these have new names, and the old ones warn.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Texts are sent in up to 4 pieces of at least this many rows of each rank. One piece is computed while the next is sent.
 PIECE_ROWS = 512
 
@@ -29,7 +33,7 @@ def rank_sizes(counts: Sequence[int], group: Group, device: torch.device) -> lis
         return [[count] for count in counts]
     own = torch.tensor(counts, device=device)
     every = own.new_empty(dist.get_world_size(group) * len(own))
-    dist.all_gather_into_tensor(every, own, group)
+    all_gather_single(every, own, group)
     found: list[list[int]] = every.view(-1, len(own)).T.tolist()
     return found
 
@@ -47,7 +51,7 @@ def gather_rows(rows: Tensor, group: Group, sizes: Sequence[int] | None = None) 
     longest = max(sizes)
     whole = rows.new_empty((len(sizes) * longest, *rows.shape[1:]))
     if longest:
-        dist.all_gather_into_tensor(whole, _padded(rows, longest), group)
+        all_gather_single(whole, _padded(rows, longest), group)
     if min(sizes) == longest:
         return whole
     first, length = torch.arange(len(sizes)) * longest, torch.tensor(sizes)
@@ -99,7 +103,7 @@ class Shards:
         under_way = []
         for piece in self._cut(rows):
             whole = piece.new_empty((len(self.sizes) * len(piece), *piece.shape[1:]))
-            under_way.append((dist.all_gather_into_tensor(whole, piece, self.group, async_op=True), whole))
+            under_way.append((all_gather_single(whole, piece, self.group, async_op=True), whole))
         for work, whole in under_way:
             work.wait()
             yield whole
@@ -112,7 +116,7 @@ class Shards:
         under_way = []
         for piece in pieces:
             own = piece.new_empty((len(piece) // len(self.sizes), *piece.shape[1:]))
-            under_way.append((dist.reduce_scatter_tensor(own, piece, group=self.group, async_op=True), piece, own))
+            under_way.append((reduce_scatter_single(own, piece, group=self.group, async_op=True), piece, own))
         for work, *_ in under_way:
             work.wait()
         return torch.cat([own for *_, own in under_way])[: self.sizes[dist.get_rank(self.group)]]

@@ -9,7 +9,7 @@ import socket
 import statistics
 import tempfile
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from mmclip_dist.bench.variants import SHAPES, AdamW, Sample, build, loss_of, make_sample, seconds
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch, to_device
+from mmclip_dist.engine.feed import Feed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import ProgressLog
@@ -42,10 +43,10 @@ def measure(name: str, batch: int, rounds: int, device: torch.device) -> dict[st
     samples = [make_sample(bare, SHAPES[name], batch, 0.0, seed, torch.device("cpu")) for seed in range(SAMPLES)]
     bare_times: list[list[float]] = []
     with tempfile.TemporaryDirectory() as folder:
-        loop = _Loop(engine, config, Path(folder), device)
+        loop = _Loop(engine, config, Path(folder), device, cycle(sample.batch for sample in samples))
         for turn in range(rounds + 1):
             sample = samples[turn % SAMPLES]
-            loop.step(iter([sample.batch]))
+            loop.step()
             bare_times.append(_bare_step(bare, optimizer, sample, config, device))
     torch.distributed.destroy_process_group()
     return _row(name, batch, loop.times[1:], bare_times[1:])  # the first round warms up
@@ -90,23 +91,24 @@ def _bare_step(model: Any, optimizer: AdamW, sample: Sample, config: Config, dev
 class _Loop:
     """The loop's body of `train.py`, with a clock between its parts."""
 
-    def __init__(self, engine: Any, config: Config, folder: Path, device: torch.device) -> None:
+    def __init__(self, engine: Any, config: Config, folder: Path, device: torch.device, batches: Iterator[Batch]) -> None:
         self.engine, self.config, self.device = engine, config, device
         self.guard = Guard(folder, StopRequest(folder), config.health, config.data.max_bad_fraction, device)
         self.log = ProgressLog(config.model_copy(update={"run_dir": str(folder)}), None, 0, device)
+        self.batches = self.guard.counted(Feed(batches, engine.module.text.width, 1, device))
         self.times: list[list[float]] = []
 
-    def step(self, batches: Iterator[Batch]) -> None:
+    def step(self) -> None:
         from mmclip_dist.engine import watchdog
         from mmclip_dist.engine.deepspeed_engine import set_learning_rate
 
         engine, config, device, step = self.engine, self.config, self.device, len(self.times)
         marks = [seconds(device)]
         watchdog.beat("waiting for data", step + 1)
-        batch = self.log.wait_for(batches)
+        batch = self.log.wait_for(self.batches)
         marks.append(seconds(device))
         rate = set_learning_rate(engine, step, config.optim)
-        losses = forward_backward(engine, to_device(batch, device), config.loss, config.optim.micro_batch)
+        losses = forward_backward(engine, batch, config.loss)
         marks.append(seconds(device))
         engine.step()
         marks.append(seconds(device))

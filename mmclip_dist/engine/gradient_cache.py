@@ -13,22 +13,25 @@ import torch
 from torch import Tensor
 
 from mmclip_dist.config import Loss
-from mmclip_dist.data.batch import Batch, split_batch
 from mmclip_dist.engine.finite import poisoned
 from mmclip_dist.engine.random_state import random_state, set_random_state
-from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part, sum_over_ranks
+from mmclip_dist.model.inputs import PlannedBatch, parts_of
+from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part
 
 
-def forward_backward(engine: Any, batch: Batch, weights: Loss, micro_batch: int | None) -> dict[str, Tensor]:
+def forward_backward(engine: Any, batch: PlannedBatch, weights: Loss) -> dict[str, Tensor]:
     """Losses of this rank's batch, and their gradients in the engine, ready for `engine.step()`. A collective call.
 
-    micro_batch: samples that are in memory at once; None: all.
+    The batch's plan says in how many passes it is computed.
     """
-    parts = split_batch(batch, -(-len(batch["keys"]) // micro_batch) if micro_batch else 1)
+    parts = parts_of(batch)
     if len(parts) == 1:
         losses: dict[str, Tensor] = engine(batch)
         engine.backward(poisoned(weighted_sum(losses, weights)))
         return losses
+    batch = engine.module.prepared(batch)
+    for part in parts:
+        part["counts"] = batch["counts"]
     states, embedded = [], []
     if weights.contrastive:
         for part in parts:
@@ -36,14 +39,13 @@ def forward_backward(engine: Any, batch: Batch, weights: Loss, micro_batch: int 
             with torch.no_grad():
                 embedded.append(engine(part, embed_only=True))
     contrastive, gradients = _contrast(engine.module, embedded, batch) if embedded else (None, [None] * len(parts))
-    hidden = sum_over_ranks((batch["target_tokens"] >= 0).sum())
 
     shares: list[dict[str, Tensor]] = []
     for index, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
         engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
         if states:
             set_random_state(states[index])  # the gradient belongs to the embeddings of the first pass
-        losses = engine(part, Part(len(parts), hidden, gradient))
+        losses = engine(part, Part(len(parts), gradient))
         engine.backward(poisoned(weighted_sum(losses, weights)), scale_wrt_gas=False)
         shares.append({name: value.detach() for name, value in losses.items()})
     totals = {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
@@ -54,7 +56,7 @@ def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:
     return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
 
 
-def _contrast(model: MMCLIP, embedded: list[Embedded], batch: Batch) -> tuple[Tensor, list[Embedded]]:
+def _contrast(model: MMCLIP, embedded: list[Embedded], batch: PlannedBatch) -> tuple[Tensor, list[Embedded]]:
     """The contrastive loss of the whole batch, and its gradient in what each part embedded."""
     first = embedded[0]
     whole = Embedded(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from mmclip_kernels import gather_with_gradient
 from torch import Tensor
@@ -22,16 +24,17 @@ def prompt_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prompt_contrastive(
-    image: Tensor, prompt: Tensor, scale: Tensor, labels: Tensor, group: ProcessGroup | None
+    image: Tensor, prompt: Tensor, scale: Tensor, labels: Tensor, group: ProcessGroup | None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Symmetric multi-positive InfoNCE between unpaired images and disease prompts -> (loss [], images that count []).
 
-    image [N, E] of this rank and prompt [2C, E], both L2-normalised; labels [N, C] as in `prompt_targets`. The batch is
-    that of all ranks of `group`. Positives of a row share its target mass evenly. The matrix has 2C columns only, so it
-    is formed in full.
+    image [N, E] of this rank and prompt [2C, E], both L2-normalised; labels [N, C] as in `prompt_targets`. The batch is that
+    of all ranks of `group`. sizes: N of each rank, as in `gather_with_gradient`. Positives of a row share its target mass
+    evenly. The matrix has 2C columns only, so it is formed in full.
     """
-    image = gather_with_gradient(image, group)
-    positive, allowed = prompt_targets(gather_with_gradient(labels, group))
+    image = gather_with_gradient(image, group, sizes)
+    positive, allowed = prompt_targets(gather_with_gradient(labels, group, sizes))
     logits = (scale * (image @ prompt.T)).float().masked_fill(~allowed, -torch.inf)
     loss = 0.5 * (_soft_cross_entropy(logits, positive) + _soft_cross_entropy(logits.T, positive.T))
     return loss, positive.any(1).sum()
@@ -40,11 +43,9 @@ def prompt_contrastive(
 def _soft_cross_entropy(logits: Tensor, positive: Tensor) -> Tensor:
     """Mean over rows with a positive; -inf logits are outside the row's softmax. [R, K] -> []."""
     used = positive.any(1)
-    if not used.any():
-        return logits.nan_to_num(neginf=0.0).sum() * 0.0
-    logits, positive = logits[used], positive[used]
-    attraction = logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)
-    return (logits.logsumexp(1) - attraction).mean()
+    logits = torch.where(used[:, None], logits, 0.0)  # a row that is left out may hold nothing but -inf
+    attraction = logits.masked_fill(~positive, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+    return torch.where(used, logits.logsumexp(1) - attraction, 0.0).sum() / used.sum().clamp(min=1)
 
 
 def masked_mean_square(predicted: Tensor, target: Tensor, masked: Tensor) -> Tensor:
@@ -53,10 +54,10 @@ def masked_mean_square(predicted: Tensor, target: Tensor, masked: Tensor) -> Ten
     return (error * masked).sum() / masked.sum().clamp(min=1)
 
 
-def masked_cross_entropy(logits: Tensor, target: Tensor, count: Tensor) -> Tensor:
-    """Cross-entropy of masked tokens, summed and divided by `count`. logits [K, vocabulary], target [K], count [] -> [].
+def masked_cross_entropy(logits: Tensor, target: Tensor, count: float) -> Tensor:
+    """Cross-entropy of masked tokens, summed and divided by `count`. logits [K, vocabulary], target [K] -> [].
 
     `count` is the mean number of masked tokens of a rank: ranks mask different numbers, and only so does the mean over
     the ranks equal the mean over the global batch.
     """
-    return F.cross_entropy(logits.float(), target, reduction="sum") / count.clamp(min=1 / 1024)
+    return F.cross_entropy(logits.float(), target, reduction="sum") / max(count, 1 / 1024)

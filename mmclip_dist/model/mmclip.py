@@ -32,9 +32,9 @@ from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.model.decoders import CrossDecoder
 from mmclip_dist.model.encoders import ImageTower, TextTower, pool
+from mmclip_dist.model.inputs import Counts, Plan, PlannedBatch
 from mmclip_dist.model.losses import masked_cross_entropy, masked_mean_square, prompt_contrastive, prompt_targets
 from mmclip_dist.model.masking import patch_pixels, ranked_or_drawn
-from mmclip_dist.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,11 @@ class Embedded:
 class Part:
     """One pass over a part of a rank's batch: its losses are shares that add up to those of the whole.
 
-    count: how many parts of equal size there are. hidden_tokens []: masked tokens of the whole global batch. gradient: that of
-    the contrastive loss in what this part embeds (prompts and scale: in all parts together); None where it has no weight.
+    count: how many parts there are. gradient: that of the contrastive loss in what this part embeds (prompts and scale: in all
+    parts together); None where it has no weight.
     """
 
     count: int
-    hidden_tokens: Tensor
     gradient: Embedded | None
 
 
@@ -117,8 +116,9 @@ class MMCLIP(nn.Module):
             config.entmlm.decoder, query_width=self.text.width, memory_width=self.image.width,
             output_width=vocabulary, max_length=config.model.text.max_tokens,
         )  # fmt: skip
-        self.register_buffer("prompt_tokens", prompt_tokens, persistent=False)
-        self.register_buffer("prompt_mask", prompt_mask, persistent=False)
+        self.register_buffer("prompt_tokens", None, persistent=False)
+        self.register_buffer("prompt_mask", None, persistent=False)
+        self.set_prompts(prompt_tokens, prompt_mask)
 
     def save_shapes(self, folder: Path) -> None:
         """Write the encoders' shapes, which `stored` reads: a checkpoint must not need the folder or hub they came from."""
@@ -135,45 +135,55 @@ class MMCLIP(nn.Module):
         meaningful. embed_only: no loss, only what `contrast` takes. Both are for `engine/gradient_cache.py`.
         """
         weights = self.config.loss
-        paired = batch["report_id"] >= 0
-        packing = self.text.pack(batch["token_mask"][paired])
-        prompts = self._prompt_features(batch["step"])  # [2C, D]; packed here, while a GPU has no work to wait for
-        reports = self.text(batch["tokens"][paired], batch["token_mask"][paired], packing)  # [n, T, D]
+        batch = self.prepared(batch)
+        plan, counts = batch["plan"], batch["counts"]
+        prompts = self._prompt_features(batch["step"])  # [2C, D]
+        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)  # [n, T, D]
         if embed_only:
             return self._embed(batch, reports, prompts, self._contrastive_view(batch))
-        memory = self._text_memory(batch, paired, reports, prompts)
+        memory = self._text_memory(batch, plan, reports, prompts)
         images = self._encode_images(batch, memory)
-        parts = part.count if part else 1
 
         losses = {}
         if weights.contrastive:
             embedded = self._embed(batch, reports, prompts, images.embedding)
             losses["contrastive"] = _along(embedded, part) if part else self.contrast(embedded, batch)
         if images.query is not None and images.masked is not None:
-            losses["image"] = self._rebuild_image(batch, memory, images.query, images.masked) / parts
+            of_batch = self._rebuild_image(batch, memory, images.query, images.masked)
+            losses["image"] = of_batch / (counts.samples / len(batch["keys"]))  # its share of the mean over all samples
         elif weights.image:
             losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
         if weights.entity:
-            hidden = sum_over_ranks((batch["target_tokens"] >= 0).sum()) if part is None else part.hidden_tokens
-            losses["entity"] = self._rebuild_entities(batch, paired, packing, images, hidden)
+            losses["entity"] = self._rebuild_entities(batch, plan, images, sum(counts.masked) / len(counts.masked))
         return losses
 
-    def _embed(self, batch: Batch, reports: Tensor, prompts: Tensor, image: Tensor) -> Embedded:
-        mask = batch["token_mask"][batch["report_id"] >= 0]
+    def prepared(self, batch: Batch | PlannedBatch) -> PlannedBatch:
+        """The batch with its plan and the counts of all ranks. Asking for what is missing waits for the device."""
+        device = batch["image"].device
+        ready = PlannedBatch(**batch)
+        if "plan" not in ready:
+            ready["plan"] = Plan.of(batch, self.text.width).to(device)
+        if "counts" not in ready:
+            ready["counts"] = Counts.of(ready["plan"], _world(), device)
+        return ready
+
+    def _embed(self, batch: PlannedBatch, reports: Tensor, prompts: Tensor, image: Tensor) -> Embedded:
+        mask = batch["token_mask"][batch["plan"].paired]
         return Embedded(image, self._embed_text(pool(reports, mask)), self._embed_text(prompts), self.scale())
 
-    def contrast(self, embedded: Embedded, batch: Batch) -> Tensor:
+    def contrast(self, embedded: Embedded, batch: PlannedBatch) -> Tensor:
         """Reports against their images, prompts against unpaired images; the mean over all images of the global batch."""
-        ids = batch["report_id"]
-        paired = ids >= 0
+        plan, counts = batch["plan"], batch["counts"]
+        ids = batch["report_id"][plan.paired]
         over_reports = contrastive_loss(
-            embedded.image[paired], embedded.report, embedded.scale, image_ids=ids[paired], text_ids=ids[paired],
-            impl=self.config.loss.impl, group=_world(),
+            embedded.image[plan.paired], embedded.report, embedded.scale, image_ids=ids, text_ids=ids,
+            impl=self.config.loss.impl, group=_world(), sizes=(counts.paired, counts.paired),
         )  # fmt: skip
         over_prompts, unpaired_rows = prompt_contrastive(
-            embedded.image[~paired], embedded.prompt, embedded.scale, batch["labels"][~paired], _world()
-        )
-        paired_rows = sum_over_ranks(paired.sum())
+            embedded.image[plan.unpaired], embedded.prompt, embedded.scale, batch["labels"][plan.unpaired], _world(),
+            counts.unpaired,
+        )  # fmt: skip
+        paired_rows = sum(counts.paired)
         rows = (paired_rows + unpaired_rows).clamp(min=1)
         return (paired_rows * over_reports + unpaired_rows * over_prompts) / rows
 
@@ -184,18 +194,18 @@ class MMCLIP(nn.Module):
         return masked_mean_square(self.image_decoder.head(features), target, masked)
 
     def _rebuild_entities(
-        self, batch: Batch, paired: Tensor, packing: Packing, images: ImageFeatures, hidden_tokens: Tensor
+        self, batch: PlannedBatch, plan: Plan, images: ImageFeatures, masked_tokens: float
     ) -> Tensor:
-        """EntMLM: the masked entities, from the rest of the report and the image. hidden_tokens []: of the global batch."""
-        mask, target = batch["token_mask"][paired], batch["target_tokens"][paired]
-        query = packing.pack(self.text(batch["masked_tokens"][paired], mask, packing))
-        features = packing.unpack(self.text_decoder(query, images.seen[paired], None, packing))
-        hidden = target >= 0
-        return masked_cross_entropy(self.text_decoder.head(features[hidden]), target[hidden], hidden_tokens / _world_size())
+        """EntMLM: the masked entities, from the rest of the report and the image. masked_tokens: the ranks' mean number."""
+        rows, packing = plan.paired, plan.packing
+        query = packing.pack(self.text(batch["masked_tokens"][rows], batch["token_mask"][rows], packing))
+        features = packing.unpack(self.text_decoder(query, images.seen[rows], None, packing))
+        hidden, target = features.flatten(0, 1)[plan.masked], batch["target_tokens"][rows].flatten()[plan.masked]
+        return masked_cross_entropy(self.text_decoder.head(hidden), target, masked_tokens)
 
     # -- Encoders -------------------------------------------------------------------------------------------------
 
-    def _encode_images(self, batch: Batch, memory: TextMemory) -> ImageFeatures:
+    def _encode_images(self, batch: PlannedBatch, memory: TextMemory) -> ImageFeatures:
         patches = self._patches(batch)
         if self._splits(batch["step"]):
             return self._encode_views(batch, patches)
@@ -237,13 +247,14 @@ class MMCLIP(nn.Module):
             scores=ranked_or_drawn(batch["attention"].flatten(1), noise), noise=noise, impl=self.config.loss.impl,
         )  # fmt: skip
 
-    def _hide_patches(self, batch: Batch, seen: Tensor, memory: TextMemory) -> TopkMask:
+    def _hide_patches(self, batch: PlannedBatch, seen: Tensor, memory: TextMemory) -> TopkMask:
         """Feature mode: the mask token in place of the features that respond most to the text.
 
         Scores are the sidecar's where there is one, else those of this very step.
         """
         options, noise = self.config.attmim, batch["noise"]
         known, stored = batch["has_attention"], batch["attention"].flatten(1)
+        scored = batch["plan"].scored
         hide = partial(
             attention_topk_mask, seen, ratio=options.ratio, mode="replace", select="hint", hint=options.hint,
             mask_token=self.mask_token, noise=noise, impl=self.config.loss.impl,
@@ -251,9 +262,9 @@ class MMCLIP(nn.Module):
         with torch.no_grad():  # always, on every rank: ZeRO-3 gathers weights when a layer is called
             words, patches = self.text_head(memory.features), self.image_head(seen)
         temperature = options.score_temperature
-        if bool(known.all()):
+        if scored == "all":
             return hide(scores=ranked_or_drawn(stored, noise))
-        if bool(known.any()):
+        if scored == "some":
             computed = attention_scores(patches, words, memory.evidence, temperature=temperature)
             return hide(scores=ranked_or_drawn(torch.where(known[:, None], stored, computed), noise))
         return hide(words, memory.evidence, score_features=patches, temperature=temperature)
@@ -266,19 +277,24 @@ class MMCLIP(nn.Module):
 
     def _prompt_features(self, step: int) -> Tensor:
         """Pooled prompts [2C, D]; every step takes another pair of templates."""
-        template = step % len(self.prompt_tokens)
-        return self.encode_text(self.prompt_tokens[template], self.prompt_mask[template])
+        number = step % len(self.prompt_tokens)
+        tokens, mask = self.prompt_tokens[number], self.prompt_mask[number]
+        packing = self._prompt_packings[number] = self._prompt_packings[number].to(tokens.device)
+        return pool(self.text(tokens, mask, packing), mask)
 
     def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> pooled features [N, D]."""
         return pool(self.text(tokens, mask), mask)
 
-    def _text_memory(self, batch: Batch, paired: Tensor, reports: Tensor, prompts: Tensor) -> TextMemory:
+    def set_prompts(self, tokens: Tensor, mask: Tensor) -> None:
+        """Use these prompts [R, 2C, T] (see `tokenize_prompts`) in place of those that the model was built with."""
+        self.prompt_tokens, self.prompt_mask = tokens, mask
+        self._prompt_packings = [self.text.pack(of_template) for of_template in mask]
+
+    def _text_memory(self, batch: PlannedBatch, plan: Plan, reports: Tensor, prompts: Tensor) -> TextMemory:
         rows, length = batch["tokens"].shape
-        half = len(prompts) // 2
-        report_features = reports.new_zeros(rows, length, self.text.width).masked_scatter(
-            paired[:, None, None].expand(-1, length, self.text.width), reports
-        )
+        half, paired = len(prompts) // 2, batch["report_id"] >= 0
+        report_features = reports.new_zeros(rows, length, self.text.width).index_copy(0, plan.paired, reports)
         positive, allowed = prompt_targets(batch["labels"])
         unlabelled = ~allowed.any(1, keepdim=True)
         every_disease = torch.arange(2 * half, device=positive.device) < half  # the sum over all disease prompts
@@ -313,9 +329,10 @@ class MMCLIP(nn.Module):
 
     def attention_grid(self, batch: Batch) -> Tensor:
         """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts."""
-        paired = batch["report_id"] >= 0
-        reports = self.text(batch["tokens"][paired], batch["token_mask"][paired])
-        memory = self._text_memory(batch, paired, reports, self._prompt_features(0))
+        batch = self.prepared(batch)
+        plan = batch["plan"]
+        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
+        memory = self._text_memory(batch, plan, reports, self._prompt_features(0))
         seen = self.image.encode(self.image.embed(batch["image"]))
         side = self.config.model.image.grid
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))
@@ -332,14 +349,3 @@ def _along(embedded: Embedded, part: Part) -> Tensor:
 
 def _world() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(count: Tensor) -> Tensor:
-    count = count.clone()
-    if dist.is_initialized():
-        dist.all_reduce(count)
-    return count

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ class Packing:
 
     @classmethod
     def of(cls, mask: Tensor, width: int) -> Packing:
-        """The packing of texts with mask [N, T] bool (True: a token) for an encoder of `width`. On a GPU it waits for the mask:
-        call it before the model's own work is queued, and use it for every pass over the same texts.
+        """The packing of texts with mask [N, T] bool (True: a token) for an encoder of `width`. A mask on a card is waited for.
 
         A text without a token takes no place. One row is left where no text has any: see `TextTower`.
         """
@@ -55,6 +54,11 @@ class Packing:
         place_slot, by_row = (torch.from_numpy(array).to(mask.device, non_blocking=True) for array in indices)
         segment, columns_of = by_row.reshape(2, rows, length)
         return cls(len(mask), mask.shape[1], rows, length, place_slot[0], place_slot[1], segment, columns_of)
+
+    def to(self, device: torch.device, *, non_blocking: bool = True) -> Packing:
+        names = ("place", "slot", "segment", "column")
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        return replace(self, **moved)
 
     def pack(self, values: Tensor) -> Tensor:
         """Padded texts [N, T, ...] -> rows [R, L, ...], 0 where a row has room left."""

@@ -18,10 +18,10 @@ from mmclip_shards.chunks import Tally
 from torch import Tensor
 
 from mmclip_dist.config import Config
-from mmclip_dist.data.batch import Batch
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import agreed
 from mmclip_dist.engine.weights import temperature
+from mmclip_dist.model.inputs import PlannedBatch
 from mmclip_dist.model.mmclip import MMCLIP
 from mmclip_dist.plan import cost
 from mmclip_dist.plan.cards import Card, card_of_device
@@ -45,19 +45,16 @@ class ProgressLog:
         self.last_step, self.last_time, self.waited, self.beside, self.read = step, time.monotonic(), 0.0, 0.0, Tally()
         self.counts = dict.fromkeys(_COUNTS, 0.0)
 
-    def wait_for(self, batches: Any) -> Batch:
+    def wait_for(self, batches: Iterator[PlannedBatch]) -> PlannedBatch:
         """The next batch. The time it takes counts as waiting for data."""
         started = time.monotonic()
-        batch: Batch = next(batches)
+        batch = next(batches)
         self.waited += time.monotonic() - started
         watchdog.beat("forward, backward or optimizer step")
         self.read.add(batch["reading"])
-        found = (
-            (batch["report_id"] >= 0).sum(), batch["token_mask"].sum(), (batch["target_tokens"] >= 0).sum(),
-            (~batch["has_attention"]).sum(),
-        )  # fmt: skip
-        for name, value in zip(_COUNTS, found, strict=True):
-            self.counts[name] += float(value)
+        plan = batch["plan"]
+        for name, value in zip(_COUNTS, (len(plan.paired), plan.tokens, len(plan.masked), plan.unscored), strict=True):
+            self.counts[name] += value
         return batch
 
     @contextmanager

@@ -20,6 +20,7 @@ from mmclip_dist.engine import deepspeed_engine, deepspeed_inside
 from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.engine.weights import averaged, averaged_weights, full_weights, temperature
 from mmclip_dist.model.build import build_model
+from tests.batches import in_passes
 
 
 class Case:
@@ -37,7 +38,8 @@ class Case:
 
     def train(self, engine: Any, step: int) -> list[float]:
         deepspeed_engine.set_learning_rate(engine, step, self.config.optim)
-        losses = forward_backward(engine, self.batches[step % len(self.batches)], self.config.loss, self.config.optim.micro_batch)
+        batch = in_passes(self.batches[step % len(self.batches)], engine.module, self.config.optim.micro_batch)
+        losses = forward_backward(engine, batch, self.config.loss)
         engine.step()
         return means(losses)
 

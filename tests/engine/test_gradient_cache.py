@@ -15,7 +15,7 @@ from mmclip_dist.data.batch import Batch, split_batch
 from mmclip_dist.engine import gradient_cache
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.model.build import build_model
-from tests.batches import DISEASES, mixed_batch
+from tests.batches import DISEASES, in_passes, mixed_batch
 from tests.engine import two_ranks
 from tests.ranks import run_ranks
 
@@ -47,7 +47,7 @@ def step(config: Config, tokenizer: Any, batch: Batch, dropout: float = 0.0) -> 
     count = len(batch["keys"])
     engine = PlainEngine(model, count // (config.optim.micro_batch or count))
     torch.manual_seed(3)
-    losses = forward_backward(engine, batch, config.loss, config.optim.micro_batch)
+    losses = forward_backward(engine, in_passes(batch, model, config.optim.micro_batch), config.loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach() for name, value in losses.items()}, gradients, engine
 
@@ -90,7 +90,7 @@ def test_dropout_is_the_same_in_both_passes(sets, tokenizer) -> None:
             module.p = 0.5
     model.image_head.register_forward_hook(watch)
     torch.manual_seed(3)
-    forward_backward(PlainEngine(model), batch, config.loss, config.optim.micro_batch)
+    forward_backward(PlainEngine(model), in_passes(batch, model, config.optim.micro_batch), config.loss)
     after = torch.rand(1)
     assert len(seen[False]) == len(seen[True]) == 4
     assert all(torch.equal(first, second) for first, second in zip(seen[False], seen[True], strict=True))
@@ -112,7 +112,7 @@ def test_every_part_of_every_step_draws_dropout_of_its_own(sets, tokenizer, cont
     model.image_decoder.register_forward_hook(lambda module, _, output: seen.append(output.detach()))
     torch.manual_seed(3)
     for _ in range(2):
-        forward_backward(PlainEngine(model), same, config.loss, config.optim.micro_batch)
+        forward_backward(PlainEngine(model), in_passes(same, model, config.optim.micro_batch), config.loss)
     assert len(seen) == 8
     assert not any(torch.equal(first, second) for first, second in combinations(seen, 2))
 
@@ -172,7 +172,7 @@ def test_memory_follows_the_part_not_the_batch(sets, tokenizer) -> None:
 
         model = build_model(config, tokenizer, DISEASES)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward_backward(Engine(model), batch, config.loss, config.optim.micro_batch)
+            forward_backward(Engine(model), in_passes(batch, model, config.optim.micro_batch), config.loss)
         return peak
 
     batch = mixed_batch(sets, tokenizer)

@@ -26,7 +26,7 @@ from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import ProgressLog
 from mmclip_dist.run.metrics import read_metrics
 from mmclip_dist.run.stop import StopRequest
-from tests.batches import DISEASES
+from tests.batches import DISEASES, in_passes
 from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 
 
@@ -121,7 +121,7 @@ def caching(overrides: list[str], folder: Path) -> None:
     config = load_config("quickstart", overrides)
     for micro in (None, 2, 1):
         engine = Summing(build_model(config, load_tokenizer(str(config.model.text.tokenizer)), DISEASES))
-        losses = forward_backward(engine, batch, config.loss, micro)
+        losses = forward_backward(engine, in_passes(batch, engine.module, micro), config.loss)
         ends.append((losses, engine.gradients()))
     (whole_losses, whole), *parted = ends
     assert max(float(gradient.abs().max()) for gradient in whole) > 1e-3
@@ -191,8 +191,9 @@ def watching(folder: Path) -> None:
     batch: Any = {"keys": [f"{rank}-{row}" for row in range(4 + rank)], "replaced": [("x", "cut")] if rank else []}
     loss = torch.tensor(1.0 + 2 * rank)
     guard.after_step(1, batch, loss, applied=True, writing=rank == 1)
-    assert guard.writing and not guard.stop.agreed
     guard.after_step(2, batch, loss, applied=False, writing=False)
+    assert guard.writing and not guard.stop.agreed
+    guard.finish()
     assert not guard.writing and (guard.quarantine.bad, guard.quarantine.seen, guard.health.skipped) == (2, 18, 1)
     (row,) = [json.loads(line) for line in (folder / f"trouble-{rank}.jsonl").read_text().splitlines()]
     assert (row["step"], row["loss"], row["keys"]) == (2, 2.0, batch["keys"])  # the mean loss, this rank's samples
@@ -204,10 +205,10 @@ def watching(folder: Path) -> None:
     def slow() -> Iterator[Any]:
         while True:
             time.sleep(0.5 * rank)
-            yield batch_of(config, load) | {"reading": Tally(requests=2 + rank)}
+            yield in_passes(batch_of(config, load) | {"reading": Tally(requests=2 + rank)}, module, None)
 
-    log.wait_for(slow())
     module = model_of(config, load.prompts // 2)
+    log.wait_for(slow())
     engine = types.SimpleNamespace(module=module, optimizer=None, zero_optimization_stage=lambda: 0)
     log.write(1, {"image": torch.tensor(1.0 + rank)}, 1e-3, engine)
     if rank == 0:

@@ -15,6 +15,7 @@ from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch, to_device
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, start_distributed
 from mmclip_dist.engine.gradient_cache import forward_backward
+from tests.batches import in_passes
 from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 from tests.plan.live_memory import LiveMemory
 
@@ -42,7 +43,7 @@ def measured(case: dict[str, Any], device: torch.device) -> int:
 
 
 def step(engine: Any, data: Batch, config: Config) -> None:
-    forward_backward(engine, data, config.loss, config.optim.micro_batch)
+    forward_backward(engine, in_passes(data, engine.module, config.optim.micro_batch), config.loss)
     engine.step()
 
 

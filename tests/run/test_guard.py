@@ -37,6 +37,8 @@ def batch(bad: int = 0, count: int = 10) -> Any:
 
 def test_a_quiet_step_changes_nothing(guard: Guard) -> None:
     guard.after_step(1, batch(), torch.tensor(2.0), applied=True, writing=False)
+    assert guard.quarantine.seen == 0  # judged one step late
+    guard.finish()
     assert not guard.stop.agreed and not guard.writing
     assert guard.quarantine.seen == 10 and guard.quarantine.bad == 0 and guard.health.skipped == 0
 
@@ -44,8 +46,10 @@ def test_a_quiet_step_changes_nothing(guard: Guard) -> None:
 def test_a_request_of_one_rank_stops_all_and_writing_is_shared(guard: Guard) -> None:
     guard.stop.ask("a test")
     guard.after_step(1, batch(), torch.tensor(2.0), applied=True, writing=True)
-    assert guard.stop.agreed and guard.writing
+    assert not guard.stop.agreed
     guard.after_step(2, batch(), torch.tensor(2.0), applied=True, writing=False)
+    assert guard.stop.agreed and guard.writing
+    guard.finish()
     assert not guard.writing
 
 
@@ -53,13 +57,15 @@ def test_bad_samples_are_counted_and_too_many_end_the_run(guard: Guard, tmp_path
     guard.after_step(1, batch(bad=2), torch.tensor(2.0), applied=True, writing=False)
     with pytest.raises(AgreedError, match="4 of 20 samples could not be decoded"):
         guard.after_step(2, batch(bad=2), torch.tensor(2.0), applied=True, writing=False)
+        guard.finish()
     assert len((tmp_path / "quarantine-0.jsonl").read_text().splitlines()) == 4
 
 
 def test_steps_that_were_not_applied_are_listed_with_their_loss_and_end_the_run(guard: Guard, tmp_path: Path) -> None:
     guard.after_step(1, batch(), torch.tensor(torch.inf), applied=False, writing=False)
+    guard.after_step(2, batch(), torch.tensor(3.0), applied=False, writing=False)
     with pytest.raises(AgreedError, match="2 steps in a row, up to step 2"):
-        guard.after_step(2, batch(), torch.tensor(3.0), applied=False, writing=False)
+        guard.after_step(3, batch(), torch.tensor(3.0), applied=False, writing=False)
     rows = [json.loads(line) for line in (tmp_path / "trouble-0.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"], row["keys"]) for row in rows] == [(1, None, batch()["keys"]), (2, 3.0, batch()["keys"])]
 

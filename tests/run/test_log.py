@@ -15,6 +15,7 @@ from mmclip_dist.plan.cards import card_named
 from mmclip_dist.run import log
 from mmclip_dist.run.log import ProgressLog, as_built, load_of_steps, progress_line
 from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
+from tests.batches import in_passes
 from tests.model.synthetic_batch import batch_of, config_of, load_of, model_of
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def test_a_row_of_two_steps(
     def batches() -> Any:
         while True:
             clock.now += 0.5
-            yield batch_of(config, load)
+            yield in_passes(batch_of(config, load), model, None)
 
     stream = batches()
     for _ in range(2):
@@ -107,14 +108,14 @@ def test_mfu_is_of_the_work_that_the_batches_hold(
     load, clock = load_of(config, tokens=30, masked=7, scored=True), Clock(monkeypatch)
     log = ProgressLog(config.model_copy(update={"run_dir": str(tmp_path)}), None, 0, CPU)
     log.card = card_named("h100")
-    seconds = 1e-4
+    seconds, model = 1e-4, model_of(config, load.prompts // 2)
     for _ in range(2):
         data = batch_of(config, load)
         data["tokens"] = torch.nn.functional.pad(data["tokens"], (0, 10))
         data["token_mask"] = torch.nn.functional.pad(data["token_mask"], (0, 10))  # padding is no work
-        log.wait_for(iter([data]))
+        log.wait_for(iter([in_passes(data, model, None)]))
         clock.now += seconds
-    log.write(2, {"image": torch.tensor(0.5)}, 1e-3, engine_of(model_of(config, load.prompts // 2)))
+    log.write(2, {"image": torch.tensor(0.5)}, 1e-3, engine_of(model))
     flops = cost.training_flops(cost.pieces(config, load, 2))
     assert read_metrics(tmp_path)[0]["mfu"] == pytest.approx(flops / seconds / peak, rel=0.01)
 

@@ -90,7 +90,7 @@ def build_gallery(checkpoint: Path, urls: Sequence[str]) -> Gallery:
     model, tokenizer, config, meta = load_model(checkpoint)
     tokens, mask = tokenize_prompts(load_prompts(classes, config.prompts.file), tokenizer, config.model.text.max_tokens)
     # The model has the prompts of the classes it was trained on; an evaluation set may have others.
-    model.prompt_tokens, model.prompt_mask = tokens, mask
+    model.set_prompts(tokens, mask)
     maker = ExampleMaker(
         tokenizer, classes, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
         config.entmlm, augment=None,
