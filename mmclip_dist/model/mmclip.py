@@ -150,7 +150,7 @@ class MMCLIP(nn.Module):
             losses["contrastive"] = _along(embedded, part) if part else self.contrast(embedded, batch)
         if images.query is not None and images.masked is not None:
             of_batch = self._rebuild_image(batch, memory, images.query, images.masked)
-            losses["image"] = of_batch / (counts.samples / len(batch["keys"]))  # its share of the mean over all samples
+            losses["image"] = of_batch / (counts.samples / len(batch["image"]))  # its share of the mean over all samples
         elif weights.image:
             losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
         if weights.entity:
