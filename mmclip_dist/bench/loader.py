@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -61,7 +61,7 @@ def measure(sources: Sequence[Source], data: Data, *, seconds: float, size: int 
     made = _batches(sets, data, size, batch) if size else _stored(sets, data, batch)
     for _ in range(max(1, data.workers)):
         next(made)  # processes start, shards open
-    read, taken, began, busy = Tally(), 0, time.perf_counter(), time.thread_time()
+    read, taken, began, busy = Tally(), 0.0, time.perf_counter(), time.thread_time()
     while (elapsed := time.perf_counter() - began) < seconds:
         tally, stored = next(made)
         read.add(tally)
@@ -76,7 +76,7 @@ def measure(sources: Sequence[Source], data: Data, *, seconds: float, size: int 
     )
 
 
-def _batches(sets: list[JoinedSet], data: Data, size: int, batch: int) -> Iterator[tuple[Tally, float]]:
+def _batches(sets: list[JoinedSet], data: Data, size: int, batch: int) -> Generator[tuple[Tally, float]]:
     stored = [sum(shard.bytes for shard in joined.manifest.shards) / joined.manifest.samples for joined in sets]
     mean = sum(bytes_ * source.weight for bytes_, source in zip(stored, data.sources, strict=True))
     mean /= sum(source.weight for source in data.sources)
@@ -95,7 +95,7 @@ def _tokenizer(urls: Sequence[str], diseases: Sequence[str]) -> PreTrainedTokeni
     return train_tokenizer([*islice(reports_of(urls), _REPORTS), *prompts, *prompts])
 
 
-def _stored(sets: list[JoinedSet], data: Data, batch: int) -> Iterator[tuple[Tally, float]]:
+def _stored(sets: list[JoinedSet], data: Data, batch: int) -> Generator[tuple[Tally, float]]:
     rows = BatchRows(
         sets, build_order(sets, data, 0), _size_of, None,
         rows=range(batch), per_stream=batch // data.streams, start=0, ahead=data.prefetch,

@@ -5,7 +5,7 @@ Indexing by a mask, counting on a card, or packing texts there would each make t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,12 +54,9 @@ class Plan:
         return [len(self.paired), len(self.unpaired), len(self.masked)]
 
     def to(self, device: torch.device) -> Plan:
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor | Packing)
-        }
-        return replace(self, **moved, parts=tuple(part.to(device) for part in self.parts))
+        rows = [value.to(device, non_blocking=True) for value in (self.paired, self.unpaired, self.masked)]
+        parts = tuple(part.to(device) for part in self.parts)
+        return Plan(*rows, self.scored, self.packing.to(device), self.tokens, self.unscored, parts)
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ def planned(batch: Batch, width: int, passes: int = 1) -> PlannedBatch:
 
 def moved(batch: PlannedBatch, device: torch.device) -> PlannedBatch:
     """The batch and its plan on `device`."""
-    return PlannedBatch(**to_device(batch, device), plan=batch["plan"].to(device))
+    return PlannedBatch(**to_device(batch, device) | {"plan": batch["plan"].to(device)})  # type: ignore[typeddict-item]
 
 
 def parts_of(batch: PlannedBatch) -> list[PlannedBatch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,10 +55,9 @@ class Packing:
         segment, columns_of = by_row.reshape(2, rows, length)
         return cls(len(mask), mask.shape[1], rows, length, place_slot[0], place_slot[1], segment, columns_of)
 
-    def to(self, device: torch.device, *, non_blocking: bool = True) -> Packing:
-        names = ("place", "slot", "segment", "column")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
-        return replace(self, **moved)
+    def to(self, device: torch.device) -> Packing:
+        indices = (self.place, self.slot, self.segment, self.column)
+        return Packing(self.texts, self.columns, self.rows, self.length, *(i.to(device, non_blocking=True) for i in indices))
 
     def pack(self, values: Tensor) -> Tensor:
         """Padded texts [N, T, ...] -> rows [R, L, ...], 0 where a row has room left."""

@@ -59,7 +59,7 @@ class Guard:
         """
         told = self._exchange.told()
         self._tell(
-            self._feed and self._feed.ahead(2), stop=self.stop.wanted(), writing=writing, loss=loss.detach(),
+            self._feed.ahead(2) if self._feed else None, stop=self.stop.wanted(), writing=writing, loss=loss.detach(),
             replaced=len(batch["replaced"]), seen=len(batch["keys"]),
         )  # fmt: skip
         self._judge(told)

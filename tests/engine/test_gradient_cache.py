@@ -139,6 +139,19 @@ def test_parts_add_up_on_ranks_that_mask_different_numbers_of_tokens(sets, token
     assert code == 0 and all("parts add up" in output for output in outputs), outputs
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["feature", "split"])
+def test_ranks_with_unequal_shares_train_as_one_process(sets, tokenizer, tmp_path: Path, mode: str) -> None:
+    batch, config = mixed_batch(sets, tokenizer), sets.config(f"attmim.mode={mode}")
+    losses, gradients, _ = step(config, tokenizer, batch)
+    whole = {"losses": {name: float(value) for name, value in losses.items()}, "gradients": list(gradients.values())}
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save([taken(batch, list(range(5))), taken(batch, list(range(5, 8)))], tmp_path / "batches.pt")
+    arguments = [*sets.overrides(tmp_path), f"attmim.mode={mode}"], tmp_path
+    code, outputs = run_ranks(two_ranks.uneven, *arguments, ranks=2, folder=tmp_path)
+    assert code == 0 and all("unequal shares add up" in output for output in outputs), outputs
+
+
 def taken(batch: Batch, rows: list[int]) -> Batch:
     found = {name: value[rows] if isinstance(value, Tensor) else value for name, value in batch.items()}
     return Batch(**found | {"keys": [batch["keys"][row] for row in rows]})  # type: ignore[typeddict-item]

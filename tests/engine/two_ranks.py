@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from mmclip_shards.chunks import Tally
 
@@ -22,6 +23,7 @@ from mmclip_dist.engine.finite import poisoned
 from mmclip_dist.engine.gradient_cache import forward_backward
 from mmclip_dist.engine.optimizer import Lamb
 from mmclip_dist.model.build import build_model
+from mmclip_dist.model.inputs import planned
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import ProgressLog
 from mmclip_dist.run.metrics import read_metrics
@@ -129,6 +131,22 @@ def caching(overrides: list[str], folder: Path) -> None:
         torch.testing.assert_close(losses, whole_losses, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(gradients, whole, rtol=1e-4, atol=1e-6)
     print("parts add up")
+
+
+def uneven(overrides: list[str], folder: Path) -> None:
+    """Ranks with 5 and 3 of 8 samples find the losses and gradients of the whole batch, in any number of passes."""
+    rank, _, _ = start_distributed(1, 120)
+    batch, expected = torch.load(folder / "batches.pt", weights_only=False)[rank], torch.load(folder / "whole.pt")
+    config = load_config("quickstart", overrides)
+    for passes in (1, 2, 3):
+        engine = Summing(build_model(config, load_tokenizer(str(config.model.text.tokenizer)), DISEASES))
+        losses = forward_backward(engine, planned(batch, engine.module.text.width, passes), config.loss)
+        gradients = [gradient / 2 for gradient in engine.gradients()]
+        for name, loss in losses.items():
+            mean = collective.sums(loss.device, loss=loss.detach())["loss"] / 2
+            assert mean == pytest.approx(expected["losses"][name], rel=1e-5)
+        torch.testing.assert_close(gradients, expected["gradients"], rtol=1e-4, atol=1e-6)
+    print("unequal shares add up")
 
 
 def lamb(folder: Path) -> None:

@@ -1,0 +1,108 @@
+"""What loader workers send: one buffer a part, whatever it holds; and the thread that joins parts."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from mmclip_dist.data import parts
+from mmclip_dist.data.batch import join, split_batch
+from mmclip_dist.data.parts import Part, check_shared_memory, in_thread
+from tests.batches import loader, mixed_batch
+
+
+def same(ours: dict, theirs: dict) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) if isinstance(value, torch.Tensor) else value == theirs[name]
+        for name, value in ours.items()
+    )
+
+
+def test_a_part_is_the_batch_and_costs_one_descriptor(sets, tokenizer) -> None:
+    batch = mixed_batch(sets, tokenizer)
+    before = psutil.Process().num_fds()
+    here, there = multiprocessing.get_context("fork").Pipe()
+    part = Part.of(batch)
+    assert psutil.Process().num_fds() - before - 2 <= 1  # the pipe's ends, and shared memory
+    assert same(part.batch(), batch) and part.buffer.is_shared()
+    assert {value.untyped_storage().data_ptr() for value in part.batch().values() if isinstance(value, torch.Tensor)} == {
+        part.buffer.untyped_storage().data_ptr()
+    }
+    here.close(), there.close()
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_joined_parts_are_the_batch(sets, tokenizer, count: int) -> None:
+    """Also where the parts are padded to lengths of their own."""
+    batch = mixed_batch(sets, tokenizer)
+    cut = []
+    for part in split_batch(batch, count):
+        longest = max(1, int(part["token_mask"].sum(1).max()))
+        names = ("tokens", "token_mask", "masked_tokens", "target_tokens", "evidence")
+        cut.append(part | {name: part[name][:, :longest] for name in names})
+    assert same(join(cut, tokenizer.pad_token_id), batch)
+
+
+def test_open_files_do_not_grow_with_the_batch(sets, tokenizer) -> None:
+    """A descriptor for each tensor of each sample once ended runs of 128 samples under the usual limit of 1,024."""
+    most = []
+    for batch in (8, 64):
+        config = sets.config("data.workers=2", f"optim.global_batch={batch}", "data.streams=4", "data.prefetch=2")
+        stream, found = loader(config, tokenizer), 0
+        for _ in islice(stream, 4):
+            found = max(found, psutil.Process().num_fds())
+        stream.close()
+        most.append(found)
+    assert most[1] - most[0] <= 2, most
+
+
+def test_too_little_shared_memory_is_told_before_a_worker_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts.shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20))
+    check_shared_memory(12 << 20, 4, tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match=r"need about 480 MiB of shared memory .* has 64 MiB free: .*--shm-size.*data\.prefetch"):
+        check_shared_memory(12 << 20, 4, tmp_path)
+    check_shared_memory(1 << 40, 4, tmp_path / "not there")
+
+
+class Items:
+    """An endless iterator that counts, tells when it is closed, and may fail."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.given, self.closed, self.fails_at = 0, False, fails_at
+
+    def __iter__(self) -> Iterator[int]:
+        return self
+
+    def __next__(self) -> int:
+        if self.given == self.fails_at:
+            raise OSError("the store is down")
+        self.given += 1
+        return self.given - 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_thread_keeps_the_order_runs_little_ahead_and_closes_what_it_reads() -> None:
+    items = Items()
+    with in_thread(items, "test") as found:
+        assert list(islice(found, 5)) == [0, 1, 2, 3, 4]
+        assert items.given <= 8
+    assert items.closed
+
+
+def test_an_error_comes_in_place_of_the_item_that_did_not_come() -> None:
+    items = Items(fails_at=2)
+    with in_thread(items, "test") as found:
+        assert [next(found), next(found)] == [0, 1]
+        with pytest.raises(OSError, match="the store is down"):
+            next(found)
+    assert items.closed
