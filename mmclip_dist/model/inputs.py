@@ -54,9 +54,14 @@ class Plan:
         return [len(self.paired), len(self.unpaired), len(self.masked)]
 
     def to(self, device: torch.device) -> Plan:
-        rows = [value.to(device, non_blocking=True) for value in (self.paired, self.unpaired, self.masked)]
-        parts = tuple(part.to(device) for part in self.parts)
-        return Plan(*rows, self.scored, self.packing.to(device), self.tokens, self.unscored, parts)
+        return replace(
+            self,
+            paired=self.paired.to(device, non_blocking=True),
+            unpaired=self.unpaired.to(device, non_blocking=True),
+            masked=self.masked.to(device, non_blocking=True),
+            packing=self.packing.to(device),
+            parts=tuple(part.to(device) for part in self.parts),
+        )
 
 
 @dataclass(frozen=True)
