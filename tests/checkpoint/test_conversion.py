@@ -28,7 +28,7 @@ from mmclip_dist.checkpoint.conversion_process import convert_other_states
 from mmclip_dist.engine import deepspeed_inside
 
 MATRIX, BIAS, SMALL = torch.arange(12.0).reshape(3, 4), torch.arange(5.0) + 100, torch.arange(2.0) + 200
-SHAPES = [{"matrix": MATRIX.shape, "bias": BIAS.shape}, {"small": SMALL.shape}]
+SHAPES = [{"bias": BIAS.shape, "matrix": MATRIX.shape}, {"small": SMALL.shape}]
 PADDING = -1.0
 
 
@@ -91,7 +91,7 @@ def test_shares_of_every_weight_are_put_together_without_their_padding(tmp_path:
     write(tmp_path, [
         {
             ZERO_STAGE: 3,
-            OPTIMIZER_STATE_DICT: {"state": {0: states(share(MATRIX, rank) + share(BIAS, rank)), 1: states(share(SMALL, rank))}},
+            OPTIMIZER_STATE_DICT: {"state": {0: states(share(BIAS, rank) + share(MATRIX, rank)), 1: states(share(SMALL, rank))}},
         }
         for rank in range(4)
     ])  # fmt: skip

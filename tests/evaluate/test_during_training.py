@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 from mmclip_shards.manifest import load_manifest
 
 from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.checkpoint.model_files import write_model
-from mmclip_dist.evaluate import zeroshot
+from mmclip_dist.evaluate import during_training, zeroshot
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.evaluate.zeroshot import zero_shot
 from mmclip_dist.model.build import build_model
@@ -61,6 +62,17 @@ def test_scores_are_those_of_the_command_and_a_stop_ends_them(
     assert found == pytest.approx({"macro": command.auc_macro, **command.per_class}, abs=1e-9)
     assert evaluation.scores(engine, stop_after(2)) is None
     assert model.training  # as before, also after the stop
+
+
+def test_a_class_that_cannot_be_scored_is_left_out_of_the_mean(
+    sets, tokenizer, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, diseases = sets.config(), load_manifest(sets.test).labels
+    aucs = np.array([np.nan, *np.linspace(0.5, 0.9, len(diseases) - 1)])
+    monkeypatch.setattr(during_training, "per_class_auc", lambda scores, labels: aucs)
+    engine = SimpleNamespace(module=build_model(config, tokenizer, diseases), device="cpu")
+    found = evaluation_of(sets, tokenizer).scores(engine, stop_after(100))
+    assert found == pytest.approx({"macro": 0.7} | dict(zip(diseases[1:], aucs[1:], strict=True)))
 
 
 def test_a_set_that_is_trained_on_is_refused(sets, tokenizer) -> None:

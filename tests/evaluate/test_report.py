@@ -26,7 +26,7 @@ from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.config import dump_config, load_config
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.evaluate.report import build_report
+from mmclip_dist.evaluate.report import build_report, examples
 from mmclip_dist.evaluate.report.charts import LEFT, RIGHT
 from mmclip_dist.evaluate.report.examples import build_gallery, heat_map
 from mmclip_dist.evaluate.report.sources import read_job, training_seconds
@@ -223,6 +223,18 @@ def test_values_that_are_no_numbers_are_not_measured(tmp_path: Path) -> None:
     assert "95% interval not measured" in text
     assert "Contrastive loss Not measured: no row has a finite value." in text
     assert "Wall time not measured" in text
+
+
+def test_waiting_for_data_is_in_percent(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [row(step, data_wait=0.5) for step in (1, 2, 3)])
+    table = read(build_report(run)).text.partition("Waiting for data")[2].partition("Host memory")[0]
+    assert "50.0" in table and "0.500" not in table
+
+
+def test_findings_that_are_present_come_first() -> None:
+    """A panel has room for a few rows; those of its findings are never cut."""
+    rows = examples._scores({"A": 0, "B": 1, "C": -1, "D": 1}, {"A": 0.9, "B": 0.1, "C": 0.8, "D": 0.2})
+    assert [(row.name, row.label) for row in rows] == [("D", 1), ("B", 1), ("A", 0), ("C", None)]
 
 
 def test_half_a_quick_start_is_reported_as_such(tmp_path: Path) -> None:

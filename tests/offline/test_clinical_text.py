@@ -296,3 +296,9 @@ def test_import_needs_no_nlp_package() -> None:
     command = "import sys, mmclip_dist.offline.clinical_text; print('spacy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_change_of_the_rules_makes_old_entities_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = clinical_text.extractor_hash()
+    monkeypatch.setattr(clinical_text, "RULES_VERSION", clinical_text.RULES_VERSION + 1)
+    assert clinical_text.extractor_hash() != before

@@ -133,3 +133,10 @@ def test_published_flops_of_clip_g_14() -> None:
     found = cost.pieces(config, cost.Load(1, 1, 77, 0, 0, 1, 49408, 1), 2)
     narrower_mlp = 40 * 256 * 4 * 1408 * (6144 - 4 * 1408)
     assert cost.forward_flops(found) + narrower_mlp == pytest.approx(581.15e9, rel=0.01)
+
+
+def test_no_gradient_of_the_pixels_is_counted() -> None:
+    """The first layer's weights have a gradient, and so has its input everywhere but there."""
+    config = config_of(batch=4)
+    patches = next(piece for piece in cost.pieces(config, load_of(config), 4) if piece.name == "patches")
+    assert patches.backward == 1.0

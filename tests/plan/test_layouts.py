@@ -122,6 +122,20 @@ def test_checkpointing_and_small_passes_trade_time_for_memory() -> None:
         plan(setup, Choice(1, 48))
 
 
+def test_a_run_is_paid_for_to_the_step_at_which_it_stops() -> None:
+    whole, half = (plan(vit_b16(*stop), Choice(1, 64)) for stop in ((), ("optim.stop_at=25000",)))
+    assert whole.setup.config.optim.steps == 50_000
+    assert half.days == pytest.approx(whole.days / 2)
+
+
+def test_overlap_comm_of_the_configuration_is_planned_with() -> None:
+    """Without it ZeRO-3's collectives stand beside no backward pass."""
+    found = [vit_b16(f"deepspeed={{zero_optimization: {{overlap_comm: {value}}}}}") for value in ("true", "false")]
+    assert [setup.overlap for setup in found] == [True, False] and vit_b16().overlap is None
+    hidden, exposed = (plan(setup, Choice(3, 64)).time.exposed for setup in found)
+    assert exposed > 1.1 * hidden
+
+
 def test_links_by_hand() -> None:
     """H100 nodes: 450 GB/s between neighbours, 400 GB/s out of a node, 80% of either reached."""
     assert links(vit_b16(gpus=8), 8e9) == pytest.approx(8e9 * 7 / 8 / 450e9 / 0.8)

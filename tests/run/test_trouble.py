@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,6 +104,15 @@ def test_bad_steps_in_a_row_stop_the_run_and_are_listed(tmp_path: Path, one_rank
     assert "step 2  step skipped" in capsys.readouterr().out
 
 
+def test_a_loss_of_nan_hides_no_later_spike(tmp_path: Path, one_rank: None) -> None:
+    health = Health(tmp_path, Limits())
+    for step in range(32):
+        health.check(step, ["calm"], 5 + 0.01 * (step % 3), applied=True)
+    health.check(32, ["lost"], float("nan"), applied=True)
+    health.check(33, ["wild"], 50.0, applied=True)
+    assert [(row["step"], row["kind"]) for row in rows(tmp_path)] == [(33, "spike")]
+
+
 def test_a_spike_is_listed_and_noise_is_not(tmp_path: Path, one_rank: None) -> None:
     health = Health(tmp_path, Limits())
     noise = torch.randn(300, generator=torch.Generator().manual_seed(0)).mul(0.1).tolist()
@@ -178,6 +188,20 @@ def test_files_are_read_back_and_a_change_after_the_call_is_not_in_them(tmp_path
     found = writer.load(str(tmp_path / "x.pt"))
     assert torch.equal(found["a"], torch.arange(1000.0)) and found["nested"][1] == "text"
     assert writer.finished() == ({}, None) and not writer.busy
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_after_a_failure_was_told_files_are_written_again(tmp_path: Path, asynchronous: bool) -> None:
+    """A copy to the mirror that failed must not end all later ones."""
+    writer = CheckpointWriter(asynchronous)
+
+    def fails() -> Any:
+        raise OSError("the store is down")
+
+    writer.write(fails)
+    assert writer.finished() == ({}, "the store is down")
+    writer.save({"a": torch.ones(3)}, str(tmp_path / "x.pt"))
+    assert writer.finished() == ({tmp_path / "x.pt": entry_of(tmp_path / "x.pt")}, None)
 
 
 def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path: Path) -> None:
