@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch.distributed as dist
 
 from mmclip_dist.config import Health as Limits
 from mmclip_dist.engine.collective import AgreedError
+from mmclip_dist.engine.feed import Feed
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.stop import StopRequest
 from tests.engine import two_ranks
+from tests.model.synthetic_batch import batch_of, config_of, load_of
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -31,8 +35,8 @@ def guard(tmp_path: Path):
         signal.signal(number, handler)
 
 
-def batch(bad: int = 0, count: int = 10) -> Any:
-    return {"keys": [f"k{number}" for number in range(count)], "replaced": [(f"b{number}", "cut") for number in range(bad)]}
+def batch(bad: int = 0, samples: int = 10) -> Any:
+    return {"keys": [f"k{number}" for number in range(samples)], "replaced": [(f"b{number}", "cut") for number in range(bad)]}
 
 
 def test_a_quiet_step_changes_nothing(guard: Guard) -> None:
@@ -68,6 +72,25 @@ def test_steps_that_were_not_applied_are_listed_with_their_loss_and_end_the_run(
         guard.after_step(3, batch(), torch.tensor(3.0), applied=False, writing=False)
     rows = [json.loads(line) for line in (tmp_path / "trouble-0.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"], row["keys"]) for row in rows] == [(1, None, batch()["keys"]), (2, 3.0, batch()["keys"])]
+
+
+def test_every_batch_comes_with_its_own_counts(guard: Guard) -> None:
+    config = config_of(batch=4)
+
+    def batches() -> Iterator[Any]:
+        for step in count():
+            made = batch_of(config, load_of(config))
+            made["report_id"][: step % 4] = -1
+            yield made
+
+    counted = guard.counted(Feed(batches(), 64, 1, CPU))
+    for step in range(6):
+        found = next(counted)
+        assert (found["counts"].paired, found["counts"].unpaired) == ((4 - step % 4,), (step % 4,))
+        assert found["counts"].masked == (len(found["plan"].masked),) and found["counts"].samples == 4
+        guard.after_step(step + 1, found, torch.tensor(2.0), applied=True, writing=False)
+    guard.finish()
+    assert guard.quarantine.seen == 24
 
 
 @pytest.mark.slow
