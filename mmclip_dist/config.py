@@ -268,6 +268,7 @@ class Health(Section):
     max_bad_steps: int = Field(25, gt=0)  # steps in a row without finite gradients; fp16 needs some 16 to find its scale
     spike: float = Field(8.0, gt=0)  # robust standard deviations of the loss above its running median
     window: int = Field(128, ge=16)  # steps of the running median
+    lost_s: float = Field(45.0, gt=0)  # seconds of silence after which a machine counts as lost and the run ends
     timeout_s: float = Field(600.0, gt=0)  # a step or a collective call that takes longer counts as hung and ends the run
 
 

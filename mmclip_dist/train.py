@@ -29,6 +29,7 @@ from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, br
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.feed import Feed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
+from mmclip_dist.engine.heartbeat import beating
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.folder import describe, locked
@@ -50,7 +51,7 @@ def train(config: Config, stop: StopRequest) -> bool:
     from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which needs the set-up above
 
     run_dir, first = Path(config.run_dir), rank == 0
-    with ExitStack() as held:
+    with beating(config.health.lost_s), ExitStack() as held:
         with agreed():
             config.check_world(world)
             check_impl(config.loss.impl, device)
