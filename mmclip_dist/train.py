@@ -31,6 +31,7 @@ from mmclip_dist.engine.feed import Feed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.engine.heartbeat import beating
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
+from mmclip_dist.launcher import ranks_of_machine
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.folder import describe, locked
 from mmclip_dist.run.guard import Guard
@@ -156,7 +157,7 @@ def tell(error: Exception, *, ending: bool) -> int:
         speaks, where = True, place()
     else:
         speaks = first_of_machine or code is None
-        alone = os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == ranks_of_machine()
         where = "" if alone else socket.gethostname()
     if speaks:
         print(f"{trace}{errors.line(error, where)}", file=sys.stderr, flush=True)

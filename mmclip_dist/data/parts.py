@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import shutil
 import threading
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmclip_dist.data.batch import Batch
+from mmclip_dist.launcher import ranks_of_machine
 
 T = TypeVar("T")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -65,7 +65,7 @@ def check_shared_memory(batch_bytes: int, prefetch: int, folder: Path = _SHARED_
     """
     if not folder.exists():  # no Linux: shared memory has another limit
         return
-    needed = batch_bytes * (prefetch + 1) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = batch_bytes * (prefetch + 1) * ranks_of_machine()
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(

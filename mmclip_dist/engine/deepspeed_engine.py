@@ -16,6 +16,7 @@ from mmclip_dist.engine.layer_execution import checkpoint_activations, compile_e
 from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
+from mmclip_dist.launcher import ranks_of_machine
 from mmclip_dist.model.mmclip import MMCLIP
 
 _AFTER_WATCHDOG_S = 30.0  # the process group times out so much later than the watchdog, whose message names rank and step
@@ -76,8 +77,7 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local))
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // ranks_of_machine()))
     deepspeed_inside.check_version()
     import deepspeed
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 from mmclip_dist.engine import watchdog
+from mmclip_dist.launcher import ranks_of_machine
 
 _BEATS = 9  # within the time after which a machine counts as lost
 
@@ -97,7 +98,7 @@ def beating(lost_s: float) -> Iterator[None]:
 
     lost_s: seconds of silence after which a machine that was heard of before counts as lost.
     """
-    rank, local, on_machine = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    rank, local, on_machine = dist.get_rank(), int(os.environ.get("LOCAL_RANK", "0")), ranks_of_machine()
     if dist.get_world_size() == on_machine:
         yield
         return
