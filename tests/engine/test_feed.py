@@ -30,3 +30,4 @@ def test_batches_come_in_order_and_plans_are_known_before() -> None:
         assert batch["step"] == step and made[-1] == step + AHEAD
         assert batch["plan"].counts[:2] == [4 - step % 4, step % 4] and len(batch["plan"].parts) == 2
         assert feed.ahead(2).counts[:2] == [4 - (step + 2) % 4, (step + 2) % 4]
+        assert feed.ahead(1).counts[:2] == [4 - (step + 1) % 4, (step + 1) % 4]
