@@ -211,6 +211,7 @@ def test_an_interrupted_stage_with_other_entities_mixes_no_scores(sets, cluster:
     assert list(ShardReader(out, found).samples(0)) == second.build()(samples)
 
 
+@pytest.mark.timeout(60)
 def test_a_sidecar_that_does_not_fit_the_base_is_refused(sets, checkpoint: Path, tmp_path: Path) -> None:
     """Before any worker starts: attention given as entities, and entities of another set."""
     out = str(tmp_path / "out")
