@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,7 +29,8 @@ class Heartbeat:
 
     def __init__(self, node: int, token: bytes, address: tuple[str, int], lost_s: float) -> None:
         self.node, self.token, self.lost_s = node, token, lost_s
-        family, _, _, _, self.address = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
+        self.address: tuple[Any, ...] = found
         self.socket = socket.socket(family, socket.SOCK_DGRAM)
         if node == 0:
             self.socket.bind(("", address[1]))
