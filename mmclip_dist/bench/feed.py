@@ -19,6 +19,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -26,12 +27,12 @@ from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.schema import encode_npy
 from mmclip_shards.writer import ShardWriter, write_shard
 
-from mmclip_dist.bench.loader_peers import jpeg
 from mmclip_dist.config import Data, Source, load_config
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
 from mmclip_dist.data.tokenizer import train_tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 BATCH, SIZE, SAMPLES = 128, 224, 2000
 WORKERS = (0, 1, 2)
 WORDS = """the lungs are clear there is a small left pleural effusion without consolidation heart size normal no""".split()  # noqa: SIM905
@@ -50,28 +51,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--beside", metavar="TREE", help="measure another checkout of this repository in the same rounds")
     parser.add_argument("--one", nargs=2, metavar=("SET", "WORKERS"), help="measure once and print JSON")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     if arguments.one:
         print(json.dumps(vars(feed(arguments.one[0], int(arguments.one[1]), arguments.seconds))))
         return
-    found: dict[int, list[Fed]] = {workers: [] for workers in WORKERS}
+    trees = {"this checkout": ROOT} | ({"the other": Path(arguments.beside).resolve()} if arguments.beside else {})
+    found: dict[tuple[str, int], list[Fed]] = {(name, workers): [] for name in trees for workers in WORKERS}
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         for _ in range(arguments.rounds):
-            for workers in WORKERS:
-                command = [sys.executable, __file__, "--seconds", f"{arguments.seconds:g}", "--one", folder, str(workers)]
-                found[workers].append(Fed(**json.loads(subprocess.run(command, check=True, capture_output=True).stdout)))
-    print("| workers | samples/s | of none | main thread, ms a sample | open files |\n|---|---|---|---|---|")
-    for workers, rows in found.items():
-        ratio = statistics.median(one.samples_per_s / none.samples_per_s for one, none in zip(rows, found[0], strict=True))
-        rate, busy = (statistics.median(getattr(row, name) for row in rows) for name in ("samples_per_s", "main_ms"))
-        print(f"| {workers} | {rate:,.0f} | {ratio:.2f} | {busy:.3f} | {max(row.files for row in rows)} |")
+            for (name, workers), rows in found.items():
+                rows.append(measured(trees[name], folder, workers, arguments.seconds))
+    print("| code | workers | samples/s | of none | main thread, ms a sample | open files |\n|---|---|---|---|---|---|")
+    for (name, workers), rows in found.items():
+        none = found[name, 0]
+        ratio = statistics.median(one.samples_per_s / without.samples_per_s for one, without in zip(rows, none, strict=True))
+        rate, busy = (statistics.median(getattr(row, figure) for row in rows) for figure in ("samples_per_s", "main_ms"))
+        print(f"| {name} | {workers} | {rate:,.0f} | {ratio:.2f} | {busy:.3f} | {max(row.files for row in rows)} |")
+
+
+def measured(tree: Path, url: str, workers: int, seconds: float) -> Fed:
+    """The figures of one checkout, from a process that imports its packages."""
+    paths = os.pathsep.join(str(tree / folder) for folder in (".", "kernels", "launch", "shards"))
+    command = [sys.executable, __file__, "--seconds", f"{seconds:g}", "--one", url, str(workers)]
+    output = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": paths}).stdout
+    return Fed(**json.loads(output.splitlines()[-1]))
 
 
 def write(url: str) -> None:
     """A set of radiograph-like JPEGs with reports, entities and attention scores."""
+    from mmclip_dist.bench.loader_peers import jpeg  # another checkout may not have it, and measures only
+
     random = np.random.default_rng(0)
     with ShardWriter(url, kind="base", dataset="bench", split="train", config_hash="bench", samples_per_shard=500) as writer:
         for number in range(SAMPLES):
