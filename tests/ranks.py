@@ -111,4 +111,5 @@ def run_ranks(
         assert code is not None, f"still running after {timeout} s:\n{running.output[-3000:]}"
     finally:
         running.kill()
-    return code, [log.read_text(errors="replace") for log in running.logs]
+    # A rank that is ended before it could open its log, because another one failed at once, said nothing.
+    return code, [log.read_text(errors="replace") if log.exists() else "" for log in running.logs]
