@@ -6,6 +6,7 @@ its optimizer and one integer, the step: the order of samples, the learning rate
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -127,12 +128,21 @@ def main(arguments: list[str]) -> int:
         exit_with_launcher(stop.ask)
         return 0 if train(config, stop) else EXIT_CODE
     except Exception as error:
+        end_loader_processes()
         if "MMCLIP_DEBUG" in os.environ:
             raise
         return tell(error, ending=stop is not None and stop.wanted())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def end_loader_processes() -> None:
+    """Kill this rank's loader processes. They outlive SIGTERM, which a stop on request needs: after an error, interpreter and
+    launcher would wait for them for a minute and more."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that was killed
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def tell(error: Exception, *, ending: bool) -> int:

@@ -74,6 +74,17 @@ def main(arguments: list[str]) -> int:
             return read(self, *of)
 
         JoinedSet.read = failing  # type: ignore[method-assign]
+    if fault == "out of memory":
+        (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
+        set_rate, calls = train.set_learning_rate, count(1)
+
+        def exhausted(*of: Any) -> float:
+            if next(calls) == 5 and os.environ["RANK"] == "1":
+                (Path(run_dir) / "struck").touch()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return set_rate(*of)
+
+        train.set_learning_rate = exhausted
     if fault == "full disk":  # from the second checkpoint on, no file may be larger
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         save = writer.save_verified

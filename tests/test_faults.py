@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 STEPS = 36
 TRAIN = (f"optim.steps={STEPS}", "checkpoint.every=4", "log_every=1", "optim.lr=0.1", "checkpoint.keep=20", "data.workers=1")
 SAVE_S = 25  # from a request to a whole checkpoint
+OUTLIVED_S = 20  # less than the launcher waits for a process that outlives SIGTERM; 5 s on an idle machine
 END_S = 90  # until all processes are gone; on a busy machine an interpreter takes its time to end
 QUICK = {1: ("stop SIGTERM", "kill in save"), 2: ("kill rank", "stop in evaluation"), 3: ("kill launcher",)}
 EVERY = ("stop SIGTERM", "kill in save", "kill rank", "stop in evaluation", "kill launcher", "stop file", "stop SIGUSR1")
@@ -244,6 +245,19 @@ def test_the_error_of_any_rank_is_told_once_with_rank_and_host(
     assert job.wait() == code, job.log[-3000:]
     assert job.errors == [told.format(host=socket.gethostname())], job.log[-3000:]
     assert ("Traceback" in job.log) == (fault == "bug"), job.log[-3000:]
+
+
+def test_a_job_with_loader_processes_ends_within_seconds_of_an_uncaught_exception(sets, tmp_path: Path) -> None:
+    """The launcher gives processes that outlive SIGTERM half a minute, and they give themselves a whole one."""
+    run = tmp_path / "run"
+    job = Job(run, [*sets.overrides(run), *TRAIN, "data.workers=2"], "out of memory", launched=True)
+    job.until("struck")
+    family = job.family
+    assert job.wait() == 1, job.log[-3000:]
+    took = time.time() - (run / "struck").stat().st_mtime
+    assert took < OUTLIVED_S and not psutil.wait_procs(family, timeout=OUTLIVED_S - took)[1], f"{took:.1f} s\n{job.log[-3000:]}"
+    assert [line for line in job.errors if "OutOfMemoryError: CUDA out of memory" in line] == job.errors, job.log[-3000:]
+    assert "Alarm clock" not in job.log
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> None:
