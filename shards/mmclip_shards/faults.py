@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 
 # It has no state: forked workers draw different waits, and training's generators are not touched.
@@ -81,3 +83,37 @@ class Tries:
         longest = min(self.patience.longest_wait_s, self.patience.first_wait_s * 2 ** min(self._in_a_row, 30))
         if self.closed.wait(_waits.uniform(0, min(longest, max(0.0, self.patience.budget_s - spent)))):
             raise GaveUp(what) from fault
+
+
+class Lateness:
+    """When a request counts as late, from the seconds that the last ones took, and how many may be made a second time.
+
+    Late: three times the 95th percentile, at least half a second. Of all requests, one in twenty may be repeated, so that a
+    store that is slow for all is not asked twice for everything.
+    """
+
+    _KNOWN = 256
+    _FEWEST = 16  # requests to know before any counts as late
+    _LEAST_S, _TIMES, _SHARE = 0.5, 3.0, 20
+
+    def __init__(self) -> None:
+        self._seconds: deque[float] = deque(maxlen=self._KNOWN)
+        self._requests, self._hedges = 0, 0
+
+    def add(self, seconds: float) -> None:
+        """A request that brought its bytes at the first try took so long."""
+        self._seconds.append(seconds)
+        self._requests += 1
+
+    def after_s(self) -> float | None:
+        """Seconds after which a request is late; None while too few are known."""
+        known = sorted(self._seconds.copy())
+        if len(known) < self._FEWEST:
+            return None
+        return max(self._LEAST_S, self._TIMES * known[math.ceil(0.95 * len(known)) - 1])
+
+    def may_hedge(self) -> bool:
+        """Whether one more request may be made a second time. If so, it is counted."""
+        allowed = self._hedges < self._requests // self._SHARE + 1
+        self._hedges += allowed
+        return allowed

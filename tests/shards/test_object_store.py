@@ -70,8 +70,8 @@ def read_all(reader: ShardReader) -> list[Sample]:
 def reader_of(
     url: str, manifest: Manifest, chunk_bytes: int | None = CHUNK, patience: Patience = QUICK, **reading: object
 ) -> ShardReader:
-    chunks = ChunkReader(Reading(chunk_bytes=chunk_bytes, patience=patience, **reading))  # type: ignore[arg-type]
-    return ShardReader(url, manifest, chunks=chunks)
+    chunks = ChunkReader(Reading(patience=patience, **reading))  # type: ignore[arg-type]
+    return ShardReader(url, manifest, chunks=chunks, chunk_bytes=chunk_bytes)
 
 
 @pytest.fixture
@@ -355,11 +355,12 @@ def outcomes(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dict[Cas
 
     def run(case: Case) -> Outcome:
         quick = case.lasting and case.name not in HARMLESS
-        chunks = ChunkReader(Reading(chunk_bytes=case.chunk_bytes, patience=QUICK if quick else STEADY))
+        chunks = ChunkReader(Reading(patience=QUICK if quick else STEADY))
         delivered: list[Sample] = []
         error, began = "", time.monotonic()
         try:
-            reader = ShardReader(urls[case], load_manifest(urls[case]), chunks=chunks)
+            manifest = load_manifest(urls[case])
+            reader = ShardReader(urls[case], manifest, chunks=chunks, chunk_bytes=case.chunk_bytes)
             for number in range(2):
                 delivered.extend(reader.samples(number))
         except (ValueError, OSError) as found:
