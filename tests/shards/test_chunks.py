@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 
@@ -199,6 +200,29 @@ def test_a_late_read_is_asked_for_again_and_the_first_answer_wins(slow_store: Sl
     slow_store.released.set()
     chunks._pool.shutdown()
     assert bytes(chunks.read(shard, 5 * STEP, STEP)) == DATA[5 * STEP : 6 * STEP], "the loser's error changes nothing"
+    chunks.close()
+
+
+def test_an_error_does_not_count_while_the_second_request_is_under_way(
+    slow_store: SlowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks, shard = ChunkReader(), shard_of()
+    for number in range(4):
+        chunks.read(shard, STEP * number, STEP)
+    second, asked, plain = threading.Event(), threading.Lock(), slow_store.read_range
+
+    def read_range(url: str, offset: int, length: int, tries: Tries | None = None) -> bytes:
+        if asked.acquire(blocking=False):
+            assert second.wait(20)
+            raise OSError("reset")
+        second.set()
+        (fetch,) = (fetch for fetch in chunks._kept.values() if not fetch.future.done())
+        while fetch.running == 2:
+            time.sleep(0.001)
+        return plain(url, offset, length, tries)
+
+    monkeypatch.setattr(storage, "read_range", read_range)
+    assert bytes(chunks.read(shard, 5 * STEP, STEP)) == DATA[5 * STEP : 6 * STEP]
     chunks.close()
 
 
