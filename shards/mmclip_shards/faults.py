@@ -15,8 +15,9 @@ _waits = random.SystemRandom()
 NOT_RETRIED = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
 """Errors of our own code: raised at once, never tried again."""
 
-_SETTLED = (FileNotFoundError, PermissionError, ValueError)
+_SETTLED = (FileNotFoundError, ValueError)
 _SETTLED_TRIES = 4  # for 404, 403 and damaged bytes: they can be passing errors of a store, but not for two minutes
+_START_S = 15.0  # for a store that has not answered yet: a wrong address or missing keys are told soon
 _MENDABLE = (FileNotFoundError, PermissionError, NotADirectoryError, ValueError)
 
 
@@ -33,6 +34,10 @@ class Patience:
     stall_s: float = 10.0
     first_wait_s: float = 0.1
     longest_wait_s: float = 10.0
+
+
+class MissingCredentials(PermissionError):
+    """No credentials were found. A metadata service that many processes ask at once may refuse for seconds."""
 
 
 class CutFile(OSError):
@@ -62,10 +67,12 @@ class Tries:
         self.count, self._in_a_row, self._settled = 0, 0, 0
         self._since = time.monotonic()
 
-    def wait(self, what: str, fault: Exception, *, progress: bool = False) -> None:
+    def wait(self, what: str, fault: Exception, *, progress: bool = False, served: bool = True) -> None:
         """Sleep before the next try. Once the budget is spent, raise `renamed(fault)` with a message that names `what`.
 
-        progress: the failed try brought bytes, so the budget starts anew. GaveUp when the reader is closed meanwhile.
+        progress: the failed try brought bytes, so the budget starts anew. served: the store answered before. Then refused access
+        is taken for a passing fault and has the whole budget, as other faults have; if not, the user is told soon what is wrong.
+        GaveUp when the reader is closed meanwhile.
         """
         if isinstance(fault, NOT_RETRIED):
             raise fault
@@ -73,16 +80,25 @@ class Tries:
             self._in_a_row, self._settled, self._since = 0, 0, time.monotonic()
         self.count += 1
         self._in_a_row += 1
-        self._settled = self._settled + 1 if isinstance(fault, _SETTLED) else 0
-        spent = time.monotonic() - self._since
-        if spent >= self.patience.budget_s or self._settled >= _SETTLED_TRIES:
+        self._settled = self._settled + 1 if _is_settled(fault, served) else 0
+        spent, budget = time.monotonic() - self._since, self.patience.budget_s if served else min(self.patience.budget_s, _START_S)
+        if spent >= budget or self._settled >= _SETTLED_TRIES:
             if isinstance(fault, ValueError):
                 raise fault
-            tried = f"tried {self.count} times in {spent:.0f} s"
-            raise renamed(fault, f"{what}: {tried}: {type(fault).__name__}: {fault}") from fault
+            told = f"{what}: tried {self.count} times in {spent:.0f} s: {type(fault).__name__}: {fault}"
+            if not served and not isinstance(fault, FileNotFoundError | MissingCredentials):
+                told += " (it never served this process: check the address, AWS_ENDPOINT_URL, the keys and the network)"
+            raise renamed(fault, told) from fault
         longest = min(self.patience.longest_wait_s, self.patience.first_wait_s * 2 ** min(self._in_a_row, 30))
-        if self.closed.wait(_waits.uniform(0, min(longest, max(0.0, self.patience.budget_s - spent)))):
+        if self.closed.wait(_waits.uniform(0, min(longest, max(0.0, budget - spent)))):
             raise GaveUp(what) from fault
+
+
+def _is_settled(fault: Exception, served: bool) -> bool:
+    """Whether a fault that stays for a few tries will stay for good."""
+    if isinstance(fault, PermissionError):
+        return not served and not isinstance(fault, MissingCredentials)
+    return isinstance(fault, _SETTLED)
 
 
 class Lateness:
