@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
+from mmclip_dist.data.loader import build_loader, build_order, label_names
+from mmclip_dist.data.reading import open_sets
 from mmclip_dist.model.build import build_model
 from mmclip_dist.model.inputs import PlannedBatch, planned
 from mmclip_dist.model.mmclip import MMCLIP

@@ -33,12 +33,14 @@ def faulty(s3: S3Server) -> Iterator[FaultProxy]:
 
 @contextmanager
 def client_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """These AWS_ variables and no others; sessions with the ones of before are forgotten."""
+    """These AWS_ variables and no others; sessions and answers with the ones of before are forgotten."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
         for name, value in variables.items():
             patch.setenv(name, value)
         storage._filesystems.clear()
+        storage._served.clear()
         yield
     storage._filesystems.clear()
+    storage._served.clear()

@@ -29,7 +29,8 @@ from mmclip_shards.writer import ShardWriter, write_shard
 
 from mmclip_dist.config import Data, Source, load_config
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
+from mmclip_dist.data.loader import build_loader, build_order, label_names
+from mmclip_dist.data.reading import open_sets
 from mmclip_dist.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

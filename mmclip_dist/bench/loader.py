@@ -17,8 +17,9 @@ from mmclip_dist.config import Augment, Data, EntMLM, Source
 from mmclip_dist.data.batch import Example
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.loader import BatchRows, build_loader, build_order, in_workers, label_names, open_sets, raised
+from mmclip_dist.data.loader import BatchRows, build_loader, build_order, in_workers, label_names, raised
 from mmclip_dist.data.prompts import load_prompts
+from mmclip_dist.data.reading import open_sets
 from mmclip_dist.data.tokenizer import reports_of, train_tokenizer
 
 _REPORTS = 200  # read to train a tokenizer, whose speed hardly depends on its vocabulary

@@ -13,7 +13,12 @@ from mmclip_dist.config import Source
 
 
 class JoinedSet:
-    """Random access to the samples of one source: members of the base shard and of its sidecars together."""
+    """Random access to the samples of one source: members of the base shard and of its sidecars together.
+
+    ahead: positions of a stream that memory has room to fetch before they are due; 0 if it is short.
+    """
+
+    ahead = 0
 
     def __init__(self, source: Source, open_shards: int = 64) -> None:
         """open_shards: as in `ShardReader`."""
@@ -56,7 +61,7 @@ class JoinedSet:
             members.update(sidecar.read(shard, key))
         return members
 
-    def prefetch(self, shard: int, rows: Sequence[int]) -> None:
-        """Start fetching samples of a shard from object storage, and return at once."""
+    def prefetch(self, shard: int, rows: Sequence[int], due: int) -> None:
+        """Start fetching samples of a shard from object storage, and return at once. due: the step that reads them."""
         for reader in self.readers:
-            reader.prefetch(shard, rows)
+            reader.prefetch(shard, rows, due)

@@ -10,14 +10,11 @@ from itertools import count
 from typing import Protocol, TypeVar
 
 import torch
-from mmclip_shards.chunks import MIB, ChunkReader, Tally
-from mmclip_shards.chunks import Reading as ChunkReading
-from mmclip_shards.faults import Patience
-from mmclip_shards.manifest import Manifest
+from mmclip_shards.chunks import Tally
 from mmclip_shards.storage import local_path
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmclip_dist.config import Data, Reading, Source
+from mmclip_dist.config import Data
 from mmclip_dist.data.batch import Batch, Example, collate, even_share, join
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
@@ -28,44 +25,6 @@ from mmclip_dist.errors import exit_code
 T = TypeVar("T")
 _MAX_RETRIES = 16  # replacements tried for one undecodable sample before the run ends
 _LAST_BATCHES_S = 60  # a loader process goes on for so long after SIGTERM
-_CHUNKS = MIB // 4, 8 * MIB  # bytes of one request, least and most: smaller ones wait for latency, larger ones gain nothing
-
-
-def open_sets(sources: Sequence[Source], data: Data, world: int) -> list[JoinedSet]:
-    """The training sets with their sidecars. All read through one memory and one cache."""
-    readers = world * max(1, data.workers)
-    streams = max(1, data.streams // readers)
-    sets = [JoinedSet(source, 16 + 2 * streams) for source in sources]  # a stream usually lies in two shards
-    blocks = [
-        min(data.shuffle_block, reader.manifest.samples // data.streams) * _bytes_per_sample(reader.manifest)
-        for joined in sets for reader in joined.readers if local_path(reader.url) is None
-    ]  # fmt: skip
-    chunks = ChunkReader(chunk_reading(data.reading, blocks, streams))
-    for joined in sets:
-        joined.read_through(chunks)
-    return sets
-
-
-def _bytes_per_sample(manifest: Manifest) -> int:
-    return sum(shard.bytes for shard in manifest.shards) // manifest.samples
-
-
-def chunk_reading(reading: Reading, blocks: Sequence[int], streams: int) -> ChunkReading:
-    """How to read remote sets. blocks: bytes of a shuffle block of each set. streams: read side by side.
-
-    The samples of a block lie together but come in random order, so it is read in chunks that are kept until it is used up. Where
-    all blocks of all streams find no room in memory, chunks would be fetched over and over: then each sample is fetched alone,
-    unless a folder keeps the chunks.
-    """
-    chunk = min(max(max(blocks, default=0) // 2, _CHUNKS[0]), _CHUNKS[1])
-    needed = streams * sum(2 * block + 2 * chunk for block in blocks)  # one being read, the next being fetched
-    memory = reading.memory_mib * MIB
-    return ChunkReading(
-        chunk_bytes=chunk if needed <= memory or reading.cache else None,
-        memory_bytes=memory, connections=reading.connections,
-        folder=reading.cache, folder_bytes=int(reading.cache_gib * 1024 * MIB) if reading.cache else 0,
-        patience=Patience(budget_s=reading.budget_s, stall_s=reading.stall_s),
-    )  # fmt: skip
 
 
 def label_names(sets: Sequence[JoinedSet]) -> tuple[str, ...]:
@@ -96,7 +55,8 @@ class BatchRows(IterableDataset):
     """Examples of some rows of every global batch, step by step. In a loader worker: its part of them, joined to one `Part`.
 
     Row i of a global batch is position `step * per_stream + i % per_stream` of stream `i // per_stream`, so batches do not
-    depend on who reads which row. ahead: steps whose samples are fetched from object storage before they are due.
+    depend on who reads which row. ahead: steps whose samples are fetched from object storage before they are due; more, up to
+    a whole shuffle block, where memory has room for it, so that no step waits when a stream goes on to its next block.
     """
 
     def __init__(
@@ -124,12 +84,16 @@ class BatchRows(IterableDataset):
             yield error
 
     def _steps(self, rows: range) -> Iterator[tuple[list[Example] | Batch, Tally]]:
-        if self.remote:
-            for step in range(self.start, self.start + self.ahead):
-                self._prefetch(rows, step)
+        farthest = max(self.ahead, self.sets[0].ahead // self.per_stream) if self.remote else 0
+        begun = self.start
         for step in count(self.start):
             if self.remote:
-                self._prefetch(rows, step + self.ahead)
+                self.sets[0].chunks.end_turn(step - 1)
+                # A few more at each step: the first ones shall not wait behind all of the next block.
+                soon = min(step + farthest, begun + self.ahead) + 1
+                for later in range(begun, soon):
+                    self._prefetch(rows, later)
+                begun = soon
             examples = [self._example(stream, position) for stream, position in self._positions(rows, step)]
             tally = self.sets[0].chunks.take_tally()
             tally.samples = len(examples)
@@ -146,7 +110,7 @@ class BatchRows(IterableDataset):
             place = self.order.locate(stream, position)
             wanted[place.set, place.shard].append(place.row)
         for (number, shard), of_shard in wanted.items():
-            self.sets[number].prefetch(shard, of_shard)
+            self.sets[number].prefetch(shard, of_shard, step)
 
     def _example(self, stream: int, position: int) -> Example:
         """The example at a position, or the next of its block that can be decoded, with the failures listed."""

@@ -13,9 +13,10 @@ from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.loader import build_loader, build_order, label_names, open_sets
+from mmclip_dist.data.loader import build_loader, build_order, label_names
 from mmclip_dist.data.order import Order
 from mmclip_dist.data.parts import check_shared_memory
+from mmclip_dist.data.reading import open_sets
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class ProgressLog:
                 "aside_s": round(self.beside, 3),
                 "eta_s": round((self.config.optim.last_step - step) * elapsed / done, 1),
                 "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
-                         "retries": int(read.retries), "cache_hits": int(read.cache_hits), "waited_s": round(read.waited_s, 3)},
+                         "retries": int(read.retries), "hedges": int(read.hedges), "cache_hits": int(read.cache_hits),
+                         "waited_s": round(read.waited_s, 3)},
             }  # fmt: skip
             if self.device.type == "cuda":
                 row["device_peak_gib"] = round(device_peak, 3)

@@ -141,11 +141,11 @@ def try_fault(
     write_set(url, truth)
     proxy.injected.clear()
     proxy.plan = on_reads(fault, of=f"/{url.rpartition('/')[2]}/{target.object}", times=None if lasting else 1)
-    chunks = ChunkReader(Reading(chunk_bytes=target.chunk_bytes, connections=2, patience=PATIENCE))
+    chunks = ChunkReader(Reading(connections=2, patience=PATIENCE))
     delivered: list[Sample] = []
     errors: list[Exception] = []
     started = time.monotonic()
-    reading = threading.Thread(target=read_all, args=(url, chunks, delivered, errors), daemon=True)
+    reading = threading.Thread(target=read_all, args=(url, target.chunk_bytes, chunks, delivered, errors), daemon=True)
     reading.start()
     reading.join(HANGS_S)
     outcome = "hangs" if reading.is_alive() else classify(truth, delivered, errors)
@@ -171,9 +171,11 @@ def try_fault(
     )  # fmt: skip
 
 
-def read_all(url: str, chunks: ChunkReader, delivered: list[Sample], errors: list[Exception]) -> None:
+def read_all(
+    url: str, chunk_bytes: int | None, chunks: ChunkReader, delivered: list[Sample], errors: list[Exception]
+) -> None:
     try:
-        reader = ShardReader(url, load_manifest(url), chunks=chunks)
+        reader = ShardReader(url, load_manifest(url), chunks=chunks, chunk_bytes=chunk_bytes)
         for number in range(len(reader.manifest.shards)):
             delivered.extend(reader.samples(number))
     except Exception as error:

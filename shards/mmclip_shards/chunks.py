@@ -6,35 +6,35 @@ sample and has the chunk fetched again when it differs.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import secrets
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 from mmclip_shards import storage
-from mmclip_shards.faults import Patience, Tries
+from mmclip_shards.chunk_folder import Chunk, ChunkFolder
+from mmclip_shards.faults import Lateness, Patience, Tries
 
 MIB = 1 << 20
+CHUNK_BYTES = 8 * MIB
+ANY_TIME = -1
+"""In place of the turn that reads a range, where reads are not planned."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """How remote shards are read by one process.
 
-    chunk_bytes: bytes of one request; None reads each sample alone, for samples that lie too far apart to keep whole chunks.
-    memory_bytes: for kept chunks. connections: requests at the same time.
+    memory_bytes: for kept chunks. connections: requests at the same time, besides a few second ones for those that are late.
     folder, folder_bytes: also keep chunks in this folder, shared by all processes of a machine.
     """
 
-    chunk_bytes: int | None = 8 * MIB
     memory_bytes: int = 256 * MIB
     connections: int = 8
     folder: str | None = None
@@ -51,77 +51,118 @@ class Tally:
     requests: int = 0
     fetched: int = 0  # bytes that came from the store
     retries: int = 0
+    hedges: int = 0  # second requests for a read that was late
     cache_hits: int = 0  # chunks found in the folder
     waited_s: float = 0.0
 
     def add(self, other: Tally) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        for count in fields(self):
+            setattr(self, count.name, getattr(self, count.name) + getattr(other, count.name))
 
 
-class Chunk(NamedTuple):
-    """Bytes [start, stop) of the shard at `url` whose tar has this sha256."""
+class RemoteShard(NamedTuple):
+    """A shard of `size` bytes. chunk_bytes: of one request; None fetches each range alone and keeps nothing, for samples that
+    lie too far apart."""
 
     url: str
     sha256: str
-    start: int
-    stop: int
+    size: int
+    chunk_bytes: int | None = CHUNK_BYTES
 
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
+    def chunks(self, offset: int, length: int) -> list[Chunk]:
+        """The chunks that hold a range."""
+        step = self.chunk_bytes
+        if step is None:
+            return [Chunk(self.url, self.sha256, offset, offset + length)]
+        first, last = offset // step, (offset + max(length, 1) - 1) // step
+        return [Chunk(self.url, self.sha256, n * step, min((n + 1) * step, self.size)) for n in range(first, last + 1)]
+
+
+@dataclass
+class _Fetch:
+    """A chunk that is kept or on its way. due: the last turn that reads it. running: requests that have not ended; the first to
+    bring the bytes wins, and `over` ends the retries of the other. began: when the first request was made."""
+
+    due: int
+    future: Future[bytes] = field(default_factory=Future)
+    over: threading.Event = field(default_factory=threading.Event)
+    began: float | None = None
+    running: int = 1
 
 
 class ChunkReader:
-    """Reads ranges of remote shards, through chunks. Threads may share it; a forked process starts with an empty one."""
+    """Reads ranges of remote shards, through chunks. Threads may share it; a forked process starts with an empty one.
+
+    Turns, such as steps of training, tell it which chunks are used up: those whose last turn is over are dropped first, and
+    nothing is fetched ahead in place of a chunk that a later turn needs.
+    """
 
     def __init__(self, reading: Reading = Reading()) -> None:
-        if reading.chunk_bytes is not None and reading.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes is {reading.chunk_bytes}; it must be at least 1")
         self.reading = reading
         self._folder = ChunkFolder(Path(reading.folder), reading.folder_bytes) if reading.folder else None
         self._start_here()
 
     def _start_here(self) -> None:
         self._process = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(self.reading.connections, "mmclip-chunks")
-        self._kept: OrderedDict[Chunk, Future[bytes]] = OrderedDict()
+        self._hedge_pool = ThreadPoolExecutor(max(1, self.reading.connections // 4), "mmclip-hedges")
+        self._kept: OrderedDict[Chunk, _Fetch] = OrderedDict()
         self._kept_bytes = 0
-        self._closed = threading.Event()
+        self._planned: OrderedDict[Chunk, int] = OrderedDict()  # chunk -> due; for these memory had no room yet
+        self._over = ANY_TIME
+        self._lateness = Lateness()
         self.tally = Tally()
 
     def __reduce__(self) -> tuple[object, ...]:
         return ChunkReader, (self.reading,)
 
-    def read(self, url: str, sha256: str, size: int, offset: int, length: int) -> bytes | memoryview:
-        """`length` bytes from `offset` on of a shard of `size` bytes. A view, not a copy, if one chunk holds them all.
+    def read(self, shard: RemoteShard, offset: int, length: int) -> bytes | memoryview:
+        """`length` bytes from `offset` on. A view, not a copy, if one chunk holds them all.
 
         CutFile when the shard ends before, OSError when the store fails.
         """
-        chunks = self._cover(url, sha256, size, offset, length)
+        chunks = shard.chunks(offset, length)
         wanted = [(chunk, self._begin(chunk)) for chunk in chunks]  # start all of them, then wait for the first
         parts = []
-        for chunk, future in wanted:
+        for chunk, fetch in wanted:
             try:
-                data = future.result()
+                data = self._result(chunk, fetch)
             except BaseException:
                 self._drop(chunk)
                 raise
             first, stop = max(offset, chunk.start), min(offset + length, chunk.stop)
             parts.append(memoryview(data)[first - chunk.start : stop - chunk.start])
-        if self.reading.chunk_bytes is None:
+        if shard.chunk_bytes is None:
             self._drop(*chunks)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def prefetch(self, url: str, sha256: str, size: int, spans: Iterable[tuple[int, int]]) -> None:
-        """Start fetching ranges (offset, length). An error shows when a range is read."""
-        for chunk in dict.fromkeys(chunk for span in spans for chunk in self._cover(url, sha256, size, *span)):
-            self._begin(chunk)
+    def prefetch(self, shard: RemoteShard, spans: Iterable[tuple[int, int]], due: int = ANY_TIME) -> None:
+        """Fetch ranges (offset, length) in this order, as soon as memory has room. An error shows when a range is read.
 
-    def forget(self, url: str, sha256: str, size: int, offset: int, length: int) -> None:
+        due: the turn that will read them.
+        """
+        self._here()
+        with self._lock:
+            for chunk in dict.fromkeys(chunk for span in spans for chunk in shard.chunks(*span)):
+                fetch = self._kept.get(chunk)
+                if fetch is None:
+                    self._planned[chunk] = max(due, self._planned.get(chunk, due))
+                else:
+                    fetch.due = max(due, fetch.due)
+                    self._kept.move_to_end(chunk)
+            self._fetch_ahead()
+
+    def end_turn(self, turn: int) -> None:
+        """All reads of the turns up to this one are over."""
+        self._here()
+        with self._lock:
+            self._over = turn
+            self._fetch_ahead()
+
+    def forget(self, shard: RemoteShard, offset: int, length: int) -> None:
         """Drop the chunks of a range that proved damaged, so that the next read fetches them again."""
-        chunks = self._cover(url, sha256, size, offset, length)
+        chunks = shard.chunks(offset, length)
         self._drop(*chunks)
         if self._folder:
             for chunk in chunks:
@@ -150,8 +191,13 @@ class ChunkReader:
     def close(self) -> None:
         """Stop retries and threads. A later read starts them again."""
         if self._process == os.getpid():
-            self._closed.set()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            with self._lock:
+                self._planned.clear()
+                for fetch in self._kept.values():
+                    fetch.over.set()
+                    fetch.future.cancel()
+            for pool in (self._pool, self._hedge_pool):
+                pool.shutdown(wait=False, cancel_futures=True)
         self._start_here()
 
     # -- Inside ---------------------------------------------------------------------------------------------------
@@ -160,38 +206,57 @@ class ChunkReader:
         if self._process != os.getpid():
             self._start_here()
 
-    def _cover(self, url: str, sha256: str, size: int, offset: int, length: int) -> list[Chunk]:
-        step = self.reading.chunk_bytes
-        if step is None:
-            return [Chunk(url, sha256, offset, offset + length)]
-        first, last = offset // step, (offset + max(length, 1) - 1) // step
-        return [Chunk(url, sha256, n * step, min((n + 1) * step, size)) for n in range(first, last + 1)]
-
-    def _begin(self, chunk: Chunk) -> Future[bytes]:
+    def _begin(self, chunk: Chunk) -> _Fetch:
+        """The chunk's fetch, for a read: it is started even if memory is full."""
         self._here()
         with self._lock:
-            future = self._kept.get(chunk)
-            if future is not None and future.done() and future.exception():  # a prefetch failed: try again now
-                del self._kept[chunk]
-                self._kept_bytes -= chunk.size
-                future = None
-            if future is None:
-                future = self._kept[chunk] = self._pool.submit(self._fetch, chunk)
-                self._kept_bytes += chunk.size
+            fetch = self._kept.get(chunk)
+            if fetch is not None and fetch.future.done() and fetch.future.exception():
+                self._drop(chunk)  # it was fetched ahead in vain: try again now
+                fetch = None
+            if fetch is None:
+                fetch = self._start(chunk, self._planned.pop(chunk, self._over))
                 self._shrink()
             else:
                 self._kept.move_to_end(chunk)
-            return future
+            return fetch
+
+    def _start(self, chunk: Chunk, due: int) -> _Fetch:
+        fetch = self._kept[chunk] = _Fetch(due)
+        self._kept_bytes += chunk.size
+        self._pool.submit(self._fetch, chunk, fetch)
+        return fetch
+
+    def _fetch_ahead(self) -> None:
+        """Start planned chunks, as long as memory has room or holds chunks that are used up."""
+        while self._planned:
+            chunk, due = next(iter(self._planned.items()))
+            if due > self._over or due == ANY_TIME:  # else its turn has passed without it
+                for used in [] if self._fits(chunk) else self._used_up():
+                    self._drop(used)
+                    if self._fits(chunk):
+                        break
+                if not self._fits(chunk):
+                    return
+                self._start(chunk, due)
+            del self._planned[chunk]
+
+    def _fits(self, chunk: Chunk) -> bool:
+        return not self._kept or self._kept_bytes + chunk.size <= self.reading.memory_bytes
+
+    def _used_up(self) -> list[Chunk]:
+        """Chunks that no planned turn needs, the least recently used first. Those that are still being fetched stay."""
+        return [chunk for chunk, fetch in self._kept.items() if fetch.future.done() and fetch.due <= self._over]
 
     def _shrink(self) -> None:
-        """Drop the least recently used chunks until the rest fit. Chunks that are still being fetched stay."""
+        """Drop chunks until the rest fit: those that are used up, then those that are needed last."""
         if self._kept_bytes <= self.reading.memory_bytes:
             return
-        for chunk in [chunk for chunk, future in self._kept.items() if future.done()]:
+        needed = [chunk for chunk, fetch in self._kept.items() if fetch.future.done() and fetch.due > self._over]
+        for chunk in [*self._used_up(), *sorted(needed, key=lambda chunk: -self._kept[chunk].due)]:
             if self._kept_bytes <= self.reading.memory_bytes:
                 return
-            del self._kept[chunk]
-            self._kept_bytes -= chunk.size
+            self._drop(chunk)
 
     def _drop(self, *chunks: Chunk) -> None:
         with self._lock:
@@ -199,112 +264,55 @@ class ChunkReader:
                 if self._kept.pop(chunk, None) is not None:
                     self._kept_bytes -= chunk.size
 
-    def _fetch(self, chunk: Chunk) -> bytes:
+    # -- Requests -------------------------------------------------------------------------------------------------
+
+    def _result(self, chunk: Chunk, fetch: _Fetch) -> bytes:
+        """The chunk's bytes. A fetch that is late is made a second time."""
+        while not fetch.future.done() and fetch.running == 1 and (late_s := self._lateness.after_s()) is not None:
+            spent = 0.0 if fetch.began is None else time.monotonic() - fetch.began  # it may still wait for a thread
+            if wait([fetch.future], max(0.0, late_s - spent)).done:
+                break
+            if fetch.began is not None and time.monotonic() - fetch.began >= late_s:
+                with self._lock:
+                    if fetch.running != 1 or not self._lateness.may_hedge():
+                        break
+                    fetch.running += 1
+                self.count(hedges=1)
+                self._hedge_pool.submit(self._fetch, chunk, fetch)
+        return fetch.future.result()
+
+    def _fetch(self, chunk: Chunk, fetch: _Fetch) -> None:
+        """Make one request of a fetch. Its error counts only if no other request is under way."""
+        if fetch.began is None:
+            fetch.began = time.monotonic()
+        data, error = b"", None
+        try:
+            data = self._bytes_of(chunk, fetch.over)
+        except BaseException as raised:
+            error = raised
+        with self._lock:
+            fetch.running -= 1
+            if not fetch.future.done():  # else the other request was faster, or the reader was closed
+                if error is None:
+                    fetch.over.set()
+                    fetch.future.set_result(data)
+                elif not fetch.running:
+                    fetch.future.set_exception(error)
+            self._fetch_ahead()
+
+    def _bytes_of(self, chunk: Chunk, over: threading.Event) -> bytes:
         if self._folder and (found := self._folder.find(chunk)) is not None:
             self.count(cache_hits=1)
             return found
-        tries = Tries(self.reading.patience, self._closed)
+        tries, began = Tries(self.reading.patience, over), time.monotonic()
         try:
             data = storage.read_range(chunk.url, chunk.start, chunk.size, tries)
         finally:
             self.count(requests=1 + tries.count, retries=tries.count)
         self.count(fetched=len(data))
+        if not tries.count:
+            self._lateness.add(time.monotonic() - began)
         if self._folder:
             with suppress(OSError):  # a full disk costs the cache, not the training
                 self._folder.keep(chunk, data)
         return data
-
-
-class ChunkFolder:
-    """Chunks on a local disk, at most `limit` bytes; the least recently used are deleted first.
-
-    A chunk's name comes from the whole URL and the shard's sha256, so two sets never share one. Any number of processes may
-    use a folder: chunks appear whole (by a rename), and a lock guards the total size.
-    """
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        if limit < 1:
-            raise ValueError(f"the cache {folder} may hold {limit} bytes; allow it at least a few chunks of 8 MiB")
-        self.folder, self.limit = folder, limit
-        folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            pass  # fail now if we may not use the folder; `keep` would hide that
-
-    def find(self, chunk: Chunk) -> bytes | None:
-        """A chunk's bytes; None when it is not there or incomplete."""
-        path = self._path(chunk)
-        try:
-            data = path.read_bytes()
-        except OSError:
-            return None
-        if len(data) != chunk.size:
-            self.remove(chunk)
-            return None
-        with suppress(OSError):  # another process deleted it, or another user owns it
-            os.utime(path)
-        return data
-
-    def keep(self, chunk: Chunk, data: bytes) -> None:
-        """Store a chunk, unless it is larger than the whole folder may be. Deletes old chunks to make room."""
-        path = self._path(chunk)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        if len(data) > self.limit:
-            return
-        with self._locked() as total:
-            if path.exists():
-                return
-            if total.value + len(data) > self.limit:
-                total.value = self._make_room(len(data))
-            try:
-                temporary.write_bytes(data)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            total.value += len(data)
-
-    def remove(self, chunk: Chunk) -> None:
-        with self._locked() as total, suppress(FileNotFoundError):
-            path = self._path(chunk)
-            size = path.stat().st_size
-            path.unlink()
-            total.value -= size
-
-    def _path(self, chunk: Chunk) -> Path:
-        name = hashlib.sha256(f"{chunk.url}\n{chunk.sha256}\n{chunk.start}\n{chunk.stop}".encode()).hexdigest()
-        return self.folder / f"{name[:40]}.chunk"
-
-    def _make_room(self, wanted: int) -> int:
-        """Delete the least recently used chunks, down to nine tenths of the limit -> bytes that are left."""
-        found = []
-        for path in self.folder.iterdir():
-            if path.name.endswith(".tmp"):
-                path.unlink(missing_ok=True)  # left by a killed process: nobody writes while we hold the lock
-            elif path.suffix == ".chunk":
-                state = path.stat()
-                found.append((state.st_mtime_ns, path, state.st_size))
-        total = sum(size for _, _, size in found)
-        for _, path, size in sorted(found):
-            if total + wanted <= self.limit * 9 // 10:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
-        return total
-
-    @contextmanager
-    def _locked(self) -> Iterator[_Total]:
-        descriptor = os.open(self.folder / ".total", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            text = os.pread(descriptor, 32, 0)
-            total = _Total(int(text) if text.strip().isdigit() else self._make_room(0))
-            yield total
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(max(0, total.value)).encode(), 0)
-        finally:
-            os.close(descriptor)
-
-
-@dataclass
-class _Total:
-    value: int

@@ -11,7 +11,7 @@ from pathlib import Path
 import xxhash
 
 from mmclip_shards import storage
-from mmclip_shards.chunks import ChunkReader
+from mmclip_shards.chunks import ANY_TIME, CHUNK_BYTES, ChunkReader, RemoteShard
 from mmclip_shards.faults import CutFile, Tries, renamed
 from mmclip_shards.manifest import Manifest, ShardIndex, load_index, load_manifest
 from mmclip_shards.storage import Url
@@ -24,22 +24,27 @@ class ShardReader:
 
     open_shards: how many indexes and open local files to keep; the least recently used are closed first. Keep at least as
     many as you read side by side. chunks: reads remote shards; several readers may share one, and its memory.
+    chunk_bytes: bytes of one request to a store; None fetches each sample alone, for samples that lie far apart.
     Threads may share a reader. A reader sent to another process opens its own files there.
     """
 
     def __init__(
-        self, url: Url, manifest: Manifest, *, open_shards: int = 16, chunks: ChunkReader | None = None
-    ) -> None:
+        self, url: Url, manifest: Manifest, *, open_shards: int = 16, chunks: ChunkReader | None = None,
+        chunk_bytes: int | None = CHUNK_BYTES,
+    ) -> None:  # fmt: skip
+        if chunk_bytes is not None and chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes is {chunk_bytes}; it must be at least 1")
         self.url = url
         self.manifest = manifest
         self.chunks = chunks or ChunkReader()
+        self.chunk_bytes = chunk_bytes
         self._open_shards = open_shards
         self._local = storage.local_path(url) is not None
         self._index = lru_cache(open_shards)(self._load_index)
         self._file = lru_cache(open_shards)(self._open_file)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.url, self.manifest, self._open_shards, self.chunks)
+        return _rebuild, (self.url, self.manifest, self._open_shards, self.chunks, self.chunk_bytes)
 
     def keys(self, shard_number: int) -> list[str]:
         """The keys of a shard, in order. Do not change the list: it is shared."""
@@ -75,15 +80,17 @@ class ShardReader:
             )
             if self._local:
                 raise fault
-            shard = self.manifest.shards[shard_number]
-            self.chunks.forget(self._where(shard_number), shard.sha256, shard.bytes, start, length)
+            self.chunks.forget(self._remote(shard_number), start, length)
             tries = tries or Tries(self.chunks.reading.patience)
             tries.wait("", fault)
 
-    def prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
-        """Start fetching samples from object storage and return at once. Does nothing for local files."""
+    def prefetch(self, shard_number: int, rows: Sequence[int], due: int = ANY_TIME) -> None:
+        """Start fetching samples from object storage and return at once. Does nothing for local files.
+
+        due: the turn that reads them, as in `ChunkReader`.
+        """
         if not self._local:
-            self.chunks.submit(self._prefetch, shard_number, rows)
+            self.chunks.submit(self._prefetch, shard_number, rows, due)
 
     def samples(self, shard_number: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Every (key, members) of a shard, in order. Remote samples are fetched ahead."""
@@ -98,18 +105,20 @@ class ShardReader:
     def _where(self, shard_number: int) -> str:
         return storage.join(self.url, self.manifest.shards[shard_number].path)
 
-    def _prefetch(self, shard_number: int, rows: Sequence[int]) -> None:
-        shard, index = self.manifest.shards[shard_number], self._index(shard_number)
-        spans = (index.span(row, row + 1) for row in rows)
-        self.chunks.prefetch(self._where(shard_number), shard.sha256, shard.bytes, spans)
+    def _remote(self, shard_number: int) -> RemoteShard:
+        shard = self.manifest.shards[shard_number]
+        return RemoteShard(self._where(shard_number), shard.sha256, shard.bytes, self.chunk_bytes)
+
+    def _prefetch(self, shard_number: int, rows: Sequence[int], due: int = ANY_TIME) -> None:
+        index = self._index(shard_number)
+        self.chunks.prefetch(self._remote(shard_number), [index.span(row, row + 1) for row in rows], due)
 
     def _read_span(self, shard_number: int, key: str, offset: int, length: int) -> bytes | memoryview:
         try:
             if self._local:
                 return self._file(shard_number).read(offset, length)
-            shard = self.manifest.shards[shard_number]
             started = time.monotonic()
-            data = self.chunks.read(self._where(shard_number), shard.sha256, shard.bytes, offset, length)
+            data = self.chunks.read(self._remote(shard_number), offset, length)
             self.chunks.count(waited_s=time.monotonic() - started)
             return data
         except OSError as error:
@@ -161,5 +170,7 @@ class _LocalFile:
             os.close(self._descriptor)
 
 
-def _rebuild(url: Url, manifest: Manifest, open_shards: int, chunks: ChunkReader) -> ShardReader:
-    return ShardReader(url, manifest, open_shards=open_shards, chunks=chunks)
+def _rebuild(
+    url: Url, manifest: Manifest, open_shards: int, chunks: ChunkReader, chunk_bytes: int | None
+) -> ShardReader:
+    return ShardReader(url, manifest, open_shards=open_shards, chunks=chunks, chunk_bytes=chunk_bytes)

@@ -1,7 +1,8 @@
 """Read and write files, local or on object storage: a thin layer over fsspec with atomic writes and exact reads.
 
 A remote request that fails is tried again (`faults.Patience`). After an error of credentials, the next try opens a new
-session and reads them again.
+session and reads them again. A folder that was served before is believed to be served again; until then, refused access and a
+store that does not answer are told soon.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.asyn import sync as run_async
 
-from mmclip_shards.faults import CutFile, Patience, Tries
+from mmclip_shards.faults import CutFile, MissingCredentials, Patience, Tries
 
 T = TypeVar("T")
 Url = str | os.PathLike[str]
@@ -45,6 +46,7 @@ _EXPIRED = {
 }
 
 _filesystems: dict[tuple[int, str], Any] = {}
+_served: set[str] = set()  # buckets and folders that answered this process, or the one that it was forked from
 _opening = threading.Lock()
 
 
@@ -140,9 +142,8 @@ def read_range(url: Url, offset: int, length: int, tries: Tries | None = None) -
                 _check_end(url, offset, length, tries.patience.stall_s)
             came = got.size - before
             progress = came > 0 and came >= _SLOWEST * (time.monotonic() - began)  # a trickle could last for days
-            tries.wait(
-                f"{os.fspath(url)}, offset {offset + got.size}", _diagnose(url, filesystem, fault), progress=progress
-            )
+            _wait(tries, url, f"{os.fspath(url)}, offset {offset + got.size}", filesystem, fault, progress=progress)
+    _served.update(_places(url))
     return got.whole()
 
 
@@ -237,15 +238,38 @@ def _with_retries(url: Url, action: Callable[[Any, str], T], tries: Tries | None
     while True:
         filesystem, name = _open_remote(url)
         try:
-            return action(filesystem, name)
+            found = action(filesystem, name)
         except Exception as fault:
-            tries.wait(os.fspath(url), _diagnose(url, filesystem, fault))
+            _wait(tries, url, os.fspath(url), filesystem, fault)
+        else:
+            _served.update(_places(url))
+            return found
+
+
+def _wait(tries: Tries, url: Url, what: str, filesystem: Any, fault: Exception, *, progress: bool = False) -> None:
+    """Wait for the next try after a fault, as long as its kind and what the store did before deserve."""
+    fault, status = _diagnose(url, filesystem, fault), _status(fault)
+    bucket, folder = _places(url)
+    refused = isinstance(fault, PermissionError) and not isinstance(fault, MissingCredentials)
+    tries.wait(what, fault, progress=progress, served=status >= 500 or (folder if refused else bucket) in _served)
+
+
+def _places(url: Url) -> tuple[str, str]:
+    """A file's bucket and folder."""
+    scheme, _, path = os.fspath(url).partition("://")
+    return f"{scheme}://{path.partition('/')[0]}", f"{scheme}://{path.rpartition('/')[0]}"
+
+
+def _status(fault: Exception) -> int:
+    """The HTTP status that a store answered with; 0 if it did not answer."""
+    response = getattr(fault.__cause__, "response", None) or {}
+    return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
     """The error that `Tries` should judge. After an error of credentials or session, the next try opens a new session."""
     expired = (getattr(fault.__cause__, "response", None) or {}).get("Error", {}).get("Code") in _EXPIRED
-    missing = "Credentials" in type(fault).__name__
+    missing = "Credential" in type(fault).__name__  # none found, or the service that gives them failed
     if expired or missing or isinstance(fault, PermissionError | RuntimeError):
         session = os.getpid(), os.fspath(url).partition("://")[0]
         with _opening:
@@ -254,7 +278,7 @@ def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
     if expired:  # an OSError, so that it is tried longer than other refusals: the renewal may come late
         return OSError(f"{fault} (expired credentials? they are read again at every try)")
     if missing:
-        return PermissionError(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        return MissingCredentials(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     return fault
 
 

@@ -14,17 +14,17 @@ import psutil
 import pytest
 import torch
 from mmclip_shards import storage
-from mmclip_shards.chunks import MIB
 from mmclip_shards.images import prepare_image
 from mmclip_shards.manifest import load_manifest, save_manifest
 from mmclip_shards.reader import iterate
 from PIL import Image
 
-from mmclip_dist.config import Reading, Source
+from mmclip_dist.config import Source
+from mmclip_dist.data import reading
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.data.example import ExampleMaker, MissingSidecar
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.loader import chunk_reading, open_sets
+from mmclip_dist.data.reading import open_sets
 from tests.batches import loader
 
 
@@ -211,10 +211,16 @@ def copied(url: str, to: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("data.reading.memory_mib=1", "data.shuffle_block=1000000"), ("data.workers=2",)]
+    "overrides", [(), ("data.reading.cache={cache}", "data.shuffle_block=1000000"), ("data.workers=2",)]
 )
-def test_remote_sets_and_sidecars_give_the_same_batches(sets, tokenizer, overrides: tuple[str, ...]) -> None:
-    """The base on one URL, the sidecars on others; in chunks, sample by sample where memory is short, and in forked workers."""
+def test_remote_sets_and_sidecars_give_the_same_batches(
+    sets, tokenizer, tmp_path, monkeypatch, overrides: tuple[str, ...]
+) -> None:  # fmt: skip
+    """The base on one URL, the sidecars on others; a whole block ahead, a few steps ahead where memory is short, and in forked
+    workers."""
+    if overrides[:1] == ("data.reading.cache={cache}",):
+        monkeypatch.setattr(reading, "MIB", 64)
+    overrides = tuple(text.format(cache=tmp_path) for text in overrides)
     root = f"memory://{uuid.uuid4().hex}"
     source = {"url": copied(sets.paired, f"{root}/base")}
     source |= {kind: copied(sets.sidecar(kind), f"{root}/side/{kind}") for kind in ("entities", "attention")}
@@ -222,19 +228,9 @@ def test_remote_sets_and_sidecars_give_the_same_batches(sets, tokenizer, overrid
                         f"attention: {sets.sidecar('attention')}}}]", *overrides)  # fmt: skip
     remote = sets.config(f"data.sources={json.dumps([source])}", *overrides)
     joined = open_sets(remote.data.sources, remote.data, 1)
-    assert (joined[0].chunks.reading.chunk_bytes is None) == ("data.shuffle_block=1000000" in overrides)
+    assert (joined[0].ahead == 0) == ("data.shuffle_block=1000000" in overrides)
     for ours, theirs in zip(islice(loader(remote, tokenizer), 6), islice(loader(local, tokenizer), 6), strict=True):
         assert_equal(ours, theirs)
         assert ours["reading"].samples == 8
-    stream = loader(remote, tokenizer)
-    assert sum(next(stream)["reading"].requests for _ in range(6)) > 0
-
-
-def test_how_remote_sets_are_read_follows_from_the_memory() -> None:
-    reading = Reading(memory_mib=64)
-    assert chunk_reading(reading, [], 8).chunk_bytes == MIB // 4
-    assert chunk_reading(reading, [2 * MIB], 8).chunk_bytes == MIB  # 8 x 2 x (2 + 1) MiB fit
-    assert chunk_reading(reading, [4 * MIB], 8).chunk_bytes is None
-    assert chunk_reading(reading, [100 * MIB], 8).chunk_bytes is None
-    cached = chunk_reading(Reading(memory_mib=64, cache="/c", cache_gib=2), [100 * MIB], 8)
-    assert (cached.chunk_bytes, cached.folder, cached.folder_bytes) == (8 * MIB, "/c", 2048 * MIB)
+    tallies = [batch["reading"] for batch in islice(loader(remote, tokenizer), 6)]
+    assert sum(tally.requests + tally.cache_hits for tally in tallies) > 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Batch
-from mmclip_dist.data.loader import label_names, open_sets
+from mmclip_dist.data.loader import label_names
+from mmclip_dist.data.reading import open_sets
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.model.build import build_model
 from tests.batches import loader

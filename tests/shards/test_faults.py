@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from mmclip_shards import faults
-from mmclip_shards.faults import CutFile, GaveUp, Patience, Tries, renamed
+from mmclip_shards.faults import CutFile, GaveUp, MissingCredentials, Patience, Tries, renamed
 
 
 class Waits:
@@ -32,12 +32,12 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
     return Waits(monkeypatch)
 
 
-def failing(waits: Waits, patience: Patience, fault: Exception, *, most: int = 100) -> Exception:
+def failing(waits: Waits, patience: Patience, fault: Exception, *, most: int = 100, served: bool = True) -> Exception:
     """The error after which a read gives up."""
     tries = Tries(patience, waits)  # type: ignore[arg-type]
     with pytest.raises(Exception) as caught:
         for _ in range(most):
-            tries.wait("s3://set/a.tar", fault)
+            tries.wait("s3://set/a.tar", fault, served=served)
     return caught.value
 
 
@@ -59,7 +59,7 @@ def test_progress_starts_the_budget_and_the_waits_anew(waits: Waits) -> None:
 
 @pytest.mark.parametrize("fault", [FileNotFoundError("404"), PermissionError("403"), ValueError("damaged")])
 def test_a_refusal_is_tried_four_times_and_keeps_its_kind(waits: Waits, fault: Exception) -> None:
-    error = failing(waits, Patience(), fault)
+    error = failing(waits, Patience(), fault, served=False)
     assert type(error) is type(fault) and str(fault) in str(error)
     assert len(waits.bounds) == 3
 
@@ -70,6 +70,19 @@ def test_a_refusal_between_other_faults_is_not_counted_with_them(waits: Waits) -
         tries.wait("x", FileNotFoundError("404"))
         tries.wait("x", OSError("500"))
     assert tries.count == 10
+
+
+@pytest.mark.parametrize("fault", [PermissionError("403"), MissingCredentials("none")])
+def test_a_store_that_served_before_and_refuses_now_has_the_whole_budget(waits: Waits, fault: Exception) -> None:
+    error = failing(waits, Patience(budget_s=60.0), fault)
+    assert type(error) is PermissionError and sum(waits.bounds) == pytest.approx(60)
+
+
+@pytest.mark.parametrize("fault", [MissingCredentials("none"), OSError("refused")])
+def test_a_store_that_never_answered_is_told_soon_with_the_mend(waits: Waits, fault: Exception) -> None:
+    error = failing(waits, Patience(), fault, served=False)
+    assert sum(waits.bounds) == pytest.approx(15)
+    assert ("never served" in str(error) and "AWS_ENDPOINT_URL" in str(error)) == (type(fault) is OSError)
 
 
 def test_our_own_faults_are_never_tried_again(waits: Waits) -> None:

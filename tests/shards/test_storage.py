@@ -105,5 +105,6 @@ def test_refused_access_is_not_an_empty_folder(monkeypatch: pytest.MonkeyPatch) 
         raise PermissionError("403")
 
     monkeypatch.setattr(type(filesystem), "ls", refuse)
+    monkeypatch.setattr(storage, "_served", set())
     with pytest.raises(PermissionError):
         storage.list_folder("memory://x")

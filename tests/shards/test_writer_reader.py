@@ -273,3 +273,9 @@ def test_a_reader_can_be_sent_to_another_process(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, write(tmp_path))
     reader.read(0, "k-00")
     assert pickle.loads(pickle.dumps(reader)).read(2, "k-08") == SAMPLES[8][1]  # noqa: S301
+
+
+def test_a_chunk_of_no_bytes_is_refused(tmp_path: Path) -> None:
+    manifest = write(tmp_path)
+    with pytest.raises(ValueError, match="chunk_bytes is 0"):
+        ShardReader(tmp_path, manifest, chunk_bytes=0)
