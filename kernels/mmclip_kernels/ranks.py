@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,10 +55,22 @@ def gather_rows(rows: Tensor, group: Group, sizes: Sequence[int] | None = None) 
         all_gather_single(whole, _padded(rows, longest), group)
     if min(sizes) == longest:
         return whole
-    first, length = torch.arange(len(sizes)) * longest, torch.tensor(sizes)
-    start = first - (length.cumsum(0) - length)
-    places = start.repeat_interleave(length) + torch.arange(sum(sizes))
-    return whole[places.to(rows.device, non_blocking=True)]
+    return whole[_places(tuple(sizes)).to(rows.device, non_blocking=True)]
+
+
+@lru_cache(maxsize=8)  # a step asks for the same ones in every gather
+def _places(sizes: tuple[int, ...]) -> Tensor:
+    """Where the rows of all ranks lie among their padded parts [sum of sizes], int64 on the CPU."""
+    length, start = _extents(sizes)
+    padding = torch.arange(len(sizes)) * max(sizes) - start
+    return padding.repeat_interleave(length) + torch.arange(sum(sizes))
+
+
+@lru_cache(maxsize=8)
+def _extents(sizes: tuple[int, ...]) -> Tensor:
+    """Number of rows of each rank, and the place of its first one among those of all ranks [2, W], int64 on the CPU."""
+    length = torch.tensor(sizes)
+    return torch.stack([length, length.cumsum(0) - length])
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
@@ -87,9 +100,8 @@ class Shards:
         longest = max(sizes)
         pieces = min(max(longest // PIECE_ROWS, 1), 4)
         self._length = -(-longest // pieces)
-        length = torch.tensor(sizes)
         # Of all ranks at once: the work of the host must not grow with their number.
-        size, start = torch.stack([length, length.cumsum(0) - length])[..., None].to(device, non_blocking=True)
+        size, start = _extents(tuple(sizes))[..., None].to(device, non_blocking=True)
         self.columns = []
         for first in range(0, max(longest, 1), max(self._length, 1)):
             row = torch.arange(first, first + self._length, device=device)
