@@ -14,10 +14,9 @@ from tests.launched import run_training
 @pytest.mark.slow
 def test_wrong_credentials_at_the_start_are_one_line(sets, tmp_path: Path, s3: S3Server) -> None:
     began = time.monotonic()
-    run = run_training(
-        [*sets.overrides(tmp_path / "run"), f"data.sources=[{{url: {s3.url}/set/train}}]", "loss.entity=0"], tmp_path, check=False,
-        **s3.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong"},
-    )  # fmt: skip
+    overrides = [*sets.overrides(tmp_path / "run"), f"data.sources=[{{url: {s3.url}/set/train}}]", "loss.entity=0"]
+    environment = s3.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    run = run_training(overrides, tmp_path, check=False, **environment)
     assert (run.returncode, len(run.errors)) == (2, 1), run.output
     assert f"{s3.url}/set/train/manifest.json" in run.errors[0] and "the keys" in run.errors[0]
     assert "Traceback" not in run.output and time.monotonic() - began < 30

@@ -81,7 +81,8 @@ class Tries:
         self.count += 1
         self._in_a_row += 1
         self._settled = self._settled + 1 if _is_settled(fault, served) else 0
-        spent, budget = time.monotonic() - self._since, self.patience.budget_s if served else min(self.patience.budget_s, _START_S)
+        spent = time.monotonic() - self._since
+        budget = self.patience.budget_s if served else min(self.patience.budget_s, _START_S)
         if spent >= budget or self._settled >= _SETTLED_TRIES:
             if isinstance(fault, ValueError):
                 raise fault
