@@ -124,10 +124,10 @@ def check_client(client: Client, url: Url) -> None:
     if client != "obstore" or local_path(url) is not None:
         return
     if not os.fspath(url).startswith("s3://"):
-        raise ValueError(f"obstore is used for s3:// alone, not for {os.fspath(url)}: set the client to s3fs")
+        raise ValueError(f"obstore is used for s3:// alone, not for {os.fspath(url)}: use s3fs (data.reading.client)")
     if mend := missing():
         raise ValueError(
-            f"obstore, which shall read {os.fspath(url)}, is not installed: {mend}, or set the client to s3fs"
+            f"obstore, which shall read {os.fspath(url)}, is not installed: {mend}, or use s3fs (data.reading.client)"
         )
 
 
