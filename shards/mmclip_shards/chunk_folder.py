@@ -55,7 +55,7 @@ class ChunkFolder:
             os.utime(path)
         return data
 
-    def keep(self, chunk: Chunk, data: bytes) -> None:
+    def keep(self, chunk: Chunk, data: bytes | memoryview) -> None:
         """Store a chunk, unless it is larger than the whole folder may be. Deletes old chunks to make room."""
         path = self._path(chunk)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -32,11 +32,12 @@ class Reading:
     """How remote shards are read by one process.
 
     memory_bytes: for kept chunks. connections: requests at the same time, besides a few second ones for those that are late.
-    folder, folder_bytes: also keep chunks in this folder, shared by all processes of a machine.
+    client: reads ranges on S3. folder, folder_bytes: also keep chunks in this folder, shared by all processes of a machine.
     """
 
     memory_bytes: int = 256 * MIB
     connections: int = 8
+    client: storage.Client = "s3fs"
     folder: str | None = None
     folder_bytes: int = 0
     patience: Patience = storage.PATIENCE
@@ -84,7 +85,7 @@ class _Fetch:
     bring the bytes wins, and `over` ends the retries of the other. began: when the first request was made."""
 
     due: int
-    future: Future[bytes] = field(default_factory=Future)
+    future: Future[bytes | memoryview] = field(default_factory=Future)
     over: threading.Event = field(default_factory=threading.Event)
     began: float | None = None
     running: int = 1
@@ -266,7 +267,7 @@ class ChunkReader:
 
     # -- Requests -------------------------------------------------------------------------------------------------
 
-    def _result(self, chunk: Chunk, fetch: _Fetch) -> bytes:
+    def _result(self, chunk: Chunk, fetch: _Fetch) -> bytes | memoryview:
         """The chunk's bytes. A fetch that is late is made a second time."""
         while not fetch.future.done() and fetch.running == 1 and (late_s := self._lateness.after_s()) is not None:
             spent = 0.0 if fetch.began is None else time.monotonic() - fetch.began  # it may still wait for a thread
@@ -285,7 +286,8 @@ class ChunkReader:
         """Make one request of a fetch. Its error counts only if no other request is under way."""
         if fetch.began is None:
             fetch.began = time.monotonic()
-        data, error = b"", None
+        data: bytes | memoryview = b""
+        error: BaseException | None = None
         try:
             data = self._bytes_of(chunk, fetch.over)
         except BaseException as raised:
@@ -300,13 +302,13 @@ class ChunkReader:
                     fetch.future.set_exception(error)
             self._fetch_ahead()
 
-    def _bytes_of(self, chunk: Chunk, over: threading.Event) -> bytes:
+    def _bytes_of(self, chunk: Chunk, over: threading.Event) -> bytes | memoryview:
         if self._folder and (found := self._folder.find(chunk)) is not None:
             self.count(cache_hits=1)
             return found
         tries, began = Tries(self.reading.patience, over), time.monotonic()
         try:
-            data = storage.read_range(chunk.url, chunk.start, chunk.size, tries)
+            data = storage.read_range(chunk.url, chunk.start, chunk.size, tries, self.reading.client)
         finally:
             self.count(requests=1 + tries.count, retries=tries.count)
         self.count(fetched=len(data))

@@ -187,7 +187,7 @@ class TarWalk:
 
     def _fill(self) -> None:
         if self._used == len(self._piece):
-            self._piece = storage.read_range(self._url, self._read, min(self._piece_size, self.size - self._read))
+            self._piece = bytes(storage.read_range(self._url, self._read, min(self._piece_size, self.size - self._read)))
             self._sha256.update(self._piece)
             self._read += len(self._piece)
             self._used = 0

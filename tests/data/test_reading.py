@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections import Counter
+from functools import lru_cache
 
 import pytest
 from mmclip_shards import storage
@@ -11,6 +13,7 @@ from mmclip_shards.chunks import MIB
 
 from mmclip_dist.config import Data, Reading
 from mmclip_dist.data.loader import BatchRows, build_order
+from mmclip_dist.data.order import SetOrder
 from mmclip_dist.data.reading import Load, open_sets, plan_reading, streams_of_a_reader
 
 IMAGES = Load(block=16 * MIB, shard=100 * MIB, whole=10_000 * MIB)
@@ -92,3 +95,20 @@ def test_the_next_block_is_asked_for_before_its_first_sample_is_due(sets, monkey
     lead = [due - now for due, now in first.items()]
     assert lead == [0, 1, 2, 2, 3, 4, 4, 5, 6, *[6] * 6] if whole else lead == [0, 1, *[2] * 9]
     joined[0].chunks.close()
+
+
+def test_the_places_of_a_block_are_computed_once() -> None:
+    """Read in step with a block ahead, as the loader does."""
+    order, computed = SetOrder([2000], number=0, seed=0, streams=8, block=16), Counter[tuple[int, int, int]]()
+    compute = order._places_of_block
+
+    def counted(epoch: int, stream: int, block: int) -> tuple[list[int], list[int]]:
+        computed[epoch, stream, block] += 1
+        return compute(epoch, stream, block)
+
+    order._block = lru_cache(order._block.cache_info().maxsize)(counted)
+    for position in range(200):
+        for ahead in (16, 0):
+            for stream in range(8):
+                order.locate(stream, position + ahead)
+    assert set(computed.values()) == {1}

@@ -25,7 +25,7 @@ class Store:
         self.asked: list[tuple[int, int]] = []
         monkeypatch.setattr(storage, "read_range", self.read_range)
 
-    def read_range(self, url: str, offset: int, length: int, tries: Tries | None = None) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, tries: Tries | None = None, client: str = "s3fs") -> bytes:
         self.asked.append((offset, length))
         assert offset >= 0 and length > 0 and offset + length <= SIZE
         return DATA[offset : offset + length]
@@ -168,7 +168,7 @@ class SlowStore(Store):
         self.released = threading.Event()
         self.answers: dict[int, bytes | Exception] = {}
 
-    def read_range(self, url: str, offset: int, length: int, tries: Tries | None = None) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, tries: Tries | None = None, client: str = "s3fs") -> bytes:
         first = offset not in {asked for asked, _ in self.asked}
         data = super().read_range(url, offset, length, tries)
         if offset == self.slow and first:
@@ -211,7 +211,7 @@ def test_an_error_does_not_count_while_the_second_request_is_under_way(
         chunks.read(shard, STEP * number, STEP)
     second, asked, plain = threading.Event(), threading.Lock(), slow_store.read_range
 
-    def read_range(url: str, offset: int, length: int, tries: Tries | None = None) -> bytes:
+    def read_range(url: str, offset: int, length: int, tries: Tries | None = None, client: str = "s3fs") -> bytes:
         if asked.acquire(blocking=False):
             assert second.wait(20)
             raise OSError("reset")

@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import random
 import re
+import sys
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,10 @@ CAUSES = {
     "silence": "no byte for", "stall": "no byte for", "trickle": "no byte for", "close": "not completed", "reset": "[Rr]eset",
     "short": "bytes wanted", "short_range": "InvalidRange", "unsized": "bytes wanted", "flip": "damaged",
     "flip_checksum": "damaged", "zeros": "damaged", "empty": "no range", "page": "no range", "whole": "no range",
+}  # fmt: skip
+CAUSES_OF_OBSTORE = {
+    "trickle": "no answer within", "close": "body error", "reset": "body error: Connection reset", "unsized": "Content-Length",
+    "empty": "non-partial response", "page": "non-partial response", "whole": "non-partial response",
 }  # fmt: skip
 
 
@@ -142,6 +148,47 @@ def test_ranges_are_exact_or_an_error(url: str) -> None:
     for offset, length in ((8, 3), (10, 1), (99, 1)):
         with pytest.raises(OSError, match=rf"{length} bytes wanted at offset {offset}, but the file has 10 bytes"):
             storage.read_range(where, offset, length)
+
+
+def test_ranges_by_obstore_are_the_same_or_the_same_error(url: str) -> None:
+    where = storage.join(url, "a.bin")
+    storage.write_atomic(where, b"0123456789")
+    assert bytes(storage.read_range(where, 3, 4, client="obstore")) == b"3456"
+    for offset, length in ((8, 3), (10, 1), (99, 1)):
+        with pytest.raises(OSError, match=rf"{length} bytes wanted at offset {offset}, but the file has 10 bytes"):
+            storage.read_range(where, offset, length, client="obstore")
+    with pytest.raises(FileNotFoundError, match=r"b\.bin"):
+        storage.read_range(storage.join(url, "b.bin"), 0, 1, client="obstore")
+
+
+def _read_by_obstore(where: str, queue: multiprocessing.Queue[str]) -> None:
+    try:
+        queue.put(str(bytes(storage.read_range(where, 3, 4, client="obstore"))))
+    except NotImplementedError as error:
+        queue.put(str(error))
+
+
+def test_a_process_forked_after_obstore_was_used_is_refused_and_does_not_hang(url: str) -> None:
+    where = storage.join(url, "a.bin")
+    storage.write_atomic(where, b"0123456789")
+    storage.read_range(where, 3, 4, client="obstore")
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[str] = context.Queue()
+    child = context.Process(target=_read_by_obstore, args=(where, queue), daemon=True)
+    child.start()
+    assert "read by s3fs" in queue.get(timeout=30)
+    child.join(30)
+
+
+def test_what_obstore_cannot_read_is_refused_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.check_client("obstore", "s3://bucket/set")
+    storage.check_client("obstore", "/local/set")
+    storage.check_client("s3fs", "gs://bucket/set")
+    with pytest.raises(ValueError, match=r"not for gs://bucket/set"):
+        storage.check_client("obstore", "gs://bucket/set")
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ValueError, match=r"not installed: pip install .*s3-fast"):
+        storage.check_client("obstore", "s3://bucket/set")
 
 
 def test_a_packed_set_is_the_same_as_on_disk_and_reads_back(url: str, tmp_path: Path) -> None:
@@ -248,13 +295,14 @@ class KeyPlace:
         )
 
 
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
 def test_a_revoked_key_that_was_renewed_goes_on(
-    s3: S3Server, packed: tuple[str, Manifest], key_place: KeyPlace
+    s3: S3Server, packed: tuple[str, Manifest], key_place: KeyPlace, client: str
 ) -> None:
     url, manifest = packed
     first, second = s3.new_credentials(), s3.new_credentials()
     key_place.put(first)
-    reader = reader_of(url, manifest, None, QUICK)
+    reader = reader_of(url, manifest, None, replace(QUICK, budget_s=0.7), client=client)
     assert reader.read(0, "k-000") == SAMPLES[0][1]
     s3.revoke(first)
     with pytest.raises(PermissionError, match=r"000000\.tar, key k-001, offset \d+.*PermissionError"):
@@ -304,14 +352,14 @@ def test_a_forked_reader_waits_for_a_metadata_service_if_the_store_served_its_pa
         assert "set AWS_ACCESS_KEY_ID" in result and seconds < 1.4
 
 
-@pytest.mark.parametrize("status", [400, 403])
+@pytest.mark.parametrize(("status", "client"), [(400, "s3fs"), (403, "s3fs"), (400, "obstore")])
 def test_an_expired_token_that_is_renewed_late_goes_on(
-    s3: S3Server, packed: tuple[str, Manifest], faulty: FaultProxy, key_place: KeyPlace, status: int
+    s3: S3Server, packed: tuple[str, Manifest], faulty: FaultProxy, key_place: KeyPlace, status: int, client: str
 ) -> None:
     url, manifest = packed
     old, new = s3.new_credentials(), s3.new_credentials()
     key_place.put(old)
-    reader = reader_of(url, manifest, None, STEADY, connections=1)
+    reader = reader_of(url, manifest, None, STEADY, connections=1, client=client)
     delivered = list(reader.samples(0))
     refused = 0
 
@@ -341,10 +389,12 @@ class Case(NamedTuple):
     object: str
     lasting: bool
     chunk_bytes: int | None = 16 * 1024
+    client: storage.Client = "s3fs"
 
     def __str__(self) -> str:
         how = "stays" if self.lasting else "once"
-        return f"{self.object}, {self.name}, {how}{'' if self.chunk_bytes else ', single samples'}"
+        by = "" if self.client == "s3fs" else f", by {self.client}"
+        return f"{self.object}, {self.name}, {how}{'' if self.chunk_bytes else ', single samples'}{by}"
 
 
 class Outcome(NamedTuple):
@@ -362,6 +412,7 @@ IN_DOCUMENTS = (
 )  # fmt: skip
 ONCE = [
     *(Case(name, SHARD, False, chunk_bytes) for name in NAMES for chunk_bytes in (16 * 1024, None)),
+    *(Case(name, SHARD, False, client="obstore") for name in NAMES),
     *(Case(name, document, False) for document in (INDEX, MANIFEST) for name in IN_DOCUMENTS),
 ]
 LASTING = [case._replace(lasting=True) for case in ONCE if case.chunk_bytes]
@@ -397,7 +448,7 @@ def outcomes(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> dict[Cas
 
     def run(case: Case) -> Outcome:
         quick = case.lasting and case.name not in HARMLESS
-        chunks = ChunkReader(Reading(patience=QUICK if quick else STEADY))
+        chunks = ChunkReader(Reading(patience=QUICK if quick else STEADY, client=case.client))
         delivered: list[Sample] = []
         error, began = "", time.monotonic()
         try:
@@ -454,7 +505,8 @@ def test_a_fault_that_stays_is_told_in_time(outcomes: dict[Case, Outcome], case:
     assert stalled or kind == lasting_error(fault, in_shard=case.object == SHARD).__name__
     if case.object == SHARD:
         assert re.match(r"shard s3://\S+/000001\.tar, key k-\d+, offset \d+: ", told)
-        assert stalled or re.search(CAUSES.get(fault.kind, fault.code), told)
+        causes = CAUSES if case.client == "s3fs" else CAUSES | CAUSES_OF_OBSTORE
+        assert stalled or re.search(causes.get(fault.kind, fault.code), told)
     else:
         assert case.object in told and len(told) > len(case.object)
     assert len(outcome.delivered) < len(SMALL)
