@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.utils.data._utils as loader_inside
 from mmclip_kernels import check_impl
 
 from mmclip_dist import errors
@@ -138,6 +139,7 @@ def end_loader_processes() -> None:
     """Kill this rank's loader processes. They outlive SIGTERM, which a stop on request needs: after an error, interpreter and
     launcher would wait for them for a minute and more."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that was killed
+    loader_inside.python_exit_status = True  # DataLoader then leaves its processes alone: one killed with a lock would hang it
     for process in multiprocessing.active_children():
         process.kill()
 

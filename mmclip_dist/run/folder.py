@@ -19,7 +19,7 @@ from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 
 from mmclip_dist.config import Config, differences, dump_config, is_operational, load_config
-from mmclip_dist.run.metrics import read_metrics
+from mmclip_dist.run.metrics import readable_rows
 from mmclip_dist.run.orphans import ORPHAN_S
 
 CONFIG, CHANGES, DATA = "config.yaml", "changes.jsonl", "data.json"
@@ -87,7 +87,7 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
     """
     changed = _changes(folder, config, data)
     if changed:
-        last = next((row["step"] for row in reversed(read_metrics(folder))), 0)
+        last = next((row["step"] for row in reversed(readable_rows(folder)[0])), 0)
         with (folder / CHANGES).open("a") as handle:
             handle.write(json.dumps({"after_step": last, "changed": changed}) + "\n")
         told = ", ".join(f"{key}={json.dumps(new)} (was {json.dumps(old)})" for key, (old, new) in changed.items())
