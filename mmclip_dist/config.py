@@ -251,7 +251,7 @@ class Checkpoint(Section):
     keep_best: int = Field(1, ge=0)  # those with the highest score of an evaluation, if there is one
     asynchronous: bool = False  # write in the background, from a copy of the state in host memory
     url: str | None = None  # keep a copy there (s3://BUCKET/RUN); an empty run folder fetches the newest
-    start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
+    start_from: str | None = None  # a checkpoint, a run or a checkpoint.url to continue: weights, optimizer and step
 
 
 class Offload(Section):

@@ -37,6 +37,7 @@ from mmclip_dist.run.folder import describe, locked
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import open_log
 from mmclip_dist.run.orphans import exit_with_launcher
+from mmclip_dist.run.shared import check_shared
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
 
@@ -65,6 +66,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 held.enter_context(locked(run_dir))
                 describe(run_dir, config, world, ds_json, data.identity)
                 stop.forget_file()
+        check_shared(run_dir)
         engine = build_engine(model.to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)

@@ -22,6 +22,7 @@ from mmclip_dist.checkpoint import writer
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.engine import gradient_cache
 from mmclip_dist.evaluate import zeroshot
+from mmclip_dist.run import shared
 from mmclip_dist.run.log import ProgressLog
 
 ERRORS = {
@@ -74,6 +75,10 @@ def main(arguments: list[str]) -> int:
             return read(self, *of)
 
         JoinedSet.read = failing  # type: ignore[method-assign]
+    if fault == "another folder":
+        shared._SEEN_S = 0.5
+        if os.environ["RANK"] == "1":
+            arguments = [f"{word}-elsewhere" if word.startswith("run_dir=") else word for word in arguments]
     if fault == "out of memory":  # at step 5 on rank 1, while every loader process of two a rank waits for its store
         (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
         set_rate, steps, reads, read = train.set_learning_rate, count(1), count(1), JoinedSet.read
