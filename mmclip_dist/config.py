@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
@@ -19,6 +20,9 @@ from typing import Any, Literal, Self
 import yaml
 from mmclip_shards.textfiles import read_text
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+PASSWORD = re.compile(r"(?<=://)[^/\s]*:[^/\s]*(?=@)|(?<=http://)[^/\s]+(?=@)|(?<=https://)[^/\s]+(?=@)")
+"""What stands before the host in a URL and lets its reader in. `abfs://container@account` has none."""
 
 
 def _divide(name: str, value: int, by_name: str, by: int) -> None:
@@ -253,7 +257,7 @@ class Checkpoint(Section):
     keep_best: int = Field(1, ge=0)  # those with the highest score of an evaluation, if there is one
     asynchronous: bool = False  # write in the background, from a copy of the state in host memory
     url: str | None = None  # keep a copy there (s3://BUCKET/RUN); an empty run folder fetches the newest
-    start_from: str | None = None  # a checkpoint of another run to continue: weights, optimizer and step
+    start_from: str | None = None  # a checkpoint, a run or a checkpoint.url to continue: weights, optimizer and step
 
 
 class Offload(Section):
@@ -451,7 +455,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not valid YAML") from error
+        raise ValueError(f"{PASSWORD.sub('...', override)!r}: the value is not valid YAML") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with suppress(ValueError):
             value = float(value)
@@ -485,6 +489,13 @@ def one_line(error: ValidationError) -> str:
 
 def parse(tree: dict[str, Any]) -> Config:
     """A checked tree from plain values; ValueError in one line."""
+    for key, value in _flat(tree).items():
+        if PASSWORD.search(str(value)):
+            raise ValueError(
+                f"{key} has a password in its URL, which the run folder, logs and lists of processes would show: leave it out, "
+                "and give it in the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*) or in a file such "
+                "as ~/.netrc or ~/.pgpass"
+            )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

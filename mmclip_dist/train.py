@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.utils.data._utils as loader_inside
 from mmclip_kernels import check_impl
 
 from mmclip_dist import errors
@@ -38,6 +39,7 @@ from mmclip_dist.run.folder import describe, locked
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import open_log
 from mmclip_dist.run.orphans import exit_with_launcher
+from mmclip_dist.run.shared import check_shared
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
 
@@ -66,6 +68,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 held.enter_context(locked(run_dir))
                 describe(run_dir, config, world, ds_json, data.identity)
                 stop.forget_file()
+        check_shared(run_dir)
         engine = build_engine(model.to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)
@@ -141,6 +144,7 @@ def end_loader_processes() -> None:
     """Kill this rank's loader processes. They outlive SIGTERM, which a stop on request needs: after an error, interpreter and
     launcher would wait for them for a minute and more."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a loader that was killed
+    loader_inside.python_exit_status = True  # DataLoader then leaves its processes alone: one killed with a lock would hang it
     for process in multiprocessing.active_children():
         process.kill()
 

@@ -22,6 +22,7 @@ from mmclip_dist.checkpoint import writer
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.engine import gradient_cache
 from mmclip_dist.evaluate import zeroshot
+from mmclip_dist.run import shared
 from mmclip_dist.run.log import ProgressLog
 
 ERRORS = {
@@ -74,17 +75,26 @@ def main(arguments: list[str]) -> int:
             return read(self, *of)
 
         JoinedSet.read = failing  # type: ignore[method-assign]
-    if fault == "out of memory":
+    if fault == "another folder":
+        shared._SEEN_S = 0.5
+        if os.environ["RANK"] == "1":
+            arguments = [f"{word}-elsewhere" if word.startswith("run_dir=") else word for word in arguments]
+    if fault == "out of memory":  # at step 5 on rank 1, while every loader process of two a rank waits for its store
         (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
-        set_rate, calls = train.set_learning_rate, count(1)
+        set_rate, steps, reads, read = train.set_learning_rate, count(1), count(1), JoinedSet.read
+
+        def waiting(self: JoinedSet, *of: Any) -> Any:
+            if next(reads) > 10:
+                time.sleep(600)
+            return read(self, *of)
 
         def exhausted(*of: Any) -> float:
-            if next(calls) == 5 and os.environ["RANK"] == "1":
+            if next(steps) == 5 and os.environ["RANK"] == "1":
                 (Path(run_dir) / "struck").touch()
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return set_rate(*of)
 
-        train.set_learning_rate = exhausted
+        train.set_learning_rate, JoinedSet.read = exhausted, waiting  # type: ignore[method-assign]
     if fault == "full disk":  # from the second checkpoint on, no file may be larger
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         save = writer.save_verified

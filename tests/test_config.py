@@ -150,3 +150,21 @@ def test_a_spoiled_recipe_is_named(tmp_path: Path, content: bytes, told: str) ->
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"{path} {told}"):
         load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["track.mlflow=http://user:hunter2@there:5000", "track.mlflow=https://hunter2@there", "checkpoint.url=s3://id:hunter2@bucket/run",
+     "data.sources=[{url: 'http://me:hun@ter2@there/train'}]", "deepspeed.monitor.url=https://hunter2@there",
+     "track.mlflow=postgresql://me:hunter2@there/db", "track.mlflow=http://me:hunter2@there: {"],
+)  # fmt: skip
+def test_a_password_in_a_url_is_refused_and_not_repeated(override: str) -> None:
+    with pytest.raises(ValueError) as told:
+        load_config("quickstart", [override])
+    assert "hun" not in str(told.value)
+    assert "leave it out, and give it in the environment" in str(told.value) or "not valid YAML" in str(told.value)
+
+
+def test_an_account_in_a_url_is_no_password() -> None:
+    url = "abfs://container@account.dfs.core.windows.net/run"
+    assert load_config("quickstart", [f"checkpoint.url={url}"]).checkpoint.url == url

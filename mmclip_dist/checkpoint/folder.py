@@ -61,8 +61,11 @@ def step_of(name: str) -> int | None:
 
 def checkpoints_of(run_dir: Path) -> list[Path]:
     """All checkpoints of a run that carry a final name, oldest first."""
-    folder = run_dir / "checkpoints"
-    return sorted(path for path in folder.glob("step-*") if step_of(path.name) is not None)
+    return sorted(_named_as_checkpoints(run_dir / "checkpoints"))
+
+
+def _named_as_checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if step_of(path.name) is not None]
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -71,11 +74,14 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def resolve_checkpoint(path: str) -> Path:
-    """A checkpoint folder, or the newest one of a run folder. ValueError if there is none."""
+    """A checkpoint folder, or the newest one of a run folder or of a mirror on a disk. ValueError if there is none.
+
+    `checkpoint.mirror.local_checkpoint` takes the URL of a mirror as well.
+    """
     folder = Path(path)
     if (folder / META).is_file():
         return folder
-    newest = newest_checkpoint(folder)
+    newest = newest_checkpoint(folder) or max(_named_as_checkpoints(folder), default=None)
     if newest is None:
         raise ValueError(f"no checkpoint at {path}: name a run folder or one of its checkpoints/step-* folders")
     return newest
@@ -125,11 +131,21 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
 
 
 def parse_manifest(data: bytes) -> dict[str, Entry]:
-    """ValueError if it is not a manifest."""
+    """ValueError if it is not a manifest, or if it names a file that would lie outside the checkpoint's folder."""
     try:
-        return {name: Entry(**row) for name, row in json.loads(data)["files"].items()}
+        files = {name: Entry(**row) for name, row in json.loads(data)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a manifest: {error!r}") from error
+    odd = [name for name in files if not _is_inside(name)]
+    if odd:
+        raise ValueError(f"not a manifest: it names {odd[0]!r}, which is no file of a checkpoint; trust nothing that lies there")
+    return files
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a manifest's file name is a plain relative path, on every system."""
+    parts = name.split("/")
+    return name.isprintable() and not set("\\:") & set(name) and not {"", ".", ".."} & set(parts) and name != MANIFEST
 
 
 def fault(checkpoint: Path) -> str | None:

@@ -1,14 +1,27 @@
 """A copy of a run's checkpoints on object storage or another disk. Uploads write the manifest last; a run whose folder has no
-checkpoint fetches the newest one."""
+checkpoint fetches the newest one, and so does whoever is given its URL."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from mmclip_shards.storage import download, exists, join, list_folder, read_bytes, remove, remove_empty_folder, upload
+from mmclip_shards.storage import (
+    download,
+    exists,
+    join,
+    list_folder,
+    local_path,
+    read_bytes,
+    remove,
+    remove_empty_folder,
+    upload,
+)
 
 from mmclip_dist.checkpoint.folder import (
     MANIFEST,
@@ -19,6 +32,7 @@ from mmclip_dist.checkpoint.folder import (
     fault,
     parse_manifest,
     parse_meta,
+    resolve_checkpoint,
     step_of,
 )  # fmt: skip
 
@@ -42,26 +56,54 @@ def mirror(run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], se
 def fetch_newest(url: str, run_dir: Path, say: Callable[[str], None]) -> Path | None:
     """Bring the newest whole checkpoint of `url` into the run folder; None if there is none. Torn ones are passed over."""
     for name in sorted((name for name in list_folder(url) if step_of(name) is not None), reverse=True):
-        source, step = join(url, name), step_of(name)
-        assert step is not None
-        final = checkpoint_path(run_dir, step)
-        temporary = final.with_name(f".{final.name}.fetching")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            data = read_bytes(join(source, MANIFEST))
-            _together(download, [(join(source, file), temporary / file) for file in parse_manifest(data)])
-        except (FileNotFoundError, ValueError) as error:
-            say(f"passing over {source}, which is torn: {error}")
-            continue
-        (temporary / MANIFEST).write_bytes(data)
-        torn = fault(temporary)
-        if torn is not None:
-            say(f"passing over {source}, which is torn: {torn}")
-            shutil.rmtree(temporary)
-            continue
-        temporary.rename(final)
-        return final
+        found = _fetch(join(url, name), run_dir, say)
+        if found is not None:
+            return found
     return None
+
+
+def fetch_checkpoint(url: str, run_dir: Path, say: Callable[[str], None]) -> Path:
+    """Bring the checkpoint of a step-* folder, or the newest whole one of a mirror, into a run folder. ValueError without one."""
+    single = step_of(url.rstrip("/").rpartition("/")[2]) is not None
+    found = _fetch(url.rstrip("/"), run_dir, say) if single else fetch_newest(url, run_dir, say)
+    if found is None:
+        raise ValueError(f"no whole checkpoint at {url}: name the checkpoint.url of a run, or one of the step-* folders there")
+    return found
+
+
+@contextmanager
+def local_checkpoint(checkpoint: str) -> Iterator[Path]:
+    """A checkpoint's folder on this machine. checkpoint: such a folder or a run's, as in `resolve_checkpoint`, or a URL as in
+    `fetch_checkpoint`: its copy is verified, lies in TMPDIR and is deleted after the block."""
+    path = local_path(checkpoint)
+    if path is not None:
+        yield resolve_checkpoint(str(path))
+        return
+    with TemporaryDirectory(prefix="mmclip-checkpoint-") as folder:
+        yield fetch_checkpoint(checkpoint, Path(folder), lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _fetch(source: str, run_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """Copy one checkpoint and verify it; None if it is torn."""
+    step = step_of(source.rpartition("/")[2])
+    assert step is not None, source
+    final = checkpoint_path(run_dir, step)
+    temporary = final.with_name(f".{final.name}.fetching")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        data = read_bytes(join(source, MANIFEST))
+        _together(download, [(join(source, file), temporary / file) for file in parse_manifest(data)])
+    except (FileNotFoundError, ValueError) as error:
+        say(f"passing over {source}, which is torn: {error}")
+        return None
+    (temporary / MANIFEST).write_bytes(data)
+    torn = fault(temporary)
+    if torn is not None:
+        say(f"passing over {source}, which is torn: {torn}")
+        shutil.rmtree(temporary)
+        return None
+    temporary.rename(final)
+    return final
 
 
 def _whole_steps(url: str) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmclip_shards.storage import exists
+from mmclip_shards.storage import exists, local_path
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ from mmclip_dist.checkpoint.folder import (
     to_keep,
     write_manifest,
 )  # fmt: skip
-from mmclip_dist.checkpoint.mirror import fetch_newest, mirror
+from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror
 from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.checkpoint.writer import CheckpointWriter, read_back
 from mmclip_dist.config import Checkpoint as Settings
@@ -49,6 +49,7 @@ from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.engine.weights import averaged_weights, full_weights
 
 _RANDOM = "random-{rank:05d}.pt"
+_FETCHED = ".start_from"  # in the run folder: the copy of a checkpoint.start_from that is a URL
 
 
 class Checkpoints:
@@ -196,6 +197,9 @@ class Checkpoints:
         states = found / _RANDOM.format(rank=dist.get_rank())
         if meta.world_size == dist.get_world_size() and states.exists():
             set_random_state(torch.load(states, weights_only=False))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.run_dir / _FETCHED, ignore_errors=True)
         return meta.step
 
     def _load_converted(self, found: Path, meta: Meta) -> None:
@@ -250,7 +254,11 @@ def newest_whole(run_dir: Path, settings: Settings) -> Path | None:
             return fetched
     if settings.start_from is None:
         return None
-    start = resolve_checkpoint(settings.start_from)
+    path = local_path(settings.start_from)
+    if path is None:  # beside this run's own checkpoints, and for as long as it takes to load it
+        shutil.rmtree(run_dir / _FETCHED, ignore_errors=True)
+        return fetch_checkpoint(settings.start_from, run_dir / _FETCHED, _say)
+    start = resolve_checkpoint(str(path))
     torn = fault(start)
     if torn is not None:
         raise ValueError(f"checkpoint.start_from={settings.start_from}: {start} is torn: {torn}; name an older one")

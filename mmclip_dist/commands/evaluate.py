@@ -18,7 +18,7 @@ evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 @evaluate_app.command("zeroshot")
 def evaluate_zeroshot(
     urls: Annotated[list[str], typer.Argument(help="Packed, labelled sets that the model was not trained on.")],
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder for its newest one.")],
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],
     out: Annotated[Path | None, typer.Option(parser=local_folder, metavar="FILE", help="Write the result here, as JSON.")] = None,
     allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Evaluate on a set that was trained on.")] = False,
     average: Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")] = False,

@@ -35,7 +35,7 @@ def entities(
 
 def attention(
     base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder for its newest one.")],
+    checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],
     entities: Annotated[str | None, typer.Option(help="Entity sidecars, whose words guide the scores.")] = None,
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,
     workers: Workers = 2,

@@ -19,7 +19,8 @@ from mmclip_shards.textfiles import read_json
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.checkpoint.folder import read_meta, resolve_checkpoint, weights_hash
+from mmclip_dist.checkpoint.folder import read_meta, weights_hash
+from mmclip_dist.checkpoint.mirror import local_checkpoint
 from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.config import Config
 from mmclip_dist.data.batch import Example, collate
@@ -50,14 +51,15 @@ def zero_shot(
     checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, average: bool = False,
     report: Callable[[int, int], None] | None = None,
 ) -> ZeroShot:  # fmt: skip
-    """Evaluate a checkpoint (or a run's newest) on packed, labelled sets. report(done, total) in samples.
+    """Evaluate a checkpoint (or a run's or a mirror URL's newest) on packed, labelled sets. report(done, total) in samples.
 
     average: use the exponential average of the weights instead of the last ones. ValueError if the run kept no average, if a
     set was trained on (unless allow_leak), or if no class has positives and negatives.
     """
-    folder = resolve_checkpoint(checkpoint)
-    sets = labelled_sets(urls, () if allow_leak else read_meta(folder).trained_on)
-    model, tokenizer, config, _ = load_model(folder, average=average)
+    with local_checkpoint(checkpoint) as folder:
+        sets = labelled_sets(urls, () if allow_leak else read_meta(folder).trained_on)
+        model, tokenizer, config, _ = load_model(folder, average=average)
+        weights = weights_hash(folder, average=average)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     evaluation = Evaluation(sets, config, tokenizer)
     done = 0
@@ -67,7 +69,7 @@ def zero_shot(
         done += sum(len(batch.patients) + len(batch.undecodable) for batch in some)
         if report:
             report(done, evaluation.samples)
-    return evaluation.summary(scored, weights_hash(folder, average=average))
+    return evaluation.summary(scored, weights)
 
 
 def labelled_sets(urls: Sequence[str], trained_on: Sequence[str]) -> list[ShardReader]:

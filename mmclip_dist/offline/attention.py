@@ -9,24 +9,31 @@ from __future__ import annotations
 from functools import partial
 
 from mmclip_shards.manifest import load_manifest, manifest_hash
+from mmclip_shards.storage import join, local_path
 
-from mmclip_dist.checkpoint.folder import resolve_checkpoint, weights_hash
+from mmclip_dist.checkpoint.folder import step_of, weights_hash
+from mmclip_dist.checkpoint.mirror import local_checkpoint
 from mmclip_dist.checkpoint.model_files import model_hash
 from mmclip_dist.config import config_hash
 from mmclip_dist.offline.stage import Maker, Stage
 
 
 def attention_stage(base: str, out: str, checkpoint: str, entities: str | None = None, gpus: float = 0) -> Stage:
-    """Scores of the images in `base` by a checkpoint (a folder, or a run), guided by the `entities` sidecar, to `out`.
+    """Scores of the images in `base` by a checkpoint, guided by the `entities` sidecar, to `out`.
 
+    checkpoint: a folder, a run, or the URL of a mirror, from which every worker then fetches its copy.
     gpus: of each worker process; 0 scores on the CPU.
     """
-    folder = resolve_checkpoint(checkpoint)
     # Everything that affects a score: the model with its tokenizer, prompts and diseases, and the content of the entities.
     guide = None if entities is None else manifest_hash(load_manifest(entities))
-    weights = weights_hash(folder)
-    identity = config_hash("attention", model_hash(folder, weights), guide)
-    return Stage("attention", base, out, identity, partial(_build, str(folder)), entities, weights, gpus)
+    with local_checkpoint(checkpoint) as folder:
+        weights = weights_hash(folder)
+        identity = config_hash("attention", model_hash(folder, weights), guide)
+        if local_path(checkpoint) is not None:
+            checkpoint = str(folder)
+        elif step_of(checkpoint.rstrip("/").rpartition("/")[2]) is None:
+            checkpoint = join(checkpoint, folder.name)  # every worker fetches this one, though the mirror may get a newer one
+    return Stage("attention", base, out, identity, partial(_build, checkpoint), entities, weights, gpus)
 
 
 def _build(checkpoint: str) -> Maker:
@@ -34,4 +41,5 @@ def _build(checkpoint: str) -> Maker:
         build_scorer,
     )  # needs torch and transformers, which the driver does not
 
-    return build_scorer(checkpoint)
+    with local_checkpoint(checkpoint) as folder:
+        return build_scorer(str(folder))

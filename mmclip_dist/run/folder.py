@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -18,15 +19,19 @@ from typing import Any
 from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 
-from mmclip_dist.config import Config, differences, dump_config, is_operational, load_config
-from mmclip_dist.run.metrics import read_metrics
+from mmclip_dist.config import PASSWORD, Config, differences, dump_config, is_operational, load_config
+from mmclip_dist.run.metrics import readable_rows
 from mmclip_dist.run.orphans import ORPHAN_S
 
 CONFIG, CHANGES, DATA = "config.yaml", "changes.jsonl", "data.json"
 _MEND = "set run_dir to another folder, or delete this one to start anew"
 # Prefixes of environment variables that change what a run computes or how fast.
 _TELLING = ("NCCL_", "TORCH_", "PYTORCH_", "DS_", "CUDA_", "OMP_", "TRITON_", "LOCAL_WORLD_SIZE")
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "PWD", "CRED", "AUTH", "PRIVATE", "COOKIE", "WEBHOOK", "DSN", "SIGNATURE")
+# A long word of letters and digits, or one behind a name that tells: what tokens look like, and no setting does.
+_SECRET_VALUE = re.compile(
+    rf"{PASSWORD.pattern}|(?i:{'|'.join(_SECRET)})\w*[=:]|\b(?=\w*\d)(?=\w*[A-Za-z])\w{{20,}}|\w{{32,}}"
+)
 _README = """What lies here:
 
 config.yaml       the resolved configuration; `python -m mmclip_dist.train config.yaml` under the launcher is this run again
@@ -87,7 +92,7 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
     """
     changed = _changes(folder, config, data)
     if changed:
-        last = next((row["step"] for row in reversed(read_metrics(folder))), 0)
+        last = next((row["step"] for row in reversed(readable_rows(folder)[0])), 0)
         with (folder / CHANGES).open("a") as handle:
             handle.write(json.dumps({"after_step": last, "changed": changed}) + "\n")
         told = ", ".join(f"{key}={json.dumps(new)} (was {json.dumps(old)})" for key, (old, new) in changed.items())
@@ -97,7 +102,7 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
         write_atomic(str(folder / DATA), json.dumps(data, indent=2).encode())
     write_atomic(str(folder / "deepspeed.json"), json.dumps(deepspeed, indent=2).encode())
     environment = {
-        "command": sys.argv,
+        "command": [PASSWORD.sub("...", word) for word in sys.argv],
         "world_size": world,
         "python": platform.python_version(),
         "machine": platform.platform(),
@@ -141,9 +146,11 @@ def _same_data(folder: Path, before: Config, config: Config, data: Identity) -> 
 
 
 def telling_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that change what a run computes or how fast, without any that may hold a secret."""
+    """The variables that change what a run computes or how fast, without those whose name tells of a secret; a value that looks
+    like one is left out."""
     return {
-        name: value for name, value in sorted(environment.items())
+        name: "(not shown: it may hold a secret)" if _SECRET_VALUE.search(value) else value
+        for name, value in sorted(environment.items())
         if name.startswith(_TELLING) and not any(word in name for word in _SECRET)
     }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from mmclip_dist.config import Health as Limits
 from mmclip_dist.engine.collective import AgreedError
+from mmclip_dist.run.rows import RowFile
 
 TROUBLE = "trouble-{rank}.jsonl"
 _LEAST = 16  # losses; with fewer the median says little
@@ -32,7 +32,7 @@ class Health:
     """Counts bad steps and lists their samples, by key alone, in trouble-RANK.jsonl of the run folder."""
 
     def __init__(self, run_dir: Path, limits: Limits) -> None:
-        self.path = run_dir / TROUBLE.format(rank=dist.get_rank())
+        self.list = RowFile(run_dir / TROUBLE.format(rank=dist.get_rank()))
         self.limits, self._listed = limits, run_dir / TROUBLE.format(rank="*")
         self.skipped = self.in_a_row = 0
         self._losses: deque[float] = deque(maxlen=limits.window)
@@ -59,9 +59,7 @@ class Health:
             self._losses.append(loss)
 
     def _list(self, kind: str, step: int, keys: Sequence[str], loss: float) -> None:
-        row = {"step": step, "kind": kind, "loss": loss if math.isfinite(loss) else None, "keys": list(keys)}
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(row) + "\n")
+        self.list.write({"step": step, "kind": kind, "loss": loss if math.isfinite(loss) else None, "keys": list(keys)})
         if dist.get_rank() == 0:
             told = "step skipped, loss or gradients are not finite" if kind == "skipped" else "the loss jumps"
             print(f"step {step}  {told} (loss {loss:.4g}); its samples: {self._listed}", flush=True)

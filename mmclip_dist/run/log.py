@@ -139,7 +139,8 @@ def open_log(config: Config, step: int, device: torch.device) -> Iterator[Progre
         with agreed():
             if dist.get_rank() == 0:
                 tracker = held.enter_context(open_trackers(config, step))
-        yield ProgressLog(config, tracker, step, device)
+            log = ProgressLog(config, tracker, step, device)
+        yield log
 
 
 def load_of_steps(counts: dict[str, float], model: MMCLIP, *, batch: int, world: int, steps: int) -> cost.Load:

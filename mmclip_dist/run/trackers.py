@@ -1,14 +1,20 @@
 """TensorBoard, Weights & Biases and MLflow, by config, on the first rank. metrics.jsonl is written in any case, by `MetricsLog`.
 
 A resumed run goes on in the same W&B and MLflow run: their ids lie in the run folder. Packages are imported when they are used.
+Each tracker works in a thread of its own, so that a service that is away or hangs costs rows (metrics.jsonl has
+them) and no time.
 """
 
 from __future__ import annotations
 
 import json
+import queue
+import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +23,13 @@ from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 
 from mmclip_dist.config import Config, Track
+from mmclip_dist.run.rows import SeldomWarning
 
 IDS = "trackers.json"
 _PACKAGES = {"tensorboard": ("tensorboard", "tensorboard"), "wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
+_WAITING = 256  # rows that may wait for a tracker; those that come on top are dropped
+_START_S = 60.0  # a tracker may take so long to start
+_END_S = {False: 30.0, True: 3.0}  # and so long to send its last rows: after an error, the job must end within seconds
 
 
 class Tracker(Protocol):
@@ -40,14 +50,21 @@ def check_trackers(track: Track) -> None:
 
 @contextmanager
 def open_trackers(config: Config, step: int) -> Iterator[Tracker]:
-    """All trackers of `config.track` as one; `step`: where the run goes on. ValueError if one cannot be opened."""
+    """All trackers of `config.track` as one; `step`: where the run goes on. ValueError if one cannot be opened at the start of a
+    run. A run that goes on does so without it."""
     folder = Path(config.run_dir)
-    opened: list[Tracker] = []
+    opened: list[_Background] = []
     failed = True
     try:
         for name in _PACKAGES:
             if getattr(config.track, name):
-                opened.append(_open(name, config, folder, step))  # noqa: PERF401 (if the next fails, this one is closed)
+                opened.append(_Background(name, partial(_open, name, config, folder, step)))
+                try:
+                    opened[-1].wait_for_start(min(_START_S, config.health.timeout_s / 2))
+                except ValueError as error:
+                    if step == 0:
+                        raise
+                    print(f"warning: {error}. The run goes on without it", file=sys.stderr, flush=True)
         yield _All(opened)
         failed = False
     finally:
@@ -74,12 +91,77 @@ def _open(name: str, config: Config, folder: Path, step: int) -> Tracker:
         tracker = kinds[name](config, folder, step)
     except Exception as error:  # services raise many kinds; as a ValueError it ends all ranks, not only the first
         hint = {"wandb": "; `wandb login`, or WANDB_MODE=offline", "mlflow": "; is the URI right and the server up?"}
-        raise ValueError(f"track.{name} cannot start: {' '.join(str(error).split())}{hint.get(name, '')}") from error
+        raise ValueError(f"track.{name} cannot start: {_one_line(error)}{hint.get(name, '')}") from error
     return tracker
 
 
+class _Background:
+    """A tracker in a thread of its own. `write` and `close` never raise, and never wait for long."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker]) -> None:
+        self.name, self.dropped = f"track.{name}", 0
+        self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(_WAITING)  # None: the run has ended
+        self._trouble, self._full = SeldomWarning(), SeldomWarning()
+        self._ready, self._failed = threading.Event(), True
+        self._refused: ValueError | None = None
+        self._thread = threading.Thread(target=self._work, args=(start,), name=self.name, daemon=True)
+        self._thread.start()
+
+    def wait_for_start(self, seconds: float) -> None:
+        """ValueError if it could not start, or did not answer in time."""
+        if not self._ready.wait(seconds):
+            raise ValueError(f"{self.name} cannot start: no answer for {seconds:g} s; is its server up? Or leave it out")
+        if self._refused is not None:
+            raise self._refused
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._refused is not None:
+            return
+        try:
+            self._rows.put_nowait((step, values))
+        except queue.Full:
+            self.dropped += 1
+            self._full.tell(f"{self.name} does not keep up, so the row of step {step} is left out; metrics.jsonl has it")
+
+    def close(self, *, failed: bool) -> None:
+        self._failed = failed
+        deadline = time.monotonic() + _END_S[failed]
+        with suppress(queue.Full):
+            self._rows.put(None, timeout=_END_S[failed])
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            told = f"{self.name} hangs: it was not told of the run's end and lacks {self.dropped + self._rows.qsize()} rows"
+        elif self.dropped:
+            told = f"{self.name} lacks {self.dropped} rows, for which it was too slow"
+        else:
+            return
+        print(f"warning: {told}; metrics.jsonl has them", file=sys.stderr, flush=True)
+
+    def _work(self, start: Callable[[], Tracker]) -> None:
+        try:
+            tracker = start()
+        except ValueError as error:
+            self._refused = error
+            return
+        finally:
+            self._ready.set()
+        while (row := self._rows.get()) is not None:
+            try:
+                tracker.write(*row)
+            except Exception as error:  # services raise many kinds
+                self._trouble.tell(f"step {row[0]} did not reach {self.name}: {_one_line(error)}")
+        try:
+            tracker.close(failed=self._failed)
+        except Exception as error:
+            print(f"warning: {self.name} was not told of the run's end: {_one_line(error)}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 class _All:
-    def __init__(self, trackers: list[Tracker]) -> None:
+    def __init__(self, trackers: list[_Background]) -> None:
         self.trackers = trackers
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -126,14 +208,11 @@ class _WandB:
 
 
 class _MLflow:
-    """If the server is away, warn and go on: metrics.jsonl has every row."""
-
     def __init__(self, config: Config, folder: Path, step: int) -> None:
         from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
-        self.metric, self.error, self.client = Metric, MlflowException, MlflowClient(tracking_uri=config.track.mlflow)
+        self.metric, self.client = Metric, MlflowClient(tracking_uri=config.track.mlflow)
         known = _ids(folder).get("mlflow")
         if known:
             self.client.update_run(known, status="RUNNING")
@@ -148,16 +227,10 @@ class _MLflow:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        try:
-            self.client.log_batch(self.run_id, metrics=[self.metric(name, value, now, step) for name, value in values.items()])
-        except self.error as error:
-            print(f"warning: step {step} did not reach MLflow: {' '.join(str(error).split())}", flush=True)
+        self.client.log_batch(self.run_id, metrics=[self.metric(name, value, now, step) for name, value in values.items()])
 
     def close(self, *, failed: bool) -> None:
-        try:
-            self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
-        except self.error as error:
-            print(f"warning: MLflow was not told of the run's end: {' '.join(str(error).split())}", flush=True)
+        self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -17,12 +17,13 @@ from mmclip_dist.checkpoint.folder import (
     checkpoints_of,
     entry_of,
     fault,
+    parse_manifest,
     read_meta,
     scores_of,
     to_keep,
     write_manifest,
 )  # fmt: skip
-from mmclip_dist.checkpoint.mirror import fetch_newest, mirror
+from mmclip_dist.checkpoint.mirror import fetch_newest, local_checkpoint, mirror
 from mmclip_dist.checkpoint.store import kept_by, newest_whole
 from mmclip_dist.config import Checkpoint
 
@@ -224,3 +225,48 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_that_claims_to_be_whole(
 
 def test_nothing_at_the_url_is_no_fault(tmp_path: Path, store: str) -> None:
     assert newest_whole(tmp_path / "run", Checkpoint(url=store)) is None
+
+
+@pytest.mark.parametrize("end", ["", "/", "/step-00000004"])
+def test_a_mirror_is_read_by_its_url(tmp_path: Path, store: str, end: str) -> None:
+    make(tmp_path / "run", 4)
+    make(tmp_path / "run", 8)
+    mirror(tmp_path / "run", store, kept_by(Checkpoint(keep=2)))
+    with local_checkpoint(store + end) as folder:
+        assert folder.name == ("step-00000004" if "step" in end else "step-00000008") and fault(folder) is None
+    assert folder.exists() == ("://" not in store)  # the copy of a URL goes, a folder stays
+    start = newest_whole(tmp_path / "new", Checkpoint(start_from=store + end))
+    assert start is not None and start.name == folder.name and fault(start) is None
+    assert start.parent.parent != tmp_path / "new"  # it is no checkpoint of the run that starts from it
+
+
+def test_a_url_without_a_whole_checkpoint_is_told(tmp_path: Path, s3) -> None:
+    url = f"{s3.url}/{tmp_path.name}"
+    for name in (url, f"{url}/step-00000004"):
+        with pytest.raises(ValueError, match=f"no whole checkpoint at {name}: name the checkpoint.url of a run"):
+            local_checkpoint(name).__enter__()
+
+
+EVIL = (
+    "../../evil", "/etc/evil", "a/../evil", "./evil", "a//evil", "evil/", "", "..", "a\\..\\evil", "c:evil", "a\nevil", MANIFEST,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_manifest_cannot_name_a_file_outside_its_folder(name: str) -> None:
+    rows = {"model.safetensors": {"bytes": 1, "xxh3": "0"}, name: {"bytes": 1, "xxh3": "0"}}
+    with pytest.raises(ValueError, match="which is no file of a checkpoint"):
+        parse_manifest(json.dumps({"files": rows}).encode())
+
+
+def test_a_fetch_writes_nothing_outside_the_run_folder(tmp_path: Path, store: str) -> None:
+    """The file of the trial: it lay two folders above the checkpoint."""
+    make(tmp_path / "run", 4)
+    mirror(tmp_path / "run", store, kept_by(Checkpoint()))
+    write_atomic(join(store, "evil"), b"evil")
+    evil = {"files": {"../evil": {"bytes": 4, "xxh3": "0"}}}
+    write_atomic(join(store, "step-00000004", MANIFEST), json.dumps(evil).encode())
+    said: list[str] = []
+    assert fetch_newest(store, tmp_path / "other", said.append) is None
+    assert "it names '../evil', which is no file of a checkpoint" in said[0]
+    assert not [path for path in (tmp_path / "other").rglob("*") if path.is_file()]

@@ -12,7 +12,7 @@ import torch
 
 from mmclip_dist.checkpoint.folder import checkpoint_path, newest_checkpoint, resolve_checkpoint
 from mmclip_dist.config import Config, load_config
-from mmclip_dist.run.folder import describe, locked
+from mmclip_dist.run.folder import describe, locked, telling_variables
 from mmclip_dist.run.metrics import MetricsLog, read_metrics
 
 
@@ -92,6 +92,30 @@ def test_the_folder_says_what_made_it_and_tells_no_secret(tmp_path: Path, monkey
     assert f"torch=={torch.__version__}\n" in (tmp_path / "packages.txt").read_text()
     readme = (tmp_path / "README.txt").read_text()
     assert all(path.name in readme for path in tmp_path.iterdir() if path.name != "README.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("DS_WEBHOOK", "x"), ("NCCL_PASSPHRASE", "x"), ("TORCH_AUTH", "x"), ("DS_REPORT", "https://me:x@there"),
+     ("NCCL_PLUGIN", "token=x"), ("TORCH_HUB", "ghp_a1b2c3d4e5f6a7b8c9d0e1f2"), ("DS_ID", "d41d8cd98f00b204e9800998ecf8427e")],
+)  # fmt: skip
+def test_a_variable_that_looks_like_a_secret_is_not_shown(name: str, value: str) -> None:
+    assert value not in telling_variables({name: value}).values()
+
+
+def test_settings_are_shown_as_they_are() -> None:
+    plain = {
+        "NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "=mlx5_0:1,mlx5_1:1", "NCCL_SOCKET_IFNAME": "^lo,docker0", "DS_ACCELERATOR": "cpu",
+        "TORCH_CUDA_ARCH_LIST": "8.0;9.0+PTX", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True,max_split_size_mb:512",
+        "TORCH_HOME": "/data/user1/cache/torch2", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+    }  # fmt: skip
+    assert telling_variables(plain) == plain
+
+
+def test_the_command_is_told_without_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train", "track.mlflow=http://me:hunter2@there"])
+    describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}"]), 2, {})
+    assert json.loads((tmp_path / "environment.json").read_text())["command"][1] == "track.mlflow=http://...@there"
 
 
 def _hold(folder: Path, ready: multiprocessing.Queue) -> None:

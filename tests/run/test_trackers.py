@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.run import trackers
 from mmclip_dist.run.trackers import check_trackers, flat, open_trackers
+from tests.conftest import wait_for
 
 ROW = {"step": 2, "loss": {"contrastive": 1.5, "image": 0.25}, "lr": 1e-4, "eta_s": 3, "note": "no number", "flag": True}
 
@@ -68,7 +71,7 @@ def test_tensorboard_shows_the_rows_and_drops_those_that_are_computed_again(tmp_
         with open_trackers(config, start) as tracker:
             for step in steps:
                 tracker.write(step, {"loss/image": start + step / 10})
-                assert shown()[-1] == (step, start + step / 10)  # while the run goes on
+                wait_for(lambda: shown()[-1:] == [(step, start + step / 10)])  # noqa: B023 (while the run goes on; called at once)
     assert shown() == [(2, 0.2), (4, 0.4), (6, 4.6), (8, 4.8)]
 
 
@@ -200,7 +203,68 @@ def test_a_server_that_is_away_costs_a_warning_not_the_run(
     with open_trackers(config_at(tmp_path, "track.mlflow=http://there"), 0) as tracker:
         mlflow.down = True
         tracker.write(2, {"lr": 1.0})
-    assert "warning: step 2 did not reach MLflow: no answer" in capsys.readouterr().out
+    assert capsys.readouterr().err == "warning: step 2 did not reach track.mlflow: no answer\n"
+
+
+class Hangs:
+    """A service that answers nothing until `answer` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, from_the_start: bool) -> None:
+        self.answer, self.from_the_start, self.steps = threading.Event(), from_the_start, list[int]()
+        monkeypatch.setattr(trackers, "_TensorBoard", lambda config, folder, step: self.start())
+        monkeypatch.setattr(trackers, "_START_S", 0.05)
+        monkeypatch.setattr(trackers, "_END_S", {False: 0.05, True: 0.05})
+        monkeypatch.setattr(trackers, "_WAITING", 3)
+
+    def start(self) -> Any:
+        if self.from_the_start:
+            self.answer.wait()
+        return self
+
+    def write(self, step: int, values: Any) -> None:
+        self.answer.wait()
+        self.steps.append(step)
+
+    def close(self, *, failed: bool) -> None:
+        self.answer.wait()
+
+
+def test_a_service_that_hangs_costs_rows_and_no_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service = Hangs(monkeypatch, from_the_start=False)
+    before = time.monotonic()
+    with open_trackers(config_at(tmp_path, "track.tensorboard=true"), 0) as tracker:
+        for step in range(1, 11):
+            tracker.write(step, {"lr": 1.0})
+    assert time.monotonic() - before < 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert "warning: track.tensorboard does not keep up, so the row of step " in first and "metrics.jsonl has it" in first
+    assert last.startswith("warning: track.tensorboard hangs: it was not told of the run's end and lacks ")
+    service.answer.set()
+
+
+def test_a_slow_service_gets_every_row_that_found_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Hangs(monkeypatch, from_the_start=False)
+    monkeypatch.setattr(trackers, "_END_S", {False: 5.0, True: 5.0})
+    with open_trackers(config_at(tmp_path, "track.tensorboard=true"), 0) as tracker:
+        for step in (1, 2, 3):
+            tracker.write(step, {"lr": 1.0})
+        service.answer.set()
+    assert service.steps == [1, 2, 3]
+
+
+def test_a_service_that_hangs_at_the_start_is_an_error_of_a_new_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service, config = Hangs(monkeypatch, from_the_start=True), config_at(tmp_path, "track.tensorboard=true")
+    with pytest.raises(ValueError, match=r"track\.tensorboard cannot start: no answer for 0\.05 s"):
+        open_trackers(config, 0).__enter__()
+    capsys.readouterr()
+    with open_trackers(config, 4) as tracker:
+        tracker.write(6, {"lr": 1.0})
+    assert "no answer for 0.05 s; is its server up? Or leave it out. The run goes on without it" in capsys.readouterr().err
+    service.answer.set()
 
 
 def test_a_tracker_that_cannot_start_is_an_error_and_closes_those_before_it(
