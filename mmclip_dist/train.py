@@ -75,8 +75,7 @@ def train(config: Config, stop: StopRequest) -> bool:
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
         batches = guard.counted(Feed(data.batches(rank, world, step), model.text.width, config.passes(world), device))
         log = held.enter_context(open_log(config, step, device))
-        if first:
-            announce(config, device, data, step)
+        announce(config, device, data, step)
 
         while step < config.optim.last_step and not stop.agreed:
             watchdog.beat("waiting for data", step + 1)
@@ -107,6 +106,9 @@ def train(config: Config, stop: StopRequest) -> bool:
 
 
 def announce(config: Config, device: torch.device, data: TrainingData, step: int) -> None:
+    """What begins, in the words of the first rank."""
+    if dist.get_rank():
+        return
     print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
     if step >= config.optim.last_step:
         print(f"nothing left to train: step {step} of {config.optim.last_step} is done", flush=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
 from mmclip_shards.chunks import Tally
-from torch import Tensor
+from torch import Size, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Batch(TypedDict):
@@ -37,34 +38,31 @@ Example = dict[str, Any]
 _TOKENS = {"tokens": None, "token_mask": False, "masked_tokens": None, "target_tokens": -100, "evidence": False}
 """Tensors with a column for each token, and what fills the columns behind a text's end; None: the tokenizer's padding."""
 
+_TENSORS = ("image", *_TOKENS, "report_id", "labels", "attention", "has_attention", "noise")
+
 
 def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
     """Stack examples; token rows are padded to the longest. `padding`: the tokenizer's padding id."""
+    return collate_into(examples, step, padding, lambda sizes: [torch.empty(size, dtype=dtype) for dtype, size in sizes])
 
-    def stack(name: str) -> Tensor:
-        return torch.stack([example[name] for example in examples])
 
-    def pad(name: str) -> Tensor:
-        rows = [example[name] for example in examples]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_fill(name, padding))
-
-    return Batch(
-        step=step,
-        keys=[example["key"] for example in examples],
-        image=stack("image"),
-        tokens=pad("tokens"),
-        token_mask=pad("token_mask"),
-        masked_tokens=pad("masked_tokens"),
-        target_tokens=pad("target_tokens"),
-        evidence=pad("evidence"),
-        report_id=torch.tensor([example["report_id"] for example in examples]),
-        labels=stack("labels"),
-        attention=stack("attention"),
-        has_attention=torch.tensor([example["has_attention"] for example in examples]),
-        noise=stack("noise"),
-        replaced=[pair for example in examples for pair in example["replaced"]],
-        reading=Tally(),
-    )
+def collate_into(
+    examples: Sequence[Example], step: int, padding: int, room: Callable[[Sequence[tuple[torch.dtype, Size]]], list[Tensor]]
+) -> Batch:
+    """As `collate`, into the tensors that room([(type, shape), ...]) returns. What an image takes is then written once."""
+    rows = {name: [torch.as_tensor(example[name]) for example in examples] for name in _TENSORS}
+    sizes = []
+    for name, values in rows.items():
+        shape = (max(map(len, values)),) if name in _TOKENS else values[0].shape
+        sizes.append((values[0].dtype, torch.Size((len(values), *shape))))
+    tensors = dict(zip(rows, room(sizes), strict=True))
+    for name, values in rows.items():
+        if name in _TOKENS:
+            tensors[name].copy_(pad_sequence(values, batch_first=True, padding_value=_fill(name, padding)))
+        else:
+            torch.stack(values, out=tensors[name])
+    keys, replaced = [example["key"] for example in examples], [pair for example in examples for pair in example["replaced"]]
+    return Batch(step=step, keys=keys, replaced=replaced, reading=Tally(), **tensors)  # type: ignore[typeddict-item]
 
 
 def _fill(name: str, padding: int) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import count
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from mmclip_shards.chunks import Tally
@@ -60,30 +59,29 @@ class BatchRows(IterableDataset):
     """
 
     def __init__(
-        self, sets: Sequence[JoinedSet], order: Order, maker: Maker, collate: Callable[[list[Example], int], Batch] | None,
+        self, sets: Sequence[JoinedSet], order: Order, maker: Maker, padding: int | None,
         *, rows: range, per_stream: int, start: int, ahead: int,
     ) -> None:  # fmt: skip
-        """collate(examples, step); None: workers send the examples as they are."""
-        self.sets, self.order, self.maker, self.collate = sets, order, maker, collate
+        """padding: the tokenizer's padding id; None: examples are not collated."""
+        self.sets, self.order, self.maker, self.padding = sets, order, maker, padding
         self.rows, self.per_stream, self.start, self.ahead = rows, per_stream, start, ahead
         self.remote = any(local_path(reader.url) is None for joined in sets for reader in joined.readers)
 
-    def __iter__(self) -> Iterator[tuple[list[Example] | Batch | Part, Tally] | Exception]:
+    def __iter__(self) -> Iterator[tuple[Any, Tally] | Exception]:
         """In a worker process, an error that is not a bug becomes the last item. Raised there, it would reach the rank as the
         text of a traceback, without its type."""
         worker = get_worker_info()
         if worker is None:
-            yield from self._steps(self.rows)
+            yield from self._steps(self.rows, collate)
             return
         try:
-            for made, tally in self._steps(even_share(self.rows, worker.id, worker.num_workers)):
-                yield (Part.of(made), tally) if isinstance(made, dict) else (made, tally)
+            yield from self._steps(even_share(self.rows, worker.id, worker.num_workers), Part.of)
         except Exception as error:
             if exit_code(error) is None:
                 raise
             yield error
 
-    def _steps(self, rows: range) -> Iterator[tuple[list[Example] | Batch, Tally]]:
+    def _steps(self, rows: range, collated: Callable[[list[Example], int, int], Batch | Part]) -> Iterator[tuple[Any, Tally]]:
         farthest = max(self.ahead, self.sets[0].ahead // self.per_stream) if self.remote else 0
         begun = self.start
         for step in count(self.start):
@@ -97,7 +95,7 @@ class BatchRows(IterableDataset):
             examples = [self._example(stream, position) for stream, position in self._positions(rows, step)]
             tally = self.sets[0].chunks.take_tally()
             tally.samples = len(examples)
-            yield self.collate(examples, step) if self.collate else examples, tally
+            yield examples if self.padding is None else collated(examples, step, self.padding), tally
 
     def _positions(self, rows: range, step: int) -> Iterator[tuple[int, int]]:
         for row in rows:
@@ -180,8 +178,7 @@ def build_loader(
     padding = maker.tokenizer.pad_token_id
     mine = even_share(range(global_batch), rank, world)
     rows = BatchRows(
-        sets, order, maker, partial(collate, padding=padding),
-        rows=mine, per_stream=global_batch // data.streams, start=start, ahead=data.prefetch,
+        sets, order, maker, padding, rows=mine, per_stream=global_batch // data.streams, start=start, ahead=data.prefetch,
     )  # fmt: skip
     workers = min(data.workers, len(mine))
     pin = torch.cuda.is_available()

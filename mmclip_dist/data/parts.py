@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mmclip_dist.data.batch import Batch
+from mmclip_dist.data.batch import Batch, Example, collate_into
 from mmclip_dist.launcher import ranks_of_machine
 
 T = TypeVar("T")
@@ -23,39 +23,46 @@ _ALIGNMENT = 64  # bytes: a tensor of any type may begin there
 _CLOSE_S = 10.0  # the thread may take so long to end the workers; after that it ends with the process
 
 
+Place = tuple[torch.dtype, torch.Size, int]
+"""Type and shape of a tensor, and its first byte in a buffer."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Some rows of a batch, for another process. Sending it costs one file descriptor, however many tensors there are.
 
-    layout: name, type, shape and first byte in `buffer` of each tensor. rest: what is no tensor.
+    places: of each tensor in `buffer`, by its name. rest: what is no tensor.
     """
 
     buffer: Tensor
-    layout: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]
+    places: dict[str, Place]
     rest: dict[str, Any]
 
     @classmethod
-    def of(cls, batch: Batch) -> Part:
-        """A copy of the batch in shared memory."""
-        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-        layout, end = [], 0
-        for name, value in tensors.items():
-            layout.append((name, value.dtype, tuple(value.shape), end))
-            end += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+    def of(cls, examples: Sequence[Example], step: int, padding: int) -> Part:
+        """Collate examples in shared memory. padding: the tokenizer's padding id."""
+        buffer, places = torch.empty(0, dtype=torch.uint8), list[Place]()
+
+        def room(sizes: Sequence[tuple[torch.dtype, torch.Size]]) -> list[Tensor]:
+            end = 0
+            for dtype, size in sizes:
+                places.append((dtype, size, end))
+                end += -(-dtype.itemsize * size.numel() // _ALIGNMENT) * _ALIGNMENT
+            buffer.set_(torch.UntypedStorage._new_shared(end))  # as torch's own collate does
+            return [_view(buffer, *place) for place in places]
+
+        batch = collate_into(examples, step, padding, room)
+        tensors = [name for name, value in batch.items() if isinstance(value, Tensor)]
         rest = {name: value for name, value in batch.items() if name not in tensors}
-        part = cls(torch.empty(end, dtype=torch.uint8).share_memory_(), tuple(layout), rest)
-        for name, view in part._views():
-            view.copy_(tensors[name])
-        return part
+        return cls(buffer, dict(zip(tensors, places, strict=True)), rest)
 
     def batch(self) -> Batch:
         """The batch; its tensors lie in the shared buffer."""
-        return Batch(**self.rest, **dict(self._views()))  # type: ignore[typeddict-item]
+        return Batch(**self.rest, **{name: _view(self.buffer, *place) for name, place in self.places.items()})  # type: ignore[typeddict-item]
 
-    def _views(self) -> Iterator[tuple[str, Tensor]]:
-        for name, dtype, shape, start in self.layout:
-            bytes_ = dtype.itemsize * torch.Size(shape).numel()
-            yield name, self.buffer[start : start + bytes_].view(dtype).view(shape)
+
+def _view(buffer: Tensor, dtype: torch.dtype, size: torch.Size, start: int) -> Tensor:
+    return buffer[start : start + dtype.itemsize * size.numel()].view(dtype).view(size)
 
 
 def check_shared_memory(batch_bytes: int, prefetch: int, folder: Path = _SHARED_MEMORY) -> None:
