@@ -258,6 +258,7 @@ class Checkpoint(Section):
     asynchronous: bool = False  # write in the background, from a copy of the state in host memory
     url: str | None = None  # keep a copy there (s3://BUCKET/RUN); an empty run folder fetches the newest
     start_from: str | None = None  # a checkpoint, a run or a checkpoint.url to continue: weights, optimizer and step
+    trusted: bool = False  # load state files that may run any code; true only if you know who wrote them
 
 
 class Offload(Section):
@@ -395,7 +396,7 @@ OPERATIONAL = frozenset({
     "run_dir", "zero_stage", "offload", "threads", "log_every", "data.workers", "data.prefetch", "data.max_bad_fraction",
     "data.reading", "model.checkpoint_activations", "model.compile", "loss.impl", "optim.stop_at", "optim.micro_batch",
     "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.asynchronous",
-    "checkpoint.url", "health", "track", "evaluation",
+    "checkpoint.url", "checkpoint.trusted", "health", "track", "evaluation",
 })  # fmt: skip
 """Keys, and sections with all their keys, that say how a run is carried out and not what it computes: the weights after a step
 are the same up to rounding. They may change when a run goes on; all other keys may not."""

@@ -38,7 +38,7 @@ from mmclip_dist.model.build import build_model
 from mmclip_dist.run.folder import describe, locked
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import open_log
-from mmclip_dist.run.orphans import exit_with_launcher
+from mmclip_dist.run.orphans import exit_if_deaf, exit_with_launcher
 from mmclip_dist.run.shared import check_shared
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
@@ -131,6 +131,7 @@ def main(arguments: list[str]) -> int:
         config = load_config(arguments[0], arguments[1:])
         stop = StopRequest(Path(config.run_dir))
         exit_with_launcher(stop.ask)
+        exit_if_deaf(lambda: stop.heard)
         return 0 if train(config, stop) else EXIT_CODE
     except Exception as error:
         end_loader_processes()

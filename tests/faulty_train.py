@@ -5,6 +5,7 @@ Every step takes a little longer, so that a test can hit the one it means.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
         shared._SEEN_S = 0.5
         if os.environ["RANK"] == "1":
             arguments = [f"{word}-elsewhere" if word.startswith("run_dir=") else word for word in arguments]
-    if fault == "out of memory":  # at step 5 on rank 1, while every loader process of two a rank waits for its store
+    if fault.startswith("out of memory"):  # at step 5 on rank 1, while every loader process of two a rank waits for its store
         (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
         set_rate, steps, reads, read = train.set_learning_rate, count(1), count(1), JoinedSet.read
 
@@ -89,7 +90,12 @@ def main(arguments: list[str]) -> int:
             return read(self, *of)
 
         def exhausted(*of: Any) -> float:
-            if next(steps) == 5 and os.environ["RANK"] == "1":
+            at = next(steps)
+            if at == 5 and os.environ["RANK"] == "0" and fault == "out of memory, others deaf":
+                lock = ctypes.create_string_buffer(64)
+                for _ in range(2):  # waits for ever, as a collective call of NCCL does
+                    ctypes.CDLL(None).pthread_mutex_lock(lock)
+            if at == 5 and os.environ["RANK"] == "1":
                 (Path(run_dir) / "struck").touch()
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return set_rate(*of)

@@ -247,10 +247,11 @@ def test_the_error_of_any_rank_is_told_once_with_rank_and_host(
     assert ("Traceback" in job.log) == (fault == "bug"), job.log[-3000:]
 
 
-def test_a_job_with_loader_processes_ends_within_seconds_of_an_uncaught_exception(sets, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["out of memory", "out of memory, others deaf"])
+def test_a_job_with_loader_processes_ends_within_seconds_of_an_uncaught_exception(sets, tmp_path: Path, fault: str) -> None:
     """The launcher gives processes that outlive SIGTERM half a minute, and they give themselves a whole one."""
     run = tmp_path / "run"
-    job = Job(run, [*sets.overrides(run), *TRAIN, "data.workers=2"], "out of memory", launched=True)
+    job = Job(run, [*sets.overrides(run), *TRAIN, "data.workers=2"], fault, launched=True)
     job.until("struck")
     family = job.family
     assert job.wait() == 1, job.log[-3000:]

@@ -1,5 +1,6 @@
 """`python -m mmclip_dist.checkpoint.conversion_process CHECKPOINT OUT`: DeepSpeed's conversion, in a process of its own.
 
+It unpickles whatever the files hold, so `safe.check_files` must have seen them before.
 DeepSpeed converts Adam's two moments only. This adds the optimizer's other states (averaged weights, AMSGrad's maximum).
 """
 

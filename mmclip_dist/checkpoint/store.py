@@ -40,6 +40,7 @@ from mmclip_dist.checkpoint.folder import (
 )  # fmt: skip
 from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror
 from mmclip_dist.checkpoint.model_files import write_model
+from mmclip_dist.checkpoint.safe import check_files, load_state
 from mmclip_dist.checkpoint.writer import CheckpointWriter, read_back
 from mmclip_dist.config import Checkpoint as Settings
 from mmclip_dist.config import Config
@@ -58,7 +59,9 @@ class Checkpoints:
     def __init__(self, run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         self.run_dir, self.engine, self.tokenizer, self.config = run_dir, engine, tokenizer, config
         self.device = torch.device(engine.device)
-        self.writer = engine.checkpoint_engine = CheckpointWriter(config.checkpoint.asynchronous)
+        self.writer = engine.checkpoint_engine = CheckpointWriter(
+            config.checkpoint.asynchronous, trusted=config.checkpoint.trusted
+        )
         deepspeed_inside.leave_out_recovery_script(engine)
         self._under_way: tuple[Meta, Path, float] | None = None  # what, where, since when
 
@@ -186,6 +189,8 @@ class Checkpoints:
                     f"checkpoint.start_from={start} is of step {meta.step}, and this run ends at step {last}: nothing would be "
                     "trained; set optim.steps or optim.stop_at to a later step"
                 )
+            if not self.config.checkpoint.trusted:
+                check_files(sorted(found.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()])
             check_shapes(found, self.engine.module)
             convert = conversion.needs_conversion(meta, dist.get_world_size(), self.config.zero_stage)
         if convert:
@@ -196,7 +201,7 @@ class Checkpoints:
                 raise ValueError(f"DeepSpeed could not load {found}; rename that folder to go on from an older one")
         states = found / _RANDOM.format(rank=dist.get_rank())
         if meta.world_size == dist.get_world_size() and states.exists():
-            set_random_state(torch.load(states, weights_only=False))
+            set_random_state(load_state(states, trusted=self.config.checkpoint.trusted))
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(self.run_dir / _FETCHED, ignore_errors=True)

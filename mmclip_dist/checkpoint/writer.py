@@ -20,6 +20,7 @@ from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
 from mmclip_dist.checkpoint.folder import Entry, entry_of
+from mmclip_dist.checkpoint.safe import load_state
 
 
 class _Hashing:
@@ -74,12 +75,12 @@ class CheckpointWriter(CheckpointEngine):
     """Writes this rank's files. `finished` reports failures: an error inside DeepSpeed's save, on one rank, would leave the
     others waiting.
 
-    asynchronous: `save` copies the state to host memory and returns.
+    asynchronous: `save` copies the state to host memory and returns. trusted: as in `load_state`.
     """
 
-    def __init__(self, asynchronous: bool) -> None:
+    def __init__(self, asynchronous: bool, *, trusted: bool = False) -> None:
         super().__init__()
-        self.asynchronous = asynchronous
+        self.asynchronous, self.trusted = asynchronous, trusted
         self._files: dict[Path, Entry] = {}
         self._failed: str | None = None
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
@@ -100,7 +101,7 @@ class CheckpointWriter(CheckpointEngine):
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        return torch.load(path, map_location=map_location, weights_only=False)
+        return load_state(path, map_location, trusted=self.trusted)
 
     def save(self, state_dict: Any, path: str) -> None:
         if self.asynchronous:

@@ -85,6 +85,15 @@ def leave_out_recovery_script(engine: Any) -> None:
     engine._copy_recovery_script = lambda folder: None
 
 
+def state_classes() -> list[type]:
+    """The classes of the objects in DeepSpeed's state files, besides those that torch loads with weights_only=True."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
 @contextmanager
 def loading_universal(engine: Any) -> Iterator[None]:
     """Inside, `engine.load_checkpoint` reads the universal format. DeepSpeed has a config key for it, but whether a conversion

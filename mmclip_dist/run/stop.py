@@ -26,10 +26,10 @@ _LOOK_S = 1.0  # seconds between two looks for the file: every machine asks the 
 
 
 class StopRequest:
-    """Whether the run is to stop: `wanted` by this process, `agreed` by all ranks."""
+    """Whether the run is to stop: `wanted` by this process, `agreed` by all ranks. heard: whether a signal asked for it."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.agreed = run_dir, False
+        self.run_dir, self.agreed, self.heard = run_dir, False, False
         self._reason: str | None = None
         self._looked = 0.0
         # Only one process of a machine looks for the file.
@@ -38,6 +38,7 @@ class StopRequest:
             signal.signal(number, self._heard)
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
+        self.heard = True
         self.ask(signal.Signals(number).name)
 
     def ask(self, reason: str) -> None:

@@ -14,12 +14,23 @@ import torch
 
 from mmclip_dist.checkpoint import store, writer
 from mmclip_dist.checkpoint.conversion import needs_conversion
-from mmclip_dist.checkpoint.folder import MANIFEST, Meta, checkpoint_path, checkpoints_of, fault, parse_manifest
+from mmclip_dist.checkpoint.folder import (
+    MANIFEST,
+    Meta,
+    checkpoint_path,
+    checkpoints_of,
+    entry_of,
+    fault,
+    parse_manifest,
+    write_manifest,
+)  # fmt: skip
 from mmclip_dist.checkpoint.model_files import load_model, write_model
+from mmclip_dist.checkpoint.safe import load_state
 from mmclip_dist.checkpoint.store import Checkpoints, check_data, check_shapes
 from mmclip_dist.config import load_config
 from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.engine.optimizer import build_optimizer
+from mmclip_dist.engine.random_state import random_state
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.folder import describe, locked
 
@@ -300,3 +311,48 @@ def test_a_store_that_is_away_costs_a_warning_and_the_next_save_catches_up(
     monkeypatch.setattr(store, "mirror", mirror)
     checkpoints.save(meta(6))
     assert sorted(path.name for path in there.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+class Evil:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "random-00000.pt", "part/optimizer.pt"])
+def test_a_state_file_that_would_run_code_is_refused_before_deepspeed_gets_it(
+    opened: Callable, tmp_path: Path, name: str
+) -> None:
+    _, checkpoints = opened()
+    checkpoints.save(meta(3))
+    path = checkpoint_path(tmp_path / "run", 3)
+    (path / "part").mkdir()
+    torch.save({"module": Evil(tmp_path / "ran")}, path / name)
+    files = {str(file.relative_to(path)): entry_of(file) for file in path.rglob("*") if file.is_file() and file.name != MANIFEST}
+    write_manifest(path, files)
+    _, checkpoints = opened(f"checkpoint.start_from={path}", run="another")
+    with pytest.raises(AgreedError, match=rf"{name} asks to run posix\.mkdir, so it was not loaded: .*checkpoint\.trusted=true"):
+        checkpoints.resume(("a", "b"))
+    assert not (tmp_path / "ran").exists()
+    if name == "part/optimizer.pt":  # the stand-in's own files are as they were
+        assert opened(f"checkpoint.start_from={path}", "checkpoint.trusted=true", run="another")[1].resume(("a", "b")) == 3
+
+
+def test_the_random_states_and_every_class_of_deepspeed_are_loaded(tmp_path: Path) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    scaler = DynamicLossScaler(4, 1000, 1, 1, False)
+    state = {"a": ZeroStageEnum.weights, "b": fragment_address(numel=3, start=1), "c": LossScaler(2.0), "d": scaler,
+             "random": random_state(), "shape": torch.Size([2])}  # fmt: skip
+    torch.save(state, tmp_path / "state.pt")
+    found = load_state(tmp_path / "state.pt")
+    assert found["a"] == ZeroStageEnum.weights and found["b"] == state["b"] and found["c"].cur_scale == 2.0
+    assert vars(found["d"]) == vars(scaler)
+    assert (found["random"]["numpy"][1] == state["random"]["numpy"][1]).all()
+    assert found["random"]["python"] == state["random"]["python"]
