@@ -63,7 +63,7 @@ class Reading(Section):
 
     memory_mib: int = Field(1024, gt=0)  # for fetched bytes: two shuffle blocks of each stream must fit
     connections: int = Field(16, gt=0)  # requests under way at once, besides a few second ones for those that are late
-    client: Literal["s3fs", "obstore"] = "s3fs"  # reads s3://; obstore (the extra s3-fast) costs a fraction of the processor time
+    client: Literal["s3fs", "obstore"] = "s3fs"  # reads s3://; obstore (the extra s3-fast) costs less processor time a byte
     cache: str | None = (
         None  # folder on a local disk where fetched bytes are kept, shared by the processes of a machine
     )
