@@ -207,7 +207,7 @@ def test_a_server_that_is_away_costs_a_warning_not_the_run(
 
 
 class Hangs:
-    """A service that answers nothing until `answer` is set."""
+    """A service that answers nothing until `answer` is set, or five seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, from_the_start: bool) -> None:
         self.answer, self.from_the_start, self.steps = threading.Event(), from_the_start, list[int]()
@@ -218,15 +218,15 @@ class Hangs:
 
     def start(self) -> Any:
         if self.from_the_start:
-            self.answer.wait()
+            self.answer.wait(5)
         return self
 
     def write(self, step: int, values: Any) -> None:
-        self.answer.wait()
+        self.answer.wait(5)
         self.steps.append(step)
 
     def close(self, *, failed: bool) -> None:
-        self.answer.wait()
+        self.answer.wait(5)
 
 
 def test_a_service_that_hangs_costs_rows_and_no_time(
