@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,14 +39,26 @@ from mmclip_dist.checkpoint.folder import (
 _AT_ONCE = 8  # files copied at once
 
 
-def mirror(run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], set[int]]) -> None:
+def upload_files(checkpoint: Path, url: str, files: Sequence[str]) -> None:
+    """Upload some files of a checkpoint to the mirror `url`, where it is not whole before `mirror` adds its manifest."""
+    _together(upload, [(checkpoint / file, join(join(url, checkpoint.name), file)) for file in files])
+
+
+def mirror(
+    run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], set[int]], uploaded: int | None = None
+) -> None:
     """Upload the checkpoints that `url` lacks, and delete those there that `keep({step: score})` does not name. OSError if the
-    store fails; the next call goes on."""
+    store fails; the next call goes on.
+
+    uploaded: the step whose files are there already, so that only its manifest is missing.
+    """
     there = _whole_steps(url)
     for checkpoint in checkpoints_of(run_dir):
         step = step_of(checkpoint.name)
         if step is not None and step not in there:
-            _upload(checkpoint, join(url, checkpoint.name))
+            if step != uploaded:
+                upload_files(checkpoint, url, list(parse_manifest((checkpoint / MANIFEST).read_bytes())))
+            upload(checkpoint / MANIFEST, join(join(url, checkpoint.name), MANIFEST))
             there.append(step)
     scores = {step: _score(join(url, checkpoint_name(step), META)) for step in there}
     for step in set(scores) - keep(scores):
@@ -117,12 +129,6 @@ def _score(meta: str) -> float | None:
         return parse_meta(read_bytes(meta)).score
     except ValueError:
         return None
-
-
-def _upload(checkpoint: Path, url: str) -> None:
-    files = list(parse_manifest((checkpoint / MANIFEST).read_bytes()))
-    _together(upload, [(checkpoint / file, join(url, file)) for file in files])
-    upload(checkpoint / MANIFEST, join(url, MANIFEST))
 
 
 def _delete(url: str) -> None:

@@ -38,7 +38,7 @@ from mmclip_dist.checkpoint.folder import (
     to_keep,
     write_manifest,
 )  # fmt: skip
-from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror
+from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror, upload_files
 from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.checkpoint.safe import check_files, load_state
 from mmclip_dist.checkpoint.writer import CheckpointWriter, read_back
@@ -64,17 +64,19 @@ class Checkpoints:
         )
         deepspeed_inside.leave_out_recovery_script(engine)
         self._under_way: tuple[Meta, Path, float] | None = None  # what, where, since when
+        self._uploader = CheckpointWriter(asynchronous=config.checkpoint.url is not None)
+        self._uploading: int | None = None  # step of the checkpoint whose files the ranks upload, each its own
 
     # -- Saving -------------------------------------------------------------------------------------------------------
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes a checkpoint that is not published yet. Not a collective call."""
-        return self._under_way is not None and self.writer.busy
+        """Whether this rank still writes a checkpoint that is not published yet, or uploads one. Not a collective call."""
+        return (self._under_way is not None and self.writer.busy) or self._uploader.busy
 
     def save(self, meta: Meta) -> None:
         """Save the state of all ranks, or, if asynchronous, begin to. Publishing it removes checkpoints that need not stay."""
-        self.publish()
+        self.finish()
         watchdog.beat("saving a checkpoint")
         began = time.monotonic()
         folder = _temporary(checkpoint_path(self.run_dir, meta.step), "writing")
@@ -102,7 +104,12 @@ class Checkpoints:
         return {path: read_back(path) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"}
 
     def publish(self) -> None:
-        """Wait until every rank has written and read back its files, then give the checkpoint under way its final name."""
+        """Wait until every rank has written and read back its files, then give the checkpoint under way its final name.
+
+        Each rank uploads its own files in the background; once all have, the next call makes the copy whole.
+        """
+        if self._uploading is not None:
+            self._complete_upload(self._uploading)
         if self._under_way is None:
             return
         meta, folder, began = self._under_way
@@ -116,8 +123,9 @@ class Checkpoints:
         first_rank_does(lambda: self._publish(meta, folder, told), "publishing a checkpoint")
         if dist.get_rank() == 0:
             print(f"step {meta.step}  checkpoint written and read back in {time.monotonic() - began:.1f} s", flush=True)
-        if self.config.checkpoint.url is not None:
-            self._mirror(self.config.checkpoint.url)
+        if (url := self.config.checkpoint.url) is not None:
+            self._uploader.write(partial(self._upload, meta.step, url, sorted(rows)))
+            self._uploading = meta.step
 
     def _publish(self, meta: Meta, folder: Path, told: list[tuple[dict[str, Entry], str | None]]) -> None:
         reasons = [failed for _, failed in told if failed is not None]
@@ -147,27 +155,42 @@ class Checkpoints:
             if old not in {checkpoint_path(self.run_dir, step) for step in keep}:
                 shutil.rmtree(old)
 
-    def _mirror(self, url: str) -> None:
-        """Copy checkpoints to `url`, in the background if saving is asynchronous. If the store fails, warn and go on."""
+    def _upload(self, step: int, url: str, files: list[str]) -> dict[Path, Entry]:
+        upload_files(checkpoint_path(self.run_dir, step), url, files)
+        return {}
 
-        def copy() -> dict[Path, Entry]:
+    def _complete_upload(self, step: int) -> None:
+        """Wait until every rank has uploaded its files; rank 0 then adds the manifest and deletes old copies, in the background.
+        If the store fails, warn and go on: the next upload brings what is missing."""
+        self._uploads_done()
+        self._uploading, failed = None, [reason for reason in gathered(self._uploader.finished()[1]) if reason is not None]
+        url = self.config.checkpoint.url
+        if dist.get_rank() or url is None:
+            return
+
+        def complete() -> dict[Path, Entry]:
             try:
-                mirror(self.run_dir, url, kept_by(self.config.checkpoint))
+                if failed:
+                    raise OSError(failed[0])
+                mirror(self.run_dir, url, kept_by(self.config.checkpoint), step)
             except (OSError, ValueError) as error:
                 print(f"warning: {url} lacks the newest checkpoint: {error}; tried again with the next one", file=sys.stderr)
             return {}
 
-        if not self.config.checkpoint.asynchronous:
-            first_rank_does(copy, "uploading a checkpoint")
-        elif dist.get_rank() == 0:
-            self.writer.write(copy)
+        self._uploader.write(complete)
 
-    def finish(self) -> None:
-        """Finish files, publication and upload."""
-        self.publish()
-        while sums(self.device, busy=self.writer.busy)["busy"]:
+    def _uploads_done(self) -> None:
+        while sums(self.device, busy=self._uploader.busy)["busy"]:
             watchdog.beat("uploading a checkpoint")
             time.sleep(0.1)
+
+    def finish(self) -> None:
+        """Finish files, publication and upload. A later save may then remove what was uploaded."""
+        self.publish()
+        if self._uploading is not None:
+            self._complete_upload(self._uploading)
+        if self.config.checkpoint.url is not None:
+            self._uploads_done()
 
     # -- Resuming -----------------------------------------------------------------------------------------------------
 

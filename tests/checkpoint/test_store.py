@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmclip_dist.checkpoint import mirror as mirror_module
 from mmclip_dist.checkpoint import store, writer
 from mmclip_dist.checkpoint.conversion import needs_conversion
 from mmclip_dist.checkpoint.folder import (
@@ -33,6 +34,9 @@ from mmclip_dist.engine.optimizer import build_optimizer
 from mmclip_dist.engine.random_state import random_state
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.folder import describe, locked
+from tests import faulty_train
+from tests.conftest import TRAIN, wait_for
+from tests.ranks import run_ranks
 
 META = Meta(8, 2, 1, (), ("a", "b"))
 
@@ -296,21 +300,54 @@ def test_every_byte_is_on_the_disk_before_a_checkpoint_gets_its_name(
     assert ("flush", path.parent) in done[at:]  # and the name itself
 
 
+@pytest.mark.parametrize("failing", ["upload_files", "mirror"])
 def test_a_store_that_is_away_costs_a_warning_and_the_next_save_catches_up(
-    opened: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    opened: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failing: str
 ) -> None:
-    mirror, there = store.mirror, tmp_path / "mirror"
+    there = tmp_path / "mirror"
 
     def away(*arguments: Any) -> None:
         raise OSError("no answer from the store")
 
-    monkeypatch.setattr(store, "mirror", away)
+    _, checkpoints = opened(f"checkpoint.url={there}")
+    with monkeypatch.context() as patched:
+        patched.setattr(store, failing, away)
+        checkpoints.save(meta(3))
+        checkpoints.finish()
+    assert f"warning: {there} lacks the newest checkpoint: no answer from the store" in capsys.readouterr().err
+    checkpoints.save(meta(6))
+    checkpoints.finish()
+    assert sorted(path.name for path in there.iterdir()) == ["step-00000003", "step-00000006"]
+    assert all((path / MANIFEST).exists() for path in there.iterdir())
+
+
+def test_training_goes_on_while_a_checkpoint_is_uploaded_and_it_is_whole_at_the_end(
+    opened: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, may_go_on, upload = tmp_path / "mirror", threading.Event(), mirror_module.upload
+    monkeypatch.setattr(mirror_module, "upload", lambda *arguments: may_go_on.wait(30) and upload(*arguments))
     _, checkpoints = opened(f"checkpoint.url={there}")
     checkpoints.save(meta(3))
-    assert f"warning: {there} lacks the newest checkpoint: no answer from the store" in capsys.readouterr().err
-    monkeypatch.setattr(store, "mirror", mirror)
-    checkpoints.save(meta(6))
-    assert sorted(path.name for path in there.iterdir()) == ["step-00000003", "step-00000006"]
+    assert checkpoints.writing and checkpoint_path(tmp_path / "run", 3).is_dir() and not there.exists()
+    may_go_on.set()
+    wait_for(lambda: not checkpoints.writing)
+    files = {path.name for path in (there / "step-00000003").iterdir()}
+    assert "model.safetensors" in files and MANIFEST not in files  # other ranks may still upload theirs
+    checkpoints.publish()
+    checkpoints.finish()
+    assert fault(there / "step-00000003") is None and not checkpoints.writing
+
+
+@pytest.mark.slow
+def test_every_rank_uploads_its_own_files(sets, tmp_path: Path) -> None:
+    there = tmp_path / "mirror"
+    overrides = [*sets.overrides(tmp_path / "run"), *TRAIN, f"checkpoint.url={there}", "checkpoint.keep=2"]
+    code, outputs = run_ranks(faulty_train.main, ["told uploads", "quickstart", *overrides], ranks=2, folder=tmp_path)
+    assert code == 0, outputs
+    uploaded = [{line.split()[1] for line in output.splitlines() if line.startswith("uploaded ")} for output in outputs]
+    assert not uploaded[0] & uploaded[1] and any("random-00001" in name for name in uploaded[1])
+    newest = sorted(there.iterdir())[-1]
+    assert len(list(there.iterdir())) == 2 and fault(newest) is None
 
 
 class Evil:
