@@ -42,6 +42,15 @@ def slowly(self: ProgressLog, step: int, *rest: Any) -> None:
     time.sleep(STEP_S)
 
 
+def endless(read_back: Any) -> Any:
+    def forever(path: Path, wanted: Any = None) -> Any:
+        (path.parent.parent.parent / "saving").touch()
+        time.sleep(600)
+        return read_back(path, wanted)
+
+    return forever
+
+
 def told(upload: Any) -> Any:
     def upload_and_tell(path: Any, url: str) -> None:
         upload(path, url)
@@ -67,14 +76,7 @@ def main(arguments: list[str]) -> int:
         weighted_sum, calls = gradient_cache.weighted_sum, count(1)
         gradient_cache.weighted_sum = lambda *sums: weighted_sum(*sums) + (torch.inf if next(calls) >= 5 else 0.0)
     if fault == "slow save" and os.environ["RANK"] == "1":
-        read_back = writer.read_back
-
-        def forever(path: Path, wanted: Any = None) -> Any:
-            (path.parent.parent.parent / "saving").touch()
-            time.sleep(600)
-            return read_back(path, wanted)
-
-        writer.read_back = forever
+        writer.read_back = endless(writer.read_back)
     if fault in ERRORS and os.environ["RANK"] == "1":  # when it reads its 20th sample
         calls, read = count(1), JoinedSet.read
 
