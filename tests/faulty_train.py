@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         set_rate, steps, reads, read = train.set_learning_rate, count(1), count(1), JoinedSet.read
 
         def waiting(self: JoinedSet, *of: Any) -> Any:
-            if next(reads) > 10:
+            if next(reads) > 16:  # two samples of each of the five steps, and of those that are fetched ahead
                 time.sleep(600)
             return read(self, *of)
 
