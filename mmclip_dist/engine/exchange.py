@@ -22,7 +22,7 @@ class Exchange:
     def __init__(self, names: Sequence[str], device: torch.device) -> None:
         self.names, self.device = tuple(names), device
         size, pinned = (dist.get_world_size(), len(self.names)), device.type == "cuda"
-        self._answer = torch.empty(size, dtype=torch.float64, pin_memory=pinned)
+        self._answer = torch.zeros(size, dtype=torch.float64, pin_memory=pinned)
         self._copied = torch.cuda.Event() if pinned else None
         self._under_way: dist.Work | None = None
 
