@@ -15,12 +15,15 @@ Address = Annotated[
     str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
 ]
 
+MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable samples that may get empty rows; 0: none.")]
+
 
 def entities(
     base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/entities.")] = None,
     model: Annotated[str, typer.Option(help="`lexicon`, or an installed spaCy or scispaCy model.")] = "lexicon",
     workers: Workers = 2,
+    max_bad_fraction: MaxBad = 1e-3,
     address: Address = None,
 ) -> None:
     """Find the medical entities of every report, on Ray."""
@@ -29,7 +32,7 @@ def entities(
 
     stage = entities_stage(base, out or join(base, "entities"), model)
     with _ray(connect, address):
-        manifest = run_stage(stage, workers=workers, report=progress_line("shards"))
+        manifest = run_stage(stage, workers=workers, report=progress_line("shards"), max_bad_fraction=max_bad_fraction)
     print(f"{stage.out}: entities of {manifest.samples} samples")
 
 
@@ -40,6 +43,7 @@ def attention(
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,
     workers: Workers = 2,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; by default it runs on the CPU.")] = 0,
+    max_bad_fraction: MaxBad = 1e-3,
     address: Address = None,
 ) -> None:
     """Score how strongly each patch responds to the report, on Ray."""
@@ -48,7 +52,7 @@ def attention(
 
     stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities, gpus)
     with _ray(connect, address):
-        manifest = run_stage(stage, workers=workers, report=progress_line("shards"))
+        manifest = run_stage(stage, workers=workers, report=progress_line("shards"), max_bad_fraction=max_bad_fraction)
     print(f"{stage.out}: attention scores of {manifest.samples} samples")
 
 

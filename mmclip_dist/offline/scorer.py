@@ -11,7 +11,7 @@ from mmclip_shards.schema import encode_npy
 from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.batch import Example, collate, to_device
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.offline.stage import Maker, Members
+from mmclip_dist.offline.stage import Maker, Members, Unreadable
 
 
 def build_scorer(checkpoint: str) -> Maker:
@@ -25,20 +25,24 @@ def build_scorer(checkpoint: str) -> Maker:
         config.entmlm, augment=None,
     )  # fmt: skip
 
-    def example(key: str, members: Members) -> Example | None:
-        try:
-            return examine(key, members, epoch=0)
-        except ValueError:
-            return None  # no scores: training meets the same sample, replaces it and counts it
-
     def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
-        examples = {key: found for key, members in samples if (found := example(key, members))}
+        examples: dict[str, Example] = {}
+        problems: dict[str, str] = {}
+        for key, members in samples:
+            try:
+                examples[key] = examine(key, members, epoch=0)
+            except ValueError as error:  # no scores: training meets the same sample, replaces it and counts it
+                problems[key] = str(error)
         grids = np.zeros((len(samples), config.model.image.grid, config.model.image.grid), np.float16)
         known = [row for row, (key, _) in enumerate(samples) if key in examples]
         if known:
             batch = collate(list(examples.values()), 0, tokenizer.pad_token_id)
             with torch.inference_mode():
                 grids[known] = model.attention_grid(to_device(batch, device)).cpu().numpy()
-        return [(key, {"attention.npy": encode_npy(grid)}) for (key, _), grid in zip(samples, grids, strict=True)]
+        rows: list[tuple[str, Members]] = []
+        for (key, _), grid in zip(samples, grids, strict=True):
+            row = {"attention.npy": encode_npy(grid)}
+            rows.append((key, Unreadable(row, problems[key]) if key in problems else row))
+        return rows
 
     return make

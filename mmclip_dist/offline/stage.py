@@ -3,6 +3,9 @@
 A task reads a base shard, makes one row for each sample, and publishes the sidecar shard as a whole. Only the driver writes
 the manifest, once all shards exist; until then it keeps a journal of finished shards. A restarted stage continues after the
 journal. Same input, same bytes.
+
+A sample that cannot be read gets an empty row and a line in quarantine.jsonl. A shard is tried again after an error that is not
+the data's fault, and after the death of its worker.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from mmclip_shards import storage
@@ -26,13 +30,26 @@ from mmclip_shards.writer import write_shard
 from mmclip_dist.data.join import check_sidecar
 
 Members = dict[str, bytes]
+
+
+class Unreadable(Members):
+    """The members of an empty row, and why the sample cannot be read."""
+
+    def __init__(self, members: Members, reason: str) -> None:
+        super().__init__(members)
+        self.reason = reason
+
+
 Maker = Callable[[list[tuple[str, Members]]], list[tuple[str, Members]]]
 """Makes the sidecar rows of a batch of samples: (key, members of the base shard) -> (key, members of the sidecar)."""
 
-JOURNAL = "journal.json"
+JOURNAL, QUARANTINE = "journal.json", "quarantine.jsonl"
+MAX_BAD_FRACTION = 1e-3
 _MEND = "delete it, and every shard is made again"
 _BATCH = 64
 _PUBLISH_EVERY_S = 2.0
+_TRIES = 3  # of one shard
+_SHOWN = 3  # keys in a message
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,13 @@ class Stage:
     gpus: float = 0  # of each worker; Ray hides all GPUs from a worker that asks for none
 
 
+class Made(NamedTuple):
+    """A finished shard, and (key, reason) of the samples in it that could not be read."""
+
+    shard: Shard
+    bad: list[tuple[str, str]]
+
+
 class _Worker:
     """A Ray actor: one process that holds the loaded models."""
 
@@ -59,14 +83,18 @@ class _Worker:
         self.stage, self.make = stage, stage.build()
         self.readers = [ShardReader(url, load_manifest(url)) for url in (stage.base, stage.entities) if url]
 
-    def process(self, number: int) -> Shard:
-        return write_shard(self.stage.out, number, self._rows(number))
+    def process(self, number: int) -> Made:
+        bad: list[tuple[str, str]] = []
+        return Made(write_shard(self.stage.out, number, self._rows(number, bad)), bad)
 
-    def _rows(self, number: int) -> Iterator[tuple[str, Members]]:
+    def _rows(self, number: int, bad: list[tuple[str, str]]) -> Iterator[tuple[str, Members]]:
         """The sidecar rows of a shard; the base and its entities have the same keys in the same order."""
         rows = zip(*(reader.samples(number) for reader in self.readers), strict=True)
         while samples := list(islice(rows, _BATCH)):
-            yield from self.make([_joined(parts) for parts in samples])
+            for key, members in self.make([_joined(parts) for parts in samples]):
+                if isinstance(members, Unreadable):
+                    bad.append((key, members.reason))
+                yield key, members
 
 
 def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
@@ -80,11 +108,14 @@ def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
     return key, members
 
 
-def run_stage(stage: Stage, *, workers: int, report: Callable[[int, int], None]) -> Manifest:
+def run_stage(
+    stage: Stage, *, workers: int, report: Callable[[int, int], None], max_bad_fraction: float = MAX_BAD_FRACTION
+) -> Manifest:
     """Make all missing sidecar shards with `workers` processes, then the manifest.
 
-    report(done, total) in shards. A worker process that dies is replaced and its shard made again, three times.
-    ValueError if `out` holds sidecars of another configuration, or if the entities were made from other shards.
+    report(done, total) in shards. max_bad_fraction: share of the samples that may be unreadable (two may always be, unless it is
+    0); they are listed in quarantine.jsonl. ValueError above it, if a shard is damaged, if `out` holds sidecars of another
+    configuration, or if the entities were made from other shards. OSError if workers fail or die again and again.
     """
     base = load_manifest(stage.base)
     if base.kind != "base":
@@ -103,53 +134,84 @@ def run_stage(stage: Stage, *, workers: int, report: Callable[[int, int], None])
         )
     done = _read_journal(stage, wanted)
     report(len(done), len(base.shards))
-    _make_missing(stage, wanted, done, [n for n in range(len(base.shards)) if n not in done], workers, report)
+    most = max(2, int(max_bad_fraction * base.samples)) if max_bad_fraction else 0
+    _make_missing(stage, wanted, done, workers, report, most)
     manifest = Manifest(
         kind=stage.kind, dataset=base.dataset, split=base.split, config_hash=stage.config_hash, base=wanted,
-        checkpoint=stage.checkpoint, shards=tuple(done[number] for number in range(len(base.shards))),
+        checkpoint=stage.checkpoint, shards=tuple(done[number].shard for number in range(len(base.shards))),
     )  # fmt: skip
+    if bad := _bad(done):
+        lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in bad)
+        storage.write_atomic(storage.join(stage.out, QUARANTINE), lines.encode())
+        print(f"{len(bad)} of {base.samples} samples cannot be read and have empty rows: {stage.out}/{QUARANTINE}", flush=True)
     save_manifest(stage.out, manifest)
     storage.remove(storage.join(stage.out, JOURNAL))
     return manifest
 
 
+def _bad(done: Mapping[int, Made]) -> list[tuple[str, str]]:
+    return [pair for _, made in sorted(done.items()) for pair in made.bad]
+
+
 def _make_missing(
-    stage: Stage, wanted: dict[str, str], done: dict[int, Shard], missing: list[int], workers: int,
-    report: Callable[[int, int], None],
+    stage: Stage, wanted: dict[str, str], done: dict[int, Made], workers: int, report: Callable[[int, int], None], most_bad: int
 ) -> None:  # fmt: skip
-    if not missing:
-        return
-    actor = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=3, max_task_retries=3)(_Worker)
-    pool = [actor.remote(stage) for _ in range(min(workers, len(missing)))]
-    queue = iter(missing)
+    paths = list(wanted)
+    waiting = deque(number for number in range(len(paths)) if number not in done)
+    failures: Counter[int] = Counter()
     running: dict[Any, tuple[int, Any]] = {}
+    # What fails is tried again here, and not by Ray, which counts a worker's deaths and not those at one shard.
+    actor = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
 
     def start(worker: Any) -> None:
-        number = next(queue, None)
-        if number is not None:
+        if waiting:
+            number = waiting.popleft()
             running[worker.process.remote(number)] = (number, worker)
 
-    for worker in pool:
-        start(worker)
+    for _ in range(min(workers, len(waiting))):
+        start(actor.remote(stage))
     published = time.monotonic()
     while running:
         (finished,), _ = ray.wait(list(running), num_returns=1)
         number, worker = running.pop(finished)
-        done[number] = ray.get(finished)
+        try:
+            done[number] = ray.get(finished)
+        except ray.exceptions.RayError as error:
+            failures[number] += 1
+            _raise_final(error, paths[number], failures[number])
+            waiting.appendleft(number)
+            start(actor.remote(stage) if isinstance(error, ray.exceptions.RayActorError) else worker)
+            continue
         start(worker)
         if time.monotonic() - published > _PUBLISH_EVERY_S or not running:
             _write_journal(stage, wanted, done)
             published = time.monotonic()
         report(len(done), len(wanted))
+        if len(bad := _bad(done)) > most_bad:
+            shown = ", ".join(f"{key} ({reason})" for key, reason in bad[:_SHOWN])
+            raise ValueError(f"{len(bad)} samples of {stage.base} cannot be read, more than {most_bad} may be: {shown}, ...")
 
 
-def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Shard]) -> None:
-    rows = {str(number): asdict(shard) for number, shard in sorted(done.items())}
+def _raise_final(error: ray.exceptions.RayError, path: str, failures: int) -> None:
+    """Raise what ends the stage, in one line that names the shard: faults of the data at once, others at the last try."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, ValueError):
+        raise ValueError(f"shard {path}: {cause}") from None
+    last_line = str(error).strip().splitlines()[-1].strip()
+    if getattr(error, "actor_init_failed", False):
+        raise OSError(f"a worker cannot start: {last_line}") from None
+    if failures >= _TRIES:
+        what = f"{type(cause).__name__}: {cause}" if cause else f"its worker died ({last_line})"
+        raise OSError(f"shard {path}: failed {failures} times: {what}") from None
+
+
+def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Made]) -> None:
+    rows = {str(number): asdict(made.shard) | {"bad": made.bad} for number, made in sorted(done.items())}
     document = {"config_hash": stage.config_hash, "base": wanted, "shards": rows}
     storage.write_atomic(storage.join(stage.out, JOURNAL), json.dumps(document).encode())
 
 
-def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Shard]:
+def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
     """Shards that an interrupted stage of the same identity has finished."""
     url = storage.join(stage.out, JOURNAL)
     if not storage.exists(url):
@@ -158,8 +220,10 @@ def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Shard]:
     try:
         if (document["config_hash"], document["base"]) != (stage.config_hash, wanted):
             return {}
-        return {int(number): Shard(**row) for number, row in document["shards"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        rows = {int(number): dict(row) for number, row in document["shards"].items()}
+        bad = {number: [(key, reason) for key, reason in row.pop("bad", ())] for number, row in rows.items()}
+        return {number: Made(Shard(**row), bad[number]) for number, row in rows.items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
 
 

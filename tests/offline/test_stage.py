@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
-from mmclip_shards.manifest import load_manifest
+from mmclip_shards.manifest import load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import decode_npy
+from mmclip_shards.writer import write_shard
 
 from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.checkpoint.model_files import load_model, write_model
@@ -25,7 +28,7 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, Stage, _joined, connect, run_stage
+from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, run_stage
 from tests.conftest import write_sidecar
 
 pytestmark = pytest.mark.slow
@@ -94,17 +97,94 @@ def test_another_configuration_is_refused(sets, cluster: None, tmp_path: Path) -
         run(entities_stage(out, str(tmp_path / "again")))
 
 
-def test_a_worker_that_keeps_dying_stops_the_stage_and_leaves_no_manifest(sets, cluster: None, tmp_path: Path) -> None:
-    def build():
-        def die(samples):
+def build_failing(fault: str, counter: str):
+    """A maker that fails as `fault` says, at most so many times as its counter file allows."""
+
+    def count() -> int:
+        path = Path(counter)
+        path.write_text(path.read_text() + "x" if path.exists() else "x")
+        return len(path.read_text())
+
+    def make(samples):
+        if fault == "bug" or (fault == "once" and count() == 1):
             raise RuntimeError("the model is gone")
+        if fault == "dies" or (fault == "dies twice at each of two shards" and count() in (1, 2, 4, 5)):
+            os._exit(9)
+        if fault == "damaged":
+            raise ValueError("key k-7, offset 512: damaged")
+        return [(key, {"entities.json": b"[]"}) for key, _ in samples]
 
-        return die
+    if fault == "no start":
+        raise ValueError("no such model here")
+    return make
 
-    stage = Stage("entities", sets.paired, str(tmp_path / "out"), "0" * 64, build)
-    with pytest.raises(ray.exceptions.RayTaskError, match="the model is gone"):
-        run(stage)
-    assert not (tmp_path / "out" / "manifest.json").exists() and not list(tmp_path.glob("out/*.tar"))
+
+def failing(sets, out: Path, fault: str) -> Stage:
+    return Stage("entities", sets.paired, str(out), "0" * 64, partial(build_failing, fault, f"{out}.count"))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("fault", "kind", "told"),
+    [
+        ("bug", OSError, r"shard 00000\d\.tar: failed 3 times: RuntimeError: the model is gone"),
+        ("dies", OSError, r"shard 00000\d\.tar: failed 3 times: its worker died"),
+        ("damaged", ValueError, r"shard 00000\d\.tar: key k-7, offset 512: damaged"),
+        ("no start", OSError, "a worker cannot start: ValueError: no such model here"),
+    ],
+)
+def test_what_fails_again_and_again_is_named_in_one_line(
+    sets, cluster: None, tmp_path: Path, fault: str, kind: type[Exception], told: str
+) -> None:
+    with pytest.raises(kind, match=told) as caught:
+        run(failing(sets, tmp_path / "out", fault), workers=1)
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", ["once", "dies twice at each of two shards"])
+def test_a_stage_goes_on_as_long_as_there_is_progress(sets, cluster: None, tmp_path: Path, fault: str) -> None:
+    """Four deaths are too many for one shard, but not for two."""
+    manifest, seen = run(failing(sets, tmp_path / "out", fault), workers=1)
+    assert manifest.samples == load_manifest(sets.paired).samples and seen[-1][0] == seen[-1][1] == len(manifest.shards) >= 2
+    JoinedSet(Source(url=sets.paired, entities=str(tmp_path / "out")))
+
+
+def with_bad_documents(url: str, to: Path, bad: int) -> str:
+    """The set again, with some samples whose JSON is cut."""
+    found = load_manifest(url)
+    shards = []
+    for number, _ in enumerate(found.shards):
+        samples = list(ShardReader(url, found).samples(number))
+        if number == 0:
+            samples[:bad] = [(key, members | {"json": b'{"report": '}) for key, members in samples[:bad]]
+        shards.append(write_shard(to, number, samples))
+    save_manifest(to, replace(found, shards=tuple(shards)))
+    return str(to)
+
+
+def test_an_unreadable_report_gets_an_empty_row_and_is_listed(
+    sets, cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, out = with_bad_documents(sets.paired, tmp_path / "base", 2), tmp_path / "entities"
+    manifest, _ = run(entities_stage(base, str(out)))
+    listed = [json.loads(line) for line in (out / QUARANTINE).read_text().splitlines()]
+    keys = [key for key, _ in iterate(base)][:2]
+    assert [row["key"] for row in listed] == keys and all("JSON" in row["reason"] for row in listed)
+    assert f"2 of {manifest.samples} samples cannot be read and have empty rows: {out}/{QUARANTINE}" in capsys.readouterr().out
+    rows = dict(iterate(str(out)))
+    assert list(rows) == [key for key, _ in iterate(base)]
+    assert all(rows[key] == {"entities.json": b"[]"} for key in keys)
+    JoinedSet(Source(url=base, entities=str(out)))
+
+
+def test_too_many_unreadable_reports_end_the_stage(sets, cluster: None, tmp_path: Path) -> None:
+    base = with_bad_documents(sets.paired, tmp_path / "base", 3)
+    with pytest.raises(ValueError, match=r"3 samples of .*/base cannot be read, more than 2 may be: \S+ \(.*JSON"):
+        run(entities_stage(base, str(tmp_path / "out")), workers=1)
+    with pytest.raises(ValueError, match="more than 0 may be"):
+        run_stage(entities_stage(base, str(tmp_path / "no")), workers=1, report=lambda *_: None, max_bad_fraction=0)
 
 
 @pytest.fixture(scope="module")
