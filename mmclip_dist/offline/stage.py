@@ -135,6 +135,7 @@ def run_stage(
     done = _read_journal(stage, wanted)
     report(len(done), len(base.shards))
     most = max(2, int(max_bad_fraction * base.samples)) if max_bad_fraction else 0
+    _check_bad(stage, done, most)  # of an earlier run, too
     _make_missing(stage, wanted, done, workers, report, most)
     manifest = Manifest(
         kind=stage.kind, dataset=base.dataset, split=base.split, config_hash=stage.config_hash, base=wanted,
@@ -151,6 +152,12 @@ def run_stage(
 
 def _bad(done: Mapping[int, Made]) -> list[tuple[str, str]]:
     return [pair for _, made in sorted(done.items()) for pair in made.bad]
+
+
+def _check_bad(stage: Stage, done: Mapping[int, Made], most: int) -> None:
+    if len(bad := _bad(done)) > most:
+        shown = ", ".join(f"{key} ({reason})" for key, reason in bad[:_SHOWN])
+        raise ValueError(f"{len(bad)} samples of {stage.base} cannot be read, more than {most} may be: {shown}, ...")
 
 
 def _make_missing(
@@ -187,21 +194,21 @@ def _make_missing(
             _write_journal(stage, wanted, done)
             published = time.monotonic()
         report(len(done), len(wanted))
-        if len(bad := _bad(done)) > most_bad:
-            shown = ", ".join(f"{key} ({reason})" for key, reason in bad[:_SHOWN])
-            raise ValueError(f"{len(bad)} samples of {stage.base} cannot be read, more than {most_bad} may be: {shown}, ...")
+        _check_bad(stage, done, most_bad)
 
 
 def _raise_final(error: ray.exceptions.RayError, path: str, failures: int) -> None:
     """Raise what ends the stage, in one line that names the shard: faults of the data at once, others at the last try."""
     cause = getattr(error, "cause", None)
+    told = " ".join(str(cause).split())
     if isinstance(cause, ValueError):
-        raise ValueError(f"shard {path}: {cause}") from None
+        raise ValueError(f"shard {path}: {told}") from None
     last_line = str(error).strip().splitlines()[-1].strip()
     if getattr(error, "actor_init_failed", False):
-        raise OSError(f"a worker cannot start: {last_line}") from None
+        mendable = last_line.startswith("ValueError: ")
+        raise (ValueError if mendable else OSError)(f"a worker cannot start: {last_line.removeprefix('ValueError: ')}") from None
     if failures >= _TRIES:
-        what = f"{type(cause).__name__}: {cause}" if cause else f"its worker died ({last_line})"
+        what = f"{type(cause).__name__}: {told}" if cause else f"its worker died ({last_line})"
         raise OSError(f"shard {path}: failed {failures} times: {what}") from None
 
 

@@ -111,7 +111,7 @@ def build_failing(fault: str, counter: str):
         if fault == "dies" or (fault == "dies twice at each of two shards" and count() in (1, 2, 4, 5)):
             os._exit(9)
         if fault == "damaged":
-            raise ValueError("key k-7, offset 512: damaged")
+            raise ValueError("key k-7, offset 512:\n  damaged")
         return [(key, {"entities.json": b"[]"}) for key, _ in samples]
 
     if fault == "no start":
@@ -130,7 +130,7 @@ def failing(sets, out: Path, fault: str) -> Stage:
         ("bug", OSError, r"shard 00000\d\.tar: failed 3 times: RuntimeError: the model is gone"),
         ("dies", OSError, r"shard 00000\d\.tar: failed 3 times: its worker died"),
         ("damaged", ValueError, r"shard 00000\d\.tar: key k-7, offset 512: damaged"),
-        ("no start", OSError, "a worker cannot start: ValueError: no such model here"),
+        ("no start", ValueError, "a worker cannot start: no such model here"),
     ],
 )
 def test_what_fails_again_and_again_is_named_in_one_line(
@@ -183,6 +183,9 @@ def test_too_many_unreadable_reports_end_the_stage(sets, cluster: None, tmp_path
     base = with_bad_documents(sets.paired, tmp_path / "base", 3)
     with pytest.raises(ValueError, match=r"3 samples of .*/base cannot be read, more than 2 may be: \S+ \(.*JSON"):
         run(entities_stage(base, str(tmp_path / "out")), workers=1)
+    with pytest.raises(ValueError, match="more than 2 may be"):  # nor does a second run publish what the first one refused
+        run(entities_stage(base, str(tmp_path / "out")), workers=1)
+    assert not (tmp_path / "out" / "manifest.json").exists()
     with pytest.raises(ValueError, match="more than 0 may be"):
         run_stage(entities_stage(base, str(tmp_path / "no")), workers=1, report=lambda *_: None, max_bad_fraction=0)
 
