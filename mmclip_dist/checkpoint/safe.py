@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import re
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ _NUMPY: list[Any] = [
 """What the state of numpy's random generator consists of. numpy 2 has renamed the function."""
 
 
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration, which some versions of Python (3.11.2, 3.12) pickle as a call of `getattr`. No other attribute of anything."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r} is no member of an enumeration")
+    return kind[name]
+
+
+_MEMBERS: list[Any] = [(_member, f"{module}.getattr") for module in ("__builtin__", "builtins")]
+
+
 def load_state(path: str | Path, map_location: Any = None, *, trusted: bool = False, mmap: bool | None = None) -> Any:
     """torch.load without any call but those of a training state. ValueError if the file asks for another one.
 
@@ -33,7 +44,7 @@ def load_state(path: str | Path, map_location: Any = None, *, trusted: bool = Fa
     if trusted:
         return torch.load(path, map_location=map_location, mmap=mmap, weights_only=False)
     try:
-        with torch.serialization.safe_globals([*deepspeed_inside.state_classes(), *_NUMPY]):
+        with torch.serialization.safe_globals([*deepspeed_inside.state_classes(), *_NUMPY, *_MEMBERS]):
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from mmclip_dist.checkpoint import mirror as mirror_module
 from mmclip_dist.checkpoint import store, writer
@@ -377,6 +378,26 @@ def test_a_state_file_that_would_run_code_is_refused_before_deepspeed_gets_it(
     assert not (tmp_path / "ran").exists()
     if name == "part/optimizer.pt":  # the stand-in's own files are as they were
         assert opened(f"checkpoint.start_from={path}", "checkpoint.trusted=true", run="another")[1].resume(("a", "b")) == 3
+
+
+class Asked:
+    """A pickle that asks for an attribute, as some versions of Python pickle the members of an enumeration."""
+
+    def __init__(self, *of: Any) -> None:
+        self.of = of
+
+    def __reduce__(self) -> Any:
+        return getattr, self.of
+
+
+def test_members_of_enumerations_are_loaded_as_any_python_pickles_them_and_no_other_attribute(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    torch.save({"stage": Asked(ZeroStageEnum, "weights")}, path)
+    assert load_state(path) == {"stage": ZeroStageEnum.weights}
+    for of in ((ZeroStageEnum, "__class__"), (torch.Tensor, "backward")):
+        torch.save({"stage": Asked(*of)}, path)
+        with pytest.raises(ValueError, match="so it was not loaded"):
+            load_state(path)
 
 
 def test_the_random_states_and_every_class_of_deepspeed_are_loaded(tmp_path: Path) -> None:
