@@ -27,7 +27,8 @@ _NUMPY: list[Any] = [
 
 
 def _member(kind: Any, name: str) -> Any:
-    """A member of an enumeration, which some versions of Python (3.11.2, 3.12) pickle as a call of `getattr`. No other attribute of anything."""
+    """A member of an enumeration. Some versions of Python (3.11.2, 3.12) pickle it as a call of `getattr`; no other attribute of
+    anything is given out."""
     if not (isinstance(kind, type) and issubclass(kind, Enum)) or name not in kind.__members__:
         raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r} is no member of an enumeration")
     return kind[name]
