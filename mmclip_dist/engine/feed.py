@@ -34,7 +34,7 @@ class Feed:
         if copied is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(copied)
-            for value in batch.values():
+            for value in [*batch.values(), *batch["plan"].tensors]:
                 if isinstance(value, Tensor):
                     value.record_stream(stream)  # its memory is not reused before this step is over
         return batch

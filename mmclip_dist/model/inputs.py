@@ -53,6 +53,13 @@ class Plan:
         """This rank's row of `Counts`."""
         return [len(self.paired), len(self.unpaired), len(self.masked)]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that lies on the device."""
+        packing = self.packing
+        own = [self.paired, self.unpaired, self.masked, packing.place, packing.slot, packing.segment, packing.column]
+        return own + [tensor for part in self.parts for tensor in part.tensors]
+
     def to(self, device: torch.device) -> Plan:
         return replace(
             self,
