@@ -44,6 +44,13 @@ def upload_files(checkpoint: Path, url: str, files: Sequence[str]) -> None:
     _together(upload, [(checkpoint / file, join(join(url, checkpoint.name), file)) for file in files])
 
 
+def retract(url: str, step: int) -> None:
+    """Let the copy of a step, if there is one, count as torn: the step was saved again, and its files are about to be replaced."""
+    manifest = join(url, checkpoint_name(step), MANIFEST)
+    if exists(manifest):
+        remove(manifest)
+
+
 def mirror(
     run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], set[int]], uploaded: int | None = None
 ) -> None:

@@ -38,7 +38,7 @@ from mmclip_dist.checkpoint.folder import (
     to_keep,
     write_manifest,
 )  # fmt: skip
-from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror, upload_files
+from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror, retract, upload_files
 from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.checkpoint.safe import check_files, load_state
 from mmclip_dist.checkpoint.writer import CheckpointWriter, read_back
@@ -156,6 +156,8 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def _upload(self, step: int, url: str, files: list[str]) -> dict[Path, Entry]:
+        if dist.get_rank() == 0:
+            retract(url, step)
         upload_files(checkpoint_path(self.run_dir, step), url, files)
         return {}
 

@@ -339,6 +339,19 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded_and_it_is_whole_at_the_
     assert fault(there / "step-00000003") is None and not checkpoints.writing
 
 
+def test_a_step_that_is_saved_again_replaces_its_copy(opened: Callable, tmp_path: Path) -> None:
+    there = tmp_path / "mirror"
+    engine, checkpoints = opened(f"checkpoint.url={there}")
+    checkpoints.save(meta(3))
+    checkpoints.finish()
+    with torch.no_grad():
+        engine.module.log_scale.add_(1.0)
+    checkpoints.save(meta(3))
+    checkpoints.finish()
+    copy, own = there / "step-00000003", checkpoint_path(tmp_path / "run", 3)
+    assert fault(copy) is None and (copy / MANIFEST).read_bytes() == (own / MANIFEST).read_bytes()
+
+
 @pytest.mark.slow
 def test_every_rank_uploads_its_own_files(sets, tmp_path: Path) -> None:
     there = tmp_path / "mirror"
