@@ -45,7 +45,7 @@ def upload_files(checkpoint: Path, url: str, files: Sequence[str]) -> None:
 
 
 def retract(url: str, step: int) -> None:
-    """Let the copy of a step, if there is one, count as torn: the step was saved again, and its files are about to be replaced."""
+    """Let the copy of a step, if there is one, count as torn: the step was saved again, and its files will be replaced."""
     manifest = join(url, checkpoint_name(step), MANIFEST)
     if exists(manifest):
         remove(manifest)
