@@ -49,7 +49,7 @@ WINGS = {
     "plan": {"config"},
     "engine": {"errors", "launcher", "config", "data", "model"},
     "checkpoint": {"config", "data", "model", "engine"},
-    "run": {"config", "data", "model", "engine", "plan"},
+    "run": {"launcher", "config", "data", "model", "engine", "plan"},
     "evaluate": {"config", "data", "model", "engine", "checkpoint", "run"},
     "offline": {"config", "data", "checkpoint"},
     "bench": {"config", "data", "model", "engine", "run"},

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from mmclip_dist.launcher import ranks_of_machine
+
 EXIT_CODE = 143
 _DEAF_S = 1.0  # after SIGTERM, whose handler runs at once unless the main thread is inside a library
 ORPHAN_S = 25.0
@@ -93,5 +95,4 @@ def exit_if_deaf(heard: Callable[[], bool]) -> None:
 def _another_rank_ended() -> bool:
     """Whether the launcher has fewer ranks than it started here. Ranks end together, after their last collective call."""
     launcher = psutil.Process().parent()
-    ranks = int(os.environ.get("LOCAL_SIZE", "1"))  # DeepSpeed's name for it
-    return launcher is not None and sum(map(_alive, launcher.children())) < ranks
+    return launcher is not None and sum(map(_alive, launcher.children())) < ranks_of_machine()
