@@ -52,7 +52,7 @@ WINGS = {
     "run": {"launcher", "config", "data", "model", "engine", "plan"},
     "evaluate": {"config", "data", "model", "engine", "checkpoint", "run"},
     "offline": {"config", "data", "checkpoint"},
-    "bench": {"config", "data", "model", "engine", "run"},
+    "bench": {"config", "data", "model", "engine", "checkpoint", "run", "evaluate", "offline"},
     "commands": {"config", "data", "plan", "evaluate", "offline", "bench"},
     "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "evaluate"},
     "cli": {"errors", "commands"},

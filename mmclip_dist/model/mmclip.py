@@ -197,11 +197,16 @@ class MMCLIP(nn.Module):
         self, batch: PlannedBatch, plan: Plan, images: ImageFeatures, masked_tokens: float
     ) -> Tensor:
         """EntMLM: the masked entities, from the rest of the report and the image. masked_tokens: the ranks' mean number."""
+        target = batch["target_tokens"][plan.paired].flatten()[plan.masked]
+        return masked_cross_entropy(self.rebuild_entities(batch, plan, images.seen[plan.paired]), target, masked_tokens)
+
+    def rebuild_entities(self, batch: Batch, plan: Plan, seen: Tensor) -> Tensor:
+        """Logits of the masked tokens [K, vocabulary], from the rest of the reports and image features seen [n, K, D]."""
         rows, packing = plan.paired, plan.packing
         query = packing.pack(self.text(batch["masked_tokens"][rows], batch["token_mask"][rows], packing))
-        features = packing.unpack(self.text_decoder(query, images.seen[rows], None, packing))
-        hidden, target = features.flatten(0, 1)[plan.masked], batch["target_tokens"][rows].flatten()[plan.masked]
-        return masked_cross_entropy(self.text_decoder.head(hidden), target, masked_tokens)
+        features = packing.unpack(self.text_decoder(query, seen, None, packing))
+        logits: Tensor = self.text_decoder.head(features.flatten(0, 1)[plan.masked])
+        return logits
 
     # -- Encoders -------------------------------------------------------------------------------------------------
 
@@ -326,6 +331,25 @@ class MMCLIP(nn.Module):
     def embed_texts(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> embeddings [N, E], L2-normalised."""
         return self._embed_text(self.encode_text(tokens, mask))
+
+    def rebuild_images(self, batch: Batch, masked: Tensor) -> Tensor:
+        """Normalised pixels of all patches [B, P, patch^2], from those that are not masked and the text, as in training.
+
+        masked [B, P] bool, as many in every row.
+        """
+        batch = self.prepared(batch)
+        plan = batch["plan"]
+        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
+        memory = self._text_memory(batch, plan, reports, self._prompt_features(0))
+        patches = self._patches(batch)
+        if self.config.attmim.mode == "feature":
+            query = torch.where(masked[:, :, None], self.mask_token, self.image.encode(patches))
+        else:
+            places = (~masked).nonzero()[:, 1].view(len(masked), -1, 1).expand(-1, -1, patches.shape[2])
+            context = self.image.encode(patches.gather(1, places))
+            query = self.mask_token.expand_as(patches).scatter(1, places, context)
+        pixels: Tensor = self.image_decoder.head(self.image_decoder(query, memory.features, memory.present))
+        return pixels
 
     def attention_grid(self, batch: Batch) -> Tensor:
         """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts."""

@@ -43,6 +43,7 @@ class ProgressLog:
 
     def _begin(self, step: int) -> None:
         self.last_step, self.last_time, self.waited, self.beside, self.read = step, time.monotonic(), 0.0, 0.0, Tally()
+        self.processor, self.processor_beside = time.process_time(), 0.0
         self.counts = dict.fromkeys(_COUNTS, 0.0)
 
     def wait_for(self, batches: Iterator[PlannedBatch]) -> PlannedBatch:
@@ -60,11 +61,12 @@ class ProgressLog:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Exclude the time inside (evaluation, saving) from speed, MFU and the estimate of the time left."""
-        started = time.monotonic()
+        started, used = time.monotonic(), time.process_time()
         try:
             yield
         finally:
             self.beside += time.monotonic() - started
+            self.processor_beside += time.process_time() - used
 
     def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
         """Write a row: losses are means over all ranks, reading is summed, waiting and memory are maxima. A collective call."""
@@ -83,6 +85,7 @@ class ProgressLog:
                 "samples_per_s_per_rank": round(done * batch / elapsed / world, 2),
                 "data_wait": round(min(wait, 1.0), 4), "memory_gib": round(host, 3), "memory_peak_gib": round(host_peak, 3),
                 "aside_s": round(self.beside, 3),
+                "processor_s": round(time.process_time() - self.processor - self.processor_beside, 3),
                 "eta_s": round((self.config.optim.last_step - step) * elapsed / done, 1),
                 "read": {"mb_per_s": round(read.fetched / elapsed / 1e6, 2), "requests": int(read.requests),
                          "retries": int(read.retries), "hedges": int(read.hedges), "cache_hits": int(read.cache_hits),

@@ -1,0 +1,1 @@
+"""What is learned: arms (overrides of one recipe) x seeds, compared on the same held-out patients."""

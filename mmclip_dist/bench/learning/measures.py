@@ -1,0 +1,243 @@
+"""What a checkpoint has learned, as arrays with one row a held-out sample: so that arms are compared on the same patients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmclip_shards.document import json_fields, read_document
+from mmclip_shards.reader import iterate
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmclip_dist.checkpoint.model_files import load_model
+from mmclip_dist.data.batch import Batch, Example, collate
+from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
+from mmclip_dist.evaluate.metrics import per_class_auc
+from mmclip_dist.evaluate.zeroshot import class_directions
+from mmclip_dist.model.inputs import Plan
+from mmclip_dist.model.masking import patch_pixels
+from mmclip_dist.model.mmclip import MMCLIP
+
+_BATCH = 250
+SHARES = (0.01, 0.1, 1.0)
+_SUBSETS = {0.01: 5, 0.1: 3, 1.0: 1}  # a few labels are a matter of luck: the mean over some subsets, the same for every arm
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # C of logistic regression on standardised features
+RECALL_AT = (1, 5, 10)
+_TEMPERATURE = 0.1
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A labelled set in memory. labels [N, C]; boxes: finding -> rectangles [n, 4] (left, top, right, bottom in shares of the
+    image), of each sample."""
+
+    examples: list[Example]
+    patients: np.ndarray
+    labels: np.ndarray
+    boxes: list[dict[str, np.ndarray]]
+
+    def batches(self, padding: int) -> Iterator[Batch]:
+        for start in range(0, len(self.examples), _BATCH):
+            yield collate(self.examples[start : start + _BATCH], 0, padding)
+
+
+def read_held_out(url: str, maker: ExampleMaker, entities: str | None = None) -> HeldOut:
+    """Read a set whole. entities: its sidecar, where masked entities are to be measured."""
+    spans = dict(iterate(entities)) if entities else {}
+    examples, patients, boxes = [], [], []
+    for key, members in iterate(url):
+        examples.append(maker(key, {**members, **spans.get(key, {})}, epoch=0))
+        fields = json_fields(members["json"])
+        patients.append(read_document(members).patient or key)
+        found: dict[str, list[list[float]]] = {}
+        for box in fields.get("boxes", []):
+            left, top = box["x"] / fields["width"], box["y"] / fields["height"]
+            corners = [left, top, left + box["width"] / fields["width"], top + box["height"] / fields["height"]]
+            found.setdefault(box["label"], []).append(corners)
+        boxes.append({name: np.array(rows) for name, rows in found.items()})
+    labels = np.stack([example["labels"].numpy() for example in examples])
+    return HeldOut(examples, np.array(patients), labels, boxes)
+
+
+def measure_to(task: tuple[Path, Mapping[str, str], str, Path]) -> None:
+    """Write what `measure` finds to a file: the work of one process."""
+    checkpoint, sets, entities, out = task
+    torch.set_num_threads(1)
+    partial = out.with_suffix(".part.npz")
+    np.savez_compressed(partial, **measure(checkpoint, sets, entities))
+    partial.replace(out)
+
+
+def measure(checkpoint: Path, sets: Mapping[str, str], entities: str | None) -> dict[str, np.ndarray]:
+    """Arrays by name (see `compare.METRICS`) of the sets `test`, `validation` and `probe`. entities: the sidecar of `test`."""
+    model, tokenizer, config, meta = load_model(checkpoint)
+    image = config.model.image
+    maker = ExampleMaker(
+        tokenizer, meta.diseases, image.size, image.grid, config.model.text.max_tokens, config.entmlm, augment=None
+    )
+    test = read_held_out(sets["test"], maker, entities)
+    validation, probe = (read_held_out(sets[name], maker) for name in ("validation", "probe"))
+    tokens, mask = tokenize_prompts(load_prompts(meta.diseases, config.prompts.file), tokenizer, config.model.text.max_tokens)
+    padding = tokenizer.pad_token_id
+    with torch.inference_mode():
+        directions = class_directions(model, tokens, mask)
+        seen = encoded(model, test, padding)
+        pooled = {"test": seen.mean(1)}
+        pooled |= {name: encoded(model, held, padding).mean(1) for name, held in (("validation", validation), ("probe", probe))}
+        embeddings = F.normalize(model.image_head(pooled["test"]), dim=-1)
+        arrays = {
+            "patients": test.patients, "labels": test.labels,
+            "zeroshot": (embeddings @ directions.T).numpy(),
+            **retrieval(model, test, embeddings, padding),
+            **pointing(model, test, seen, directions, meta.diseases),
+        }  # fmt: skip
+        if config.loss.image:
+            arrays |= reconstruction(model, test, padding)
+        if config.loss.entity and entities:
+            arrays |= masked_entities(model, test, padding)
+    features = {name: value.numpy() for name, value in pooled.items()}
+    return arrays | linear_probe(features, probe, validation)
+
+
+def encoded(model: MMCLIP, held: HeldOut, padding: int) -> Tensor:
+    """Patch features of whole images [N, P, D]."""
+    return torch.cat([model.image.encode(model.image.embed(batch["image"])) for batch in held.batches(padding)])
+
+
+def linear_probe(features: Mapping[str, np.ndarray], probe: HeldOut, validation: HeldOut) -> dict[str, np.ndarray]:
+    """Scores [subsets, N, C] of the test images, by the share of the probe's labels that logistic regression was fitted on.
+
+    C is that of the best macro AUC on the validation patients, for each subset.
+    """
+    middle, spread = features["probe"].mean(0), features["probe"].std(0) + 1e-6
+    fitted, chosen, test = ((features[name] - middle) / spread for name in ("probe", "validation", "test"))
+    arrays = {}
+    for share in SHARES:
+        scores = []
+        for subset in range(_SUBSETS[share]):
+            rows = _patients_share(probe.patients, share, subset)
+            trials = []
+            for strength in _STRENGTHS:
+                models = [_fit(fitted[rows], probe.labels[rows, c], strength) for c in range(probe.labels.shape[1])]
+                on_validation = np.stack([_decide(one, chosen) for one in models], 1)
+                trials.append((np.nanmean(per_class_auc(on_validation, validation.labels)), models))
+            best = max(trials, key=lambda trial: trial[0])[1]
+            scores.append(np.stack([_decide(one, test) for one in best], 1))
+        arrays[f"probe_{share:g}"] = np.stack(scores).astype(np.float32)
+    return arrays
+
+
+def _patients_share(patients: np.ndarray, share: float, subset: int) -> np.ndarray:
+    """Rows of whole patients that make up about a share of all."""
+    names = np.unique(patients)
+    drawn = np.random.default_rng(subset).permutation(names)[: max(1, round(share * len(names)))]
+    return np.flatnonzero(np.isin(patients, drawn))
+
+
+def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression | None:
+    known = labels >= 0
+    if len(np.unique(labels[known])) < 2:
+        return None  # a small subset may have no positive
+    return LogisticRegression(C=strength, max_iter=300).fit(features[known], labels[known])
+
+
+def _decide(model: LogisticRegression | None, features: np.ndarray) -> np.ndarray:
+    return np.zeros(len(features)) if model is None else model.decision_function(features)
+
+
+def retrieval(model: MMCLIP, held: HeldOut, images: Tensor, padding: int) -> dict[str, np.ndarray]:
+    """Whether the report is among the first k for an image, and the other way round; an identical report is a hit. [N, 3]."""
+    texts = torch.cat([model.embed_texts(batch["tokens"], batch["token_mask"]) for batch in held.batches(padding)])
+    ids = torch.tensor([example["report_id"] for example in held.examples])
+    same, similar = ids[:, None] == ids[None], images @ texts.T
+    arrays = {}
+    for name, scores, right in (("image_to_text", similar, same), ("text_to_image", similar.T, same.T)):
+        top = scores.topk(max(RECALL_AT), dim=1).indices
+        hits = right.gather(1, top).cumsum(1) > 0
+        arrays[name] = hits[:, [k - 1 for k in RECALL_AT]].numpy()
+    return arrays
+
+
+def pointing(
+    model: MMCLIP, held: HeldOut, seen: Tensor, directions: Tensor, diseases: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """For every finding of a sample that has boxes: its sample [n] and disease [n], whether the patch that responds most to the
+    disease's prompts lies in a box [n], the share of attention in boxes [n], and the boxes' share of the image [n]."""
+    side = model.config.model.image.grid
+    patches = F.normalize(model.image_head(seen), dim=-1)
+    response = patches @ F.normalize(directions, dim=-1).T  # [N, P, C]
+    rows = []
+    for sample, boxes in enumerate(held.boxes):
+        for name, corners in boxes.items():
+            if name not in diseases:
+                continue
+            disease = list(diseases).index(name)
+            scores = response[sample, :, disease]
+            inside = _inside(corners, side)
+            best = int(scores.argmax())
+            attention = torch.softmax(scores / _TEMPERATURE, 0).numpy()
+            centre = (best % side + 0.5) / side, (best // side + 0.5) / side
+            rows.append([sample, disease, _holds(corners, *centre), float((attention * inside).sum()), inside.mean()])
+    table = np.array(rows, np.float32).reshape(-1, 5)
+    names = ("pointed_sample", "pointed_disease", "pointed", "attention_inside", "box_share")
+    return {name: table[:, column] for column, name in enumerate(names)}
+
+
+def _inside(corners: np.ndarray, side: int) -> np.ndarray:
+    """Share of each patch that lies in the boxes [side * side]; boxes of one finding hardly overlap, and at most all counts."""
+    edges = np.arange(side + 1) / side
+    covered = np.zeros((side, side))
+    for left, top, right, bottom in corners:
+        across = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, None) * side
+        down = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, None) * side
+        covered += down[:, None] * across[None]
+    return np.minimum(covered, 1).ravel()
+
+
+def _holds(corners: np.ndarray, x: float, y: float) -> bool:
+    return bool(((corners[:, 0] <= x) & (x < corners[:, 2]) & (corners[:, 1] <= y) & (y < corners[:, 3])).any())
+
+
+def reconstruction(model: MMCLIP, held: HeldOut, padding: int) -> dict[str, np.ndarray]:
+    """Squared error of masked patches inside boxes of findings [N] and elsewhere [N], nan without any. The same random half of
+    the patches is masked for every arm, and rebuilt in the arm's own way."""
+    errors_inside: list[Tensor] = []
+    errors_elsewhere: list[Tensor] = []
+    side, first = model.config.model.image.grid, 0
+    for batch in held.batches(padding):
+        masked = batch["noise"].argsort(1).argsort(1) < side**2 // 2
+        target = patch_pixels(batch["image"], model.image.patch)
+        error = (model.rebuild_images(batch, masked) - target).square().mean(2)
+        boxes = held.boxes[first : first + len(error)]
+        first += len(error)
+        covered = np.stack([_inside(np.concatenate(list(b.values())), side) if b else np.zeros(side**2) for b in boxes])
+        inside = torch.from_numpy(covered >= 0.5)
+        for collected, chosen in ((errors_inside, masked & inside), (errors_elsewhere, masked & ~inside)):
+            count = chosen.sum(1)
+            mean = (error * chosen).sum(1) / count.clamp(min=1)
+            collected.append(torch.where(count > 0, mean, torch.nan))
+    return {"error_inside": torch.cat(errors_inside).numpy(), "error_elsewhere": torch.cat(errors_elsewhere).numpy()}
+
+
+def masked_entities(model: MMCLIP, held: HeldOut, padding: int) -> dict[str, np.ndarray]:
+    """Masked tokens of each report [N], and how many of them are guessed right with its image, another one's and none [N, 3]."""
+    total, right = [], []
+    for batch in held.batches(padding):
+        plan = Plan.of(batch, model.text.width)
+        counts = (batch["target_tokens"] >= 0).sum(1)
+        seen = model.image.encode(model.image.embed(batch["image"]))
+        columns = []
+        for memory in (seen, seen.roll(1, 0), seen[:, :0]):
+            guessed = model.rebuild_entities(batch, plan, memory).argmax(1)
+            hits = torch.zeros_like(batch["target_tokens"]).flatten()
+            hits[plan.masked] = (guessed == batch["target_tokens"].flatten()[plan.masked]).long()
+            columns.append(hits.view_as(batch["target_tokens"]).sum(1))
+        total.append(counts)
+        right.append(torch.stack(columns, 1))
+    return {"masked_tokens": torch.cat(total).numpy(), "guessed": torch.cat(right).numpy()}
