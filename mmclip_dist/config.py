@@ -295,6 +295,7 @@ class Config(Section):
     offload: Offload = Offload()
     threads: int | None = Field(None, gt=0)  # torch threads of each rank on the CPU; None: cores / ranks
     log_every: int = Field(10, gt=0)  # steps
+    log_gradients: bool = False  # every 10 logged rows, the gradient of each loss term at the encoders: one forward pass more
     data: Data = Data()
     model: Model = Model()
     attmim: AttMIM = AttMIM()
@@ -331,6 +332,11 @@ class Config(Section):
             raise ValueError(
                 "model.compile=true needs zero_stage=2 or less: ZeRO-3 gathers weights in hooks around every module, "
                 "and torch.compile would break its graph at each of them"
+            )
+        if self.log_gradients and (self.zero_stage == 3 or self.optim.micro_batch):
+            raise ValueError(
+                "log_gradients=true needs zero_stage=2 or less and no optim.micro_batch: it goes back through a part of the "
+                "graph only, and through all samples at once"
             )
         if self.precision == "fp16" and self.zero_stage == 0:
             raise ValueError(
@@ -393,10 +399,10 @@ class Config(Section):
 
 
 OPERATIONAL = frozenset({
-    "run_dir", "zero_stage", "offload", "threads", "log_every", "data.workers", "data.prefetch", "data.max_bad_fraction",
-    "data.reading", "model.checkpoint_activations", "model.compile", "loss.impl", "optim.stop_at", "optim.micro_batch",
-    "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.asynchronous",
-    "checkpoint.url", "checkpoint.trusted", "health", "track", "evaluation",
+    "run_dir", "zero_stage", "offload", "threads", "log_every", "log_gradients", "data.workers", "data.prefetch",
+    "data.max_bad_fraction", "data.reading", "model.checkpoint_activations", "model.compile", "loss.impl", "optim.stop_at",
+    "optim.micro_batch", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best",
+    "checkpoint.asynchronous", "checkpoint.url", "checkpoint.trusted", "health", "track", "evaluation",
 })  # fmt: skip
 """Keys, and sections with all their keys, that say how a run is carried out and not what it computes: the weights after a step
 are the same up to rounding. They may change when a run goes on; all other keys may not."""

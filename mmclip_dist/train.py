@@ -81,13 +81,13 @@ def train(config: Config, stop: StopRequest) -> bool:
             watchdog.beat("waiting for data", step + 1)
             batch = log.wait_for(batches)
             rate = set_learning_rate(engine, step, config.optim)
+            gradients = log.gradients(step + 1, engine, batch)
             losses = forward_backward(engine, batch, config.loss)
             engine.step()  # skipped on every rank if any gradient is not finite
             step += 1
-            loss = weighted_sum(losses, config.loss)
-            guard.after_step(step, batch, loss, applied=engine.was_step_applied(), writing=checkpoints.writing)
+            guard.after_step(step, batch, weighted_sum(losses, config.loss), applied=engine.was_step_applied(), writing=checkpoints.writing)
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
-                log.write(step, losses, rate, engine)
+                log.write(step, losses, rate, engine, gradients)
             with log.aside():
                 scores = None
                 if evaluation and evaluation.due(step) and not stop.agreed:

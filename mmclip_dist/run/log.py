@@ -20,6 +20,7 @@ from torch import Tensor
 from mmclip_dist.config import Config
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import agreed
+from mmclip_dist.engine.term_gradients import term_gradients
 from mmclip_dist.engine.weights import temperature
 from mmclip_dist.model.inputs import PlannedBatch
 from mmclip_dist.model.mmclip import MMCLIP
@@ -68,7 +69,16 @@ class ProgressLog:
             self.beside += time.monotonic() - started
             self.processor_beside += time.process_time() - used
 
-    def write(self, step: int, losses: dict[str, Tensor], rate: float, engine: Any) -> None:
+    def gradients(self, step: int, engine: Any, batch: PlannedBatch) -> dict[str, dict[str, float]] | None:
+        """The gradient of each term, if it belongs to this step's row; see `engine.term_gradients`. A collective call."""
+        if not self.config.log_gradients or step % (10 * self.config.log_every):
+            return None
+        with self.aside():
+            return term_gradients(engine, batch, self.config.loss)
+
+    def write(
+        self, step: int, losses: dict[str, Tensor], rate: float, engine: Any, gradients: dict[str, dict[str, float]] | None = None
+    ) -> None:
         """Write a row: losses are means over all ranks, reading is summed, waiting and memory are maxima. A collective call."""
         learned = temperature(engine)  # on every rank: ZeRO-3 gathers it
         means, read, counts = self._over_ranks(losses)  # waits for the device, so read the clock afterwards
@@ -91,6 +101,8 @@ class ProgressLog:
                          "retries": int(read.retries), "hedges": int(read.hedges), "cache_hits": int(read.cache_hits),
                          "waited_s": round(read.waited_s, 3)},
             }  # fmt: skip
+            if gradients is not None:
+                row["gradients"] = gradients
             if self.device.type == "cuda":
                 row["device_peak_gib"] = round(device_peak, 3)
             if self.card is not None:

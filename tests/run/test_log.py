@@ -33,7 +33,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(log, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(log, "time", types.SimpleNamespace(monotonic=lambda: self.now, process_time=lambda: self.now / 2))
 
 
 def engine_of(model: Any) -> Any:
@@ -94,6 +94,7 @@ def test_a_row_of_two_steps(
     log.write(6, losses, 1e-3, engine_of(model))  # counts start anew
     row = read_metrics(tmp_path)[-1]
     assert row["samples_per_s"] == 4.0 and row["eta_s"] == 6.0 and row["data_wait"] == 0.5 and row["aside_s"] == 3600
+    assert row["processor_s"] == 0.5
     log.wait_for(stream)
     clock.now += 0.5
     log.write(7, losses, 1e-3, engine_of(model))
