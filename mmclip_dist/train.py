@@ -85,7 +85,9 @@ def train(config: Config, stop: StopRequest) -> bool:
             losses = forward_backward(engine, batch, config.loss)
             engine.step()  # skipped on every rank if any gradient is not finite
             step += 1
-            guard.after_step(step, batch, weighted_sum(losses, config.loss), applied=engine.was_step_applied(), writing=checkpoints.writing)
+            guard.after_step(
+                step, batch, weighted_sum(losses, config.loss), applied=engine.was_step_applied(), writing=checkpoints.writing
+            )
             if step % config.log_every == 0 or step in (1, config.optim.last_step):
                 log.write(step, losses, rate, engine, gradients)
             with log.aside():
