@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -29,7 +28,8 @@ from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
 from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, run_stage
-from tests.conftest import write_sidecar
+from tests.conftest import wait_for, write_sidecar
+from tests.offline.failing_maker import build_failing
 
 pytestmark = pytest.mark.slow
 
@@ -97,28 +97,6 @@ def test_another_configuration_is_refused(sets, cluster: None, tmp_path: Path) -
         run(entities_stage(out, str(tmp_path / "again")))
 
 
-def build_failing(fault: str, counter: str):
-    """A maker that fails as `fault` says, at most so many times as its counter file allows."""
-
-    def count() -> int:
-        path = Path(counter)
-        path.write_text(path.read_text() + "x" if path.exists() else "x")
-        return len(path.read_text())
-
-    def make(samples):
-        if fault == "bug" or (fault == "once" and count() == 1):
-            raise RuntimeError("the model is gone")
-        if fault == "dies" or (fault == "dies twice at each of two shards" and count() in (1, 2, 4, 5)):
-            os._exit(9)
-        if fault == "damaged":
-            raise ValueError("key k-7, offset 512:\n  damaged")
-        return [(key, {"entities.json": b"[]"}) for key, _ in samples]
-
-    if fault == "no start":
-        raise ValueError("no such model here")
-    return make
-
-
 def failing(sets, out: Path, fault: str) -> Stage:
     return Stage("entities", sets.paired, str(out), "0" * 64, partial(build_failing, fault, f"{out}.count"))
 
@@ -140,6 +118,8 @@ def test_what_fails_again_and_again_is_named_in_one_line(
         run(failing(sets, tmp_path / "out", fault), workers=1)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
+    # Its workers are gone while the error is still at hand: they would keep their CPUs from the next stage.
+    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 30)
 
 
 @pytest.mark.timeout(120)
