@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import ray
 import torch
-from mmclip_shards.manifest import load_manifest, save_manifest
+from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import decode_npy
 from mmclip_shards.writer import write_shard
@@ -41,17 +42,31 @@ def cluster():
     ray.shutdown()
 
 
+class Made(NamedTuple):
+    """A finished sidecar folder, and what the stage reported on the way."""
+
+    out: Path
+    manifest: Manifest
+    seen: list[tuple[int, int]]
+
+
 def run(stage: Stage, workers: int = 2):
     seen: list[tuple[int, int]] = []
     return run_stage(stage, workers=workers, report=lambda done, total: seen.append((done, total))), seen
 
 
-def test_entities_of_every_report(sets, cluster: None, tmp_path: Path) -> None:
-    out = str(tmp_path / "entities")
-    manifest, seen = run(entities_stage(sets.paired, out))
+@pytest.fixture(scope="module")
+def made(sets, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The entities of the paired set. Tests that change the folder take a copy."""
+    out = tmp_path_factory.mktemp("made") / "entities"
+    return Made(out, *run(entities_stage(sets.paired, str(out))))
+
+
+def test_entities_of_every_report(sets, made: Made) -> None:
+    out, manifest, seen = str(made.out), made.manifest, made.seen
     base = load_manifest(sets.paired)
     assert seen[0] == (0, len(base.shards)) and seen[-1] == (len(base.shards), len(base.shards))
-    assert manifest == load_manifest(out) and not (tmp_path / "entities" / JOURNAL).exists()
+    assert manifest == load_manifest(out) and not (made.out / JOURNAL).exists()
     JoinedSet(Source(url=sets.paired, entities=out))
     found = 0
     for (base_key, sample), (key, row) in zip(iterate(sets.paired), iterate(out), strict=True):
@@ -63,10 +78,10 @@ def test_entities_of_every_report(sets, cluster: None, tmp_path: Path) -> None:
     assert found > 3 * base.samples
 
 
-def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, cluster: None, tmp_path: Path) -> None:
+def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, made: Made, tmp_path: Path) -> None:
     out = tmp_path / "entities"
+    shutil.copytree(made.out, out)
     stage = entities_stage(sets.paired, str(out))
-    run(stage)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     run(stage)
@@ -87,10 +102,9 @@ def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, cluster:
     assert (out / "000000.tar").stat().st_mtime_ns == times["000000.tar"]
 
 
-def test_another_configuration_is_refused(sets, cluster: None, tmp_path: Path) -> None:
-    out = str(tmp_path / "entities")
+def test_another_configuration_is_refused(sets, made: Made, tmp_path: Path) -> None:
+    out = str(made.out)
     stage = entities_stage(sets.paired, out)
-    run(stage)
     with pytest.raises(ValueError, match=r"another configuration.*--out"):
         run(Stage(stage.kind, stage.base, out, "0" * 64, stage.build))
     with pytest.raises(ValueError, match="name the packed set itself"):
