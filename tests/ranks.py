@@ -5,6 +5,7 @@ What has to do with the `deepspeed` launcher itself (tests/launched.py) starts i
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -88,6 +89,7 @@ class Ranks:
 
 def _run(target: Callable[..., Any], arguments: Sequence[Any], variables: dict[str, str], log: str) -> None:
     os.environ.update(variables)
+    gc.freeze()  # what the fork inherits stays: else each of DeepSpeed's garbage collections looks at it, for most of a second
     multiprocessing.set_start_method("fork", force=True)  # of loader processes, as under a launcher
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for stream in (1, 2):

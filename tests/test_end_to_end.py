@@ -72,18 +72,6 @@ def test_run_again_it_skips_what_is_done(whole_job: Path, capsys: pytest.Capture
     assert numbers(whole_job) == found and {p: p.stat().st_mtime_ns for p in whole_job.rglob("*.tar")} == before
 
 
-def test_another_configuration_is_refused(whole_job: Path) -> None:
-    with pytest.raises(ValueError, match="another configuration"):
-        quickstart(Job(whole_job, overrides=(*QUICK, "seed=7"), synthetic=SMALL))
-
-
-def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="no quick start made it"):
-        quickstart(Job(tmp_path, overrides=QUICK, synthetic=SMALL))
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.tex"]
-
-
 def killed_when(out: Path, reached: Callable[[list[str]], bool]) -> None:
     """Start the job, kill it as soon as reached(finished stages), and run it to its end; nothing of it may be left."""
     command = [sys.executable, "-c", SCRIPT, str(out), json.dumps(QUICK), json.dumps(asdict(SMALL))]
@@ -132,6 +120,18 @@ def test_killed_in_training_it_ends_the_same(whole_job: Path, tmp_path: Path) ->
     shutil.rmtree(out / "train")
     killed_when(out, lambda done: len(read_metrics(out / "train")) > 0)
     assert numbers(out) == numbers(whole_job)
+
+
+def test_another_configuration_is_refused(whole_job: Path) -> None:
+    with pytest.raises(ValueError, match="another configuration"):
+        quickstart(Job(whole_job, overrides=(*QUICK, "seed=7"), synthetic=SMALL))
+
+
+def test_a_folder_that_is_none_of_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="no quick start made it"):
+        quickstart(Job(tmp_path, overrides=QUICK, synthetic=SMALL))
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["thesis.tex"]
 
 
 def test_quickstart_recipe_is_the_documented_one() -> None:

@@ -33,9 +33,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def unbroken(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run, under the real launcher."""
+    """A whole run; tests/test_end_to_end.py and tests/test_broken_runs.py have runs under the real launcher."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    launch_training([*sets.overrides(run), *TRAIN])
+    run_training([*sets.overrides(run), *TRAIN], run.with_name("ranks"))
     return run
 
 

@@ -1,8 +1,8 @@
 """Everything this package uses of DeepSpeed beyond its public interface.
 
 Another release may change any of it without notice, so it is all here, and only versions that the tests ran with are
-accepted. When the range in `pyproject.toml` grows: read these functions beside the new source, then run `tests/engine` and
-`tests/test_faults.py`.
+accepted. When the range in `pyproject.toml` grows: read these functions beside the new source, then run `tests/engine`,
+`tests/test_broken_runs.py` and `tests/test_faults.py`.
 """
 
 from __future__ import annotations

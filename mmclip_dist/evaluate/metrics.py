@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -11,6 +10,8 @@ def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
     scores [N] float, positive [N] bool; nan without both kinds. Source: the Mann-Whitney statistic.
     """
+    from scipy.stats import rankdata  # 0.7 s, which every rank would spend at its start
+
     positives = int(positive.sum())
     negatives = len(positive) - positives
     if positives == 0 or negatives == 0:

@@ -16,6 +16,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -136,7 +137,8 @@ def run_stage(
     report(len(done), len(base.shards))
     most = max(2, int(max_bad_fraction * base.samples)) if max_bad_fraction else 0
     _check_bad(stage, done, most)  # of an earlier run, too
-    _make_missing(stage, wanted, done, workers, report, most)
+    with _workers(stage) as new_worker:
+        _make_missing(stage, wanted, done, new_worker, workers, report, most)
     manifest = Manifest(
         kind=stage.kind, dataset=base.dataset, split=base.split, config_hash=stage.config_hash, base=wanted,
         checkpoint=stage.checkpoint, shards=tuple(done[number].shard for number in range(len(base.shards))),
@@ -160,15 +162,30 @@ def _check_bad(stage: Stage, done: Mapping[int, Made], most: int) -> None:
         raise ValueError(f"{len(bad)} samples of {stage.base} cannot be read, more than {most} may be: {shown}, ...")
 
 
+@contextmanager
+def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
+    """A function that starts a worker; leaving the block ends all of them. Else whoever keeps an error of the stage would keep
+    the frames that it came through, a worker in them, and that worker's CPU."""
+    # What fails is tried again by `_make_missing`, and not by Ray, which counts a worker's deaths and not those at one shard.
+    actor: Any = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
+    with ExitStack() as ends:
+
+        def new_worker() -> Any:
+            worker = actor.remote(stage)
+            ends.callback(ray.kill, worker)
+            return worker
+
+        yield new_worker
+
+
 def _make_missing(
-    stage: Stage, wanted: dict[str, str], done: dict[int, Made], workers: int, report: Callable[[int, int], None], most_bad: int
+    stage: Stage, wanted: dict[str, str], done: dict[int, Made], new_worker: Callable[[], Any], workers: int,
+    report: Callable[[int, int], None], most_bad: int,
 ) -> None:  # fmt: skip
     paths = list(wanted)
     waiting = deque(number for number in range(len(paths)) if number not in done)
     failures: Counter[int] = Counter()
     running: dict[Any, tuple[int, Any]] = {}
-    # What fails is tried again here, and not by Ray, which counts a worker's deaths and not those at one shard.
-    actor = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
 
     def start(worker: Any) -> None:
         if waiting:
@@ -176,7 +193,7 @@ def _make_missing(
             running[worker.process.remote(number)] = (number, worker)
 
     for _ in range(min(workers, len(waiting))):
-        start(actor.remote(stage))
+        start(new_worker())
     published = time.monotonic()
     while running:
         (finished,), _ = ray.wait(list(running), num_returns=1)
@@ -187,7 +204,7 @@ def _make_missing(
             failures[number] += 1
             _raise_final(error, paths[number], failures[number])
             waiting.appendleft(number)
-            start(actor.remote(stage) if isinstance(error, ray.exceptions.RayActorError) else worker)
+            start(new_worker() if isinstance(error, ray.exceptions.RayActorError) else worker)
             continue
         start(worker)
         if time.monotonic() - published > _PUBLISH_EVERY_S or not running:

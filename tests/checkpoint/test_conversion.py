@@ -1,6 +1,6 @@
 """Checkpoints for another number of ranks: the states that DeepSpeed leaves out are put together from the ranks' shares.
 
-tests/engine/test_optimizer.py and tests/test_faults.py go on from converted checkpoints.
+tests/engine/test_optimizer.py and tests/test_broken_runs.py go on from converted checkpoints.
 """
 
 from __future__ import annotations

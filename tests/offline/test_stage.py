@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import ray
 import torch
-from mmclip_shards.manifest import load_manifest, save_manifest
+from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import decode_npy
 from mmclip_shards.writer import write_shard
@@ -29,7 +29,8 @@ from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
 from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, run_stage
-from tests.conftest import write_sidecar
+from tests.conftest import wait_for, write_sidecar
+from tests.offline.failing_maker import build_failing
 
 pytestmark = pytest.mark.slow
 
@@ -41,17 +42,31 @@ def cluster():
     ray.shutdown()
 
 
+class Made(NamedTuple):
+    """A finished sidecar folder, and what the stage reported on the way."""
+
+    out: Path
+    manifest: Manifest
+    seen: list[tuple[int, int]]
+
+
 def run(stage: Stage, workers: int = 2):
     seen: list[tuple[int, int]] = []
     return run_stage(stage, workers=workers, report=lambda done, total: seen.append((done, total))), seen
 
 
-def test_entities_of_every_report(sets, cluster: None, tmp_path: Path) -> None:
-    out = str(tmp_path / "entities")
-    manifest, seen = run(entities_stage(sets.paired, out))
+@pytest.fixture(scope="module")
+def made(sets, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The entities of the paired set. Tests that change the folder take a copy."""
+    out = tmp_path_factory.mktemp("made") / "entities"
+    return Made(out, *run(entities_stage(sets.paired, str(out))))
+
+
+def test_entities_of_every_report(sets, made: Made) -> None:
+    out, manifest, seen = str(made.out), made.manifest, made.seen
     base = load_manifest(sets.paired)
     assert seen[0] == (0, len(base.shards)) and seen[-1] == (len(base.shards), len(base.shards))
-    assert manifest == load_manifest(out) and not (tmp_path / "entities" / JOURNAL).exists()
+    assert manifest == load_manifest(out) and not (made.out / JOURNAL).exists()
     JoinedSet(Source(url=sets.paired, entities=out))
     found = 0
     for (base_key, sample), (key, row) in zip(iterate(sets.paired), iterate(out), strict=True):
@@ -63,10 +78,10 @@ def test_entities_of_every_report(sets, cluster: None, tmp_path: Path) -> None:
     assert found > 3 * base.samples
 
 
-def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, cluster: None, tmp_path: Path) -> None:
+def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, made: Made, tmp_path: Path) -> None:
     out = tmp_path / "entities"
+    shutil.copytree(made.out, out)
     stage = entities_stage(sets.paired, str(out))
-    run(stage)
     whole = {path.name: path.read_bytes() for path in out.iterdir()}
     times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     run(stage)
@@ -87,36 +102,13 @@ def test_again_is_skipped_and_after_a_crash_only_the_rest_is_made(sets, cluster:
     assert (out / "000000.tar").stat().st_mtime_ns == times["000000.tar"]
 
 
-def test_another_configuration_is_refused(sets, cluster: None, tmp_path: Path) -> None:
-    out = str(tmp_path / "entities")
+def test_another_configuration_is_refused(sets, made: Made, tmp_path: Path) -> None:
+    out = str(made.out)
     stage = entities_stage(sets.paired, out)
-    run(stage)
     with pytest.raises(ValueError, match=r"another configuration.*--out"):
         run(Stage(stage.kind, stage.base, out, "0" * 64, stage.build))
     with pytest.raises(ValueError, match="name the packed set itself"):
         run(entities_stage(out, str(tmp_path / "again")))
-
-
-def build_failing(fault: str, counter: str):
-    """A maker that fails as `fault` says, at most so many times as its counter file allows."""
-
-    def count() -> int:
-        path = Path(counter)
-        path.write_text(path.read_text() + "x" if path.exists() else "x")
-        return len(path.read_text())
-
-    def make(samples):
-        if fault == "bug" or (fault == "once" and count() == 1):
-            raise RuntimeError("the model is gone")
-        if fault == "dies" or (fault == "dies twice at each of two shards" and count() in (1, 2, 4, 5)):
-            os._exit(9)
-        if fault == "damaged":
-            raise ValueError("key k-7, offset 512:\n  damaged")
-        return [(key, {"entities.json": b"[]"}) for key, _ in samples]
-
-    if fault == "no start":
-        raise ValueError("no such model here")
-    return make
 
 
 def failing(sets, out: Path, fault: str) -> Stage:
@@ -140,6 +132,8 @@ def test_what_fails_again_and_again_is_named_in_one_line(
         run(failing(sets, tmp_path / "out", fault), workers=1)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
     assert not (tmp_path / "out" / "manifest.json").exists()
+    # Its workers are gone while the error is still at hand: they would keep their CPUs from the next stage.
+    wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 30)
 
 
 @pytest.mark.timeout(120)
