@@ -142,6 +142,7 @@ class AttMIM(Section):
     """Attention-guided masked image modelling; the two modes are described in `mmclip_dist.model.mmclip`."""
 
     mode: Literal["feature", "split"] = "feature"  # K: feature; O: split
+    guide: Literal["attention", "random"] = "attention"  # what chooses the patches; random: the control that ignores the scores
     ratio: float = Field(0.5, gt=0, lt=1)  # feature: share of patches masked (K: about half)
     hint: float = Field(0.1, ge=0, lt=1)  # share of the chosen patches left visible, others masked instead (N)
     salient_keep: float = Field(0.5, gt=0, lt=1)  # split: share of patches in the contrastive view (N)
@@ -391,7 +392,7 @@ class Config(Section):
                 "source, or train without the term: loss.entity=0"
             )
         bare = [source.url for source in self.data.sources if source.attention is None]
-        if self.attmim.mode == "split" and self.loss.image and bare:
+        if self.attmim.mode == "split" and self.attmim.guide == "attention" and self.loss.image and bare:
             raise ValueError(
                 f"attmim.mode=split needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
                 "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=feature"

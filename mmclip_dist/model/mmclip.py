@@ -247,10 +247,10 @@ class MMCLIP(nn.Module):
     def _views(self, batch: Batch, patches: Tensor) -> SplitViews:
         options, noise = self.config.attmim, batch["noise"]
         salient, context = options.views(patches.shape[1])
+        scores = noise if options.guide == "random" else ranked_or_drawn(batch["attention"].flatten(1), noise)
         return attention_split_views(
-            patches, salient=salient, context=context, hint=options.hint,
-            scores=ranked_or_drawn(batch["attention"].flatten(1), noise), noise=noise, impl=self.config.loss.impl,
-        )  # fmt: skip
+            patches, salient=salient, context=context, hint=options.hint, scores=scores, noise=noise, impl=self.config.loss.impl
+        )
 
     def _hide_patches(self, batch: PlannedBatch, seen: Tensor, memory: TextMemory) -> TopkMask:
         """Feature mode: the mask token in place of the features that respond most to the text.
@@ -264,6 +264,8 @@ class MMCLIP(nn.Module):
             attention_topk_mask, seen, ratio=options.ratio, mode="replace", select="hint", hint=options.hint,
             mask_token=self.mask_token, noise=noise, impl=self.config.loss.impl,
         )  # fmt: skip
+        if options.guide == "random":
+            return hide(scores=noise)
         with torch.no_grad():  # always, on every rank: ZeRO-3 gathers weights when a layer is called
             words, patches = self.text_head(memory.features), self.image_head(seen)
         temperature = options.score_temperature

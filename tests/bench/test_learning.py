@@ -15,6 +15,7 @@ from mmclip_dist.bench.learning.compare import METRICS, compare, macro_auc, resa
 from mmclip_dist.bench.learning.plan import load_plan
 from mmclip_dist.bench.learning.runs import Outcome, Run, Runs
 from mmclip_dist.bench.learning.sets import Sets
+from mmclip_dist.config import load_config
 
 PLAN = """
 data: {pairs: 48, unpaired: 24, probe: 100, validation: 40, test: 60, draw: 0, size: 40}
@@ -128,6 +129,7 @@ def test_the_share_of_a_patch_in_a_box() -> None:
         (("full: {unpaired: 0.5}", "full: {attention: gone}"), "arms.full.attention=gone is no arm"),
         (("unpaired: 24,", ""), "arms.full.unpaired=0.5, but the data has no unpaired images"),
         (("arms:", "arms: ["), "is not valid YAML"),
+        (("  full:", "  all three:"), "String should match pattern"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_one_line_at_once(
@@ -138,6 +140,13 @@ def test_a_plan_that_cannot_be_run_is_one_line_at_once(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and told in error and error.count("\n") == 1
     assert not (tmp_path / "work").exists()
+
+
+def test_the_committed_plans_can_be_run() -> None:
+    for path in sorted(command.RESULTS.glob("*.yaml")):
+        plan = load_plan(path)
+        for arm in plan.arms.values():
+            load_config(plan.recipe, [*plan.overrides, *arm.overrides, "run_dir=unused"])
 
 
 def test_equal_time_gives_an_arm_as_many_steps_as_the_control_has_time_for(tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ def test_feature_mode_hides_the_patches_of_highest_score(sets, tokenizer, batch:
     assert is_mask.tolist() == [[False] * 8 + [True] * 8] * 8
 
 
+@pytest.mark.parametrize("mode", ["feature", "split"])
+def test_random_masks_ignore_the_scores_and_hide_as_many(sets, tokenizer, batch: Batch, mode: str) -> None:
+    model = model_of(sets.config(f"attmim.mode={mode}", "attmim.guide=random"), tokenizer)
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    grids = torch.arange(16.0).reshape(1, 4, 4).expand(8, 4, 4)
+    for scores in (grids, -grids):
+        model(Batch(**(batch | {"attention": scores})))
+    first, second = ((query == model.mask_token.detach()).all(2) for query in queries)
+    assert torch.equal(first, second) and first.sum(1).tolist() == [8 if mode == "feature" else 12] * 8
+    assert len({tuple(row) for row in first.tolist()}) > 4
+
+
 def test_scores_are_computed_where_no_sidecar_is(sets, tokenizer, batch: Batch) -> None:
     model = model_of(sets.config("attmim.hint=0"), tokenizer)
     missing = Batch(**(batch | {"has_attention": torch.zeros(8, dtype=torch.bool), "attention": torch.zeros(8, 4, 4)}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import yaml
 from mmclip_shards.textfiles import read_text
@@ -55,7 +55,7 @@ class Plan(Section):
     seeds: tuple[int, ...] = Field(min_length=1)
     compare: tuple[Literal["steps", "time"], ...] = Field(("steps", "time"), min_length=1)
     control: str
-    arms: dict[str, Arm]
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9-]+$")], Arm]
 
     @model_validator(mode="after")
     def _names(self) -> Self:
