@@ -46,6 +46,7 @@ def read_table(
     diseases. A disease that is not listed is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all
     unknown. key_column: text for the key; by default the image's file name, or its whole path if two file names are equal.
     empty_reports: for a row without text, "error" stops, "drop" leaves it out, "unpaired" keeps its image without a report.
+    A missing image is only warned of, unless all are missing: `pack` decides how many may be left out.
 
     ValueError in one line that names rows, never a report or a patient.
     """
@@ -173,21 +174,23 @@ def _find_images(rows: list[Row], sources: list[PurePosixPath], images: Path, ta
     if not images.is_dir():
         raise ValueError(f"there is no image folder {images}")
     own_name = images.resolve().name
-    found: list[Path] = []
+    paths: list[Path] = []
     missing: list[int] = []
     for (number, _), source in zip(rows, sources, strict=True):
         inner = PurePosixPath(*source.parts[1:]) if len(source.parts) > 1 and source.parts[0] == own_name else source
         path = next((images / name for name in (source, inner) if (images / name).is_file()), None)
         if path is None:
             missing.append(number)
-        else:
-            found.append(path)
-    if missing:
+        paths.append(path or images / source)
+    if len(missing) == len(rows):
         raise ValueError(
-            f"{len(missing)} of {len(rows)} images of {table} are not in {images}, the first is of row {missing[0]}: "
-            "check the image column and the image folder"
+            f"none of the {len(rows)} images of {table} are in {images}: check the image column and the image folder"
         )
-    return found
+    if missing:
+        logger.warning(
+            "%d of %d images of %s are not in %s, the first is of row %d", len(missing), len(rows), table, images, missing[0]
+        )
+    return paths
 
 
 def _keys(rows: list[Row], sources: list[PurePosixPath], key_column: str | None, table: Path) -> list[str]:
