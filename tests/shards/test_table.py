@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -84,11 +85,10 @@ def test_empty_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     [
         ("", {}, "has no rows"),
         ("a.png,SECRET,SECRET,,\n", {"image_column": "imge"}, r"no column 'imge'; its columns, nearest first: image, "),
-        ("a.png,SECRET,SECRET,,\ngone.png,SECRET,SECRET,,\nx.png,1,x,,\n", {}, r"2 of 3 images .* of row 3"),
         ("a.png,SECRET,SECRET,,\n../images/a.png,SECRET,SECRET,,\n", {}, "row 3 names an image outside"),
         ("/etc/passwd,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
         ("images/../../a.png,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
-        ("images,SECRET,SECRET,,\n", {}, "1 of 1 images"),
+        ("images,SECRET,SECRET,,\n", {}, "none of the 1 images .*: check the image column"),
         ("a.png,SECRET,SECRET,,\na.png,SECRET,SECRET,,\n", {}, "rows 2 and 3 .* same image"),
         ("a.png,SECRET,SECRET,,\nb.png,SECRET,SECRET,,\n", {"key_column": "report"}, "rows 2 and 3 .* same 'report'"),
         ("a.png,SECRET,SECRET,,\nb.png, ,SECRET,,\n", {}, "1 rows .* no 'patient', the first is row 3"),
@@ -115,6 +115,17 @@ def test_mistakes_are_one_clear_line_without_patients_or_reports(
         read(tmp_path, rows, **options)
     assert "SECRET" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_missing_images_are_warned_of_and_left_to_pack(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = read(tmp_path, "a.png,SECRET,x,,\nimages/gone.png,SECRET,x,,\nx.png,1,x,,\n")
+    assert re.search(r"2 of 3 images of .* are not in .*, the first is of row 3", caplog.text)
+    assert "SECRET" not in caplog.text
+    options: dict = {"dataset": "d", "splits": {"train": 1.0}, "config_hash": "c", "patient_key": b"k"}
+    with pytest.raises(ValueError, match=r"2 of 3 images are missing, the first one of record 2 \(images/gone.png\)"):
+        pack(found, tmp_path / "set", **options)
+    assert not (tmp_path / "set").exists()
+    assert pack(found, tmp_path / "set", max_bad_fraction=0.667, **options)["train"].samples == 1
 
 
 def test_files_that_are_no_table_are_refused(tmp_path: Path) -> None:
