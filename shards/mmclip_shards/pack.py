@@ -51,7 +51,7 @@ def pack(
     """Write a base set below `dest`, one folder per split -> its manifests, by split.
 
     records: a Sequence is asked for each record when it is needed, so one that makes records on demand need not hold them (pack
-    itself keeps 8 bytes of each, and the keys while it sorts them); of anything else a list is made.
+    itself keeps 25 bytes of each, and the keys while it sorts them); of anything else a list is made.
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
     short_side: pixels (see `prepare_image`). config_hash: identifies the records (see `datasets`); pack adds its own settings.
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
@@ -90,9 +90,9 @@ def pack(
         }
         for split, writer in writers.items():
             writer.keep_unchanged((records[n] for n in todo[split]), lambda record: cannot_be_used(record, short_side))
-        left = {split: numbers[writers[split].start :] for split, numbers in todo.items()}
-        total = sum(map(len, left.values()))
-        jobs = ((split, records[n]) for split, numbers in left.items() for n in numbers)
+        start = {split: writer.start for split, writer in writers.items()}
+        total = sum(len(numbers) - start[split] for split, numbers in todo.items())
+        jobs = ((split, records[n]) for split in todo for n in itertools.islice(todo[split], start[split], None))
         with closing(prepare_all(jobs, short_side, workers)) as prepared:
             for done, ((split, record), (mark, image)) in enumerate(prepared, 1):
                 files = image if isinstance(image, str) else _members(record, image, label_names, key, dataset)
