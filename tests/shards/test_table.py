@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmclip_shards.datasets.rows import Rows
 from mmclip_shards.datasets.table import read_table, splits_of, table_hash
 from mmclip_shards.pack import pack
 from mmclip_shards.reader import iterate
@@ -58,6 +59,28 @@ def test_byte_order_mark_tabs_and_other_separators(tmp_path: Path) -> None:
     first, second = read_table(table, tmp_path / "images", labels_column="labels", labels_separator=";", **COLUMNS)  # type: ignore[arg-type]
     assert (first.report, first.labels) == ("Clear, fine.", {"Edema": 1, "Mass": 1})
     assert second.labels == {"Edema": None, "Mass": None}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_are_found_again_whatever_ends_their_lines(tmp_path: Path, end: str, mark: str) -> None:
+    rows = [["1", "Befund: unauffällig"], ["2", f'two{end}lines, "quoted"'], ["3", ""], ["4", "☢"]]
+    quoted = [f'{number},"{text.replace(chr(34), chr(34) * 2)}"' for number, text in rows]
+    table = tmp_path / "table.csv"
+    table.write_bytes(f"{mark}number,text{end}{end.join(quoted[:2])}{end}{end}{end.join(quoted[2:])}".encode())
+    found = Rows(table, ["number"])
+    wanted = [(number, {"number": n, "text": text}) for number, (n, text) in zip((2, 3, 5, 6), rows, strict=True)]
+    assert list(found) == wanted
+    assert [found[place] for place in (3, 0, 2, 1)] == [wanted[place] for place in (3, 0, 2, 1)]
+
+
+def test_a_table_that_changes_while_it_is_packed_is_noticed(tmp_path: Path) -> None:
+    found = read(tmp_path, "a.png,1,One.,,\nb.png,2,Two.,,\n")
+    assert [record.report for record in found[:]] == ["One.", "Two."]
+    (tmp_path / "table.csv").write_bytes((tmp_path / "table.csv").read_bytes().replace(b"Two", b"Six"))
+    assert found[0].report == "One."
+    with pytest.raises(ValueError, match=r"table.csv was changed while it was read: start again"):
+        found[-1]
 
 
 def test_keys_are_stems_whole_paths_where_stems_collide_or_a_column(tmp_path: Path) -> None:
