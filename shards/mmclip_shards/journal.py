@@ -67,7 +67,7 @@ class Unfinished:
         self._done = read_journal(url, config_hash)
         self._pending: list[Sample] = []
         self._bad: list[Bad] = []
-        self._seen = 0  # records since the last finished shard
+        self._seen = self.start  # records of the split
         self._marks = xxhash.xxh3_128()
 
     @property
@@ -99,6 +99,7 @@ class Unfinished:
                 self._url, kept, found - kept, found,
             )  # fmt: skip
             self._done = self._done[:kept]
+            self._seen = self.start
             self._write_journal()  # first: it must never promise what is not there
         for number in range(kept, found + 1):  # the last one was perhaps published just before the pack was killed
             storage.remove(storage.join(self._url, shard_name(number)))
@@ -114,7 +115,7 @@ class Unfinished:
             self._bad.append((key, files))
         else:
             self._pending.append((key, files))
-        if len(self._pending) == self._samples_per_shard or (self._pending and self.start + self._seen == self._size):
+        if len(self._pending) == self._samples_per_shard or (self._pending and self._seen == self._size):
             self._publish()
 
     def finish(self, dataset: str, split: str, labels: tuple[str, ...]) -> Manifest:
@@ -136,9 +137,9 @@ class Unfinished:
 
     def _publish(self) -> None:
         shard = write_shard(self._url, len(self._done), self._pending)
-        self._done.append(Done(shard, self._seen, tuple(self._bad), self._marks.hexdigest()))
+        self._done.append(Done(shard, self._seen - self.start, tuple(self._bad), self._marks.hexdigest()))
         self._write_journal()
-        self._pending, self._bad, self._seen = [], [], 0
+        self._pending, self._bad = [], []
         self._marks.reset()
 
     def _write_journal(self) -> None:

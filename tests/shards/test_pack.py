@@ -170,8 +170,6 @@ def test_everything_else_is_checked_before_anything_is_written(tmp_path: Path) -
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from test_pack import pack_to, image_files
 from pathlib import Path
 
 def kill(done, total):
@@ -179,6 +177,8 @@ def kill(done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    from test_pack import pack_to, image_files
     folder = Path(sys.argv[2])
     pack_to(folder / "set", image_files(folder / "images"), workers=int(sys.argv[3]), progress=kill)
 """
@@ -224,7 +224,7 @@ def test_a_killed_pack_goes_on_after_its_last_finished_shard_and_the_bytes_are_t
     assert len(finished) == 4 and not [name for name in before if name.endswith("manifest.json")]
     (tmp_path / "set" / "train" / ".000000.tar.0123456789ab.tmp").write_bytes(b"half")
     totals = set()
-    pack_to(tmp_path / "set", of, workers=workers, progress=lambda done, total: totals.add(total))
+    pack_to(tmp_path / "set", of, progress=lambda done, total: totals.add(total))
     assert files_in(tmp_path / "set") == files_in(tmp_path / "whole")
     after = changed_times(tmp_path / "set")
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
