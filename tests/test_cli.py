@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,8 +96,6 @@ def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixtur
 def test_bad_tables_are_one_line_and_leave_nothing(
     table: Path, capsys: pytest.CaptureFixture[str], change, message: str
 ) -> None:
-    import re
-
     rows = read(table)
     change(rows)
     write(table, rows)
@@ -106,10 +105,18 @@ def test_bad_tables_are_one_line_and_leave_nothing(
     assert not (table.parent / "set").exists()
 
 
-def test_an_unreadable_image_leaves_nothing(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_images_stop_a_pack_unless_their_share_is_allowed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (table.parent / "images" / "7.png").write_bytes(b"no image")
+    (table.parent / "images" / "8.png").write_bytes(b"")
     assert pack(table) == 2
-    assert "7.png" in capsys.readouterr().err and not list(table.parent.glob("set/*/*"))
+    error = capsys.readouterr().err
+    assert "error: 2 of 12 images cannot be used: " in error and "--max-bad-fraction 0.167" in error
+    assert not list(table.parent.glob("set/*/manifest.json"))
+    for _ in range(2):  # the second time, nothing is left to do
+        assert pack(table, "--max-bad-fraction", "0.167") == 0
+        told = capsys.readouterr().out
+        assert sum(int(count) for count in re.findall(r"(\d+) samples in 1 shards", told)) == 10
+        assert sum(int(count) for count in re.findall(r"; (\d+) left out, see \S+/quarantine.jsonl", told)) == 2
 
 
 def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

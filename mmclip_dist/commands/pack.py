@@ -19,11 +19,17 @@ Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient nev
 Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic data).")]
 ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
 PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
+MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
 
 
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
+    from mmclip_shards.journal import QUARANTINE, read_quarantine
+
     for split, manifest in manifests.items():
-        print(f"{join(dest, split)}: {manifest.samples} samples in {len(manifest.shards)} shards")
+        folder = join(dest, split)
+        left_out = len(read_quarantine(folder))
+        told = f"; {left_out} left out, see {join(folder, QUARANTINE)}" if left_out else ""
+        print(f"{folder}: {manifest.samples} samples in {len(manifest.shards)} shards{told}")
 
 
 @pack_app.command("csv")
@@ -45,9 +51,10 @@ def pack_csv(
     seed: Seed = 0,
     short_side: ShortSide = 512,
     samples_per_shard: PerShard = 1024,
+    max_bad_fraction: MaxBad = 0.0,
     workers: Workers = 1,
 ) -> None:
-    """Pack images and a table. One line per split says what was written; packing again skips what is done."""
+    """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
     from mmclip_shards.datasets.table import read_table, splits_of, table_hash
     from mmclip_shards.pack import pack
     from mmclip_shards.split import parse_splits
@@ -64,7 +71,7 @@ def pack_csv(
             splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            config_hash=table_hash(table, **options), workers=workers, progress=report,
+            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 

@@ -191,4 +191,7 @@ def _scale_box(box: Box, scale_x: float, scale_y: float) -> Box:
 
 def _reason(error: BaseException) -> str:
     # Pillow's message for an unknown format holds the address of a buffer, which changes from run to run.
-    return "it has another format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it has another format"
+    # An operating system's own message repeats the path, which may name the patient.
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,9 +1,17 @@
-"""Packing: what it writes, what it refuses before it writes, and that a failure leaves nothing behind."""
+"""Packing: what it writes, what it refuses before it writes, how it goes on after a kill, and which images it leaves out."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import uuid
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +19,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmclip_shards import storage
 from mmclip_shards.manifest import load_manifest, save_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.reader import iterate
 from mmclip_shards.schema import Box, Record
 from mmclip_shards.split import hash_patient, split_of
+from mmclip_shards.testing.s3_server import S3Server
 from PIL import Image
 
 KEY = b"k" * 32
@@ -38,7 +48,7 @@ def records(count: int = 12) -> list[Record]:
     return found[::-1]
 
 
-def pack_to(dest: str | Path, of: list[Record] | None = None, **changes: object):  # type: ignore[no-untyped-def]
+def pack_to(dest: str | Path, of: Sequence[Record] | None = None, **changes: object):  # type: ignore[no-untyped-def]
     options: dict = {"dataset": "toy", "splits": HALVES, "config_hash": "c", "patient_key": KEY, "samples_per_shard": 3}
     return pack(records() if of is None else of, dest, **(options | changes))
 
@@ -158,42 +168,288 @@ def test_everything_else_is_checked_before_anything_is_written(tmp_path: Path) -
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_unreadable_images_are_all_reported_and_nothing_is_left(tmp_path: Path, workers: int) -> None:
-    of = records()
-    for number in (1, 3, 4, 6, 8, 9, 11):
-        path = tmp_path / f"broken{number}.jpg"
-        path.write_bytes(b"not an image")
-        of[number] = replace(of[number], image=path if number % 2 else b"not an image")
-    dest = tmp_path / "set"
-    seen: list[tuple[int, int]] = []
-    published: list[int] = []
+KILLED = """
+import os, signal, sys
+from pathlib import Path
 
+def kill(done, total):
+    if done == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    from test_pack import pack_to, image_files
+    folder = Path(sys.argv[2])
+    pack_to(folder / "set", image_files(folder / "images"), workers=int(sys.argv[3]), progress=kill)
+"""
+
+
+def image_files(folder: Path) -> list[Record]:
+    """The records, their images in files that are written if they are missing."""
+    folder.mkdir(exist_ok=True)
+    found = []
+    for record in records():
+        path = folder / f"{record.key}.png"
+        if not path.exists():
+            Image.fromarray(record.image).save(path)  # type: ignore[arg-type]
+        found.append(replace(record, image=path))
+    return found
+
+
+def changed_times(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def stop_after(images: int):  # type: ignore[no-untyped-def]
     def progress(done: int, total: int) -> None:
-        seen.append((done, total))
-        published.append(len(list(dest.rglob("*.tar"))))
-
-    with pytest.raises(ValueError, match=r"7 of 12 images cannot be read") as caught:
-        pack_to(dest, of, samples_per_shard=1, workers=workers, progress=progress)
-    assert published == [1] * 12, "after the first unreadable image, nothing more is written"
-    assert str(caught.value).count("is not a usable") == 5
-    assert seen == [(done, 12) for done in range(1, 13)]
-    assert not dest.exists()
-    dest.mkdir()
-    with pytest.raises(ValueError, match="cannot be read"):
-        pack_to(dest, of, samples_per_shard=1)
-    assert list(dest.iterdir()) == []
-
-
-def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 9:
-            assert list((tmp_path / "set").rglob("*.tar"))
+        if done == images:
             raise KeyboardInterrupt
 
+    return progress
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_pack_goes_on_after_its_last_finished_shard_and_the_bytes_are_the_same(
+    tmp_path: Path, workers: int
+) -> None:
+    of = image_files(tmp_path / "images")
+    pack_to(tmp_path / "whole", of)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "killed.py", Path(__file__).parent, tmp_path, str(workers)]
+    # A worker that outlives the pack holds the pipes open: then this does not end in time.
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    before = changed_times(tmp_path / "set")
+    finished = [name for name in before if name.endswith(".tar")]
+    assert len(finished) == 4 and not [name for name in before if name.endswith("manifest.json")]
+    (tmp_path / "set" / "train" / ".000000.tar.0123456789ab.tmp").write_bytes(b"half")
+    totals = set()
+    pack_to(tmp_path / "set", of, progress=lambda done, total: totals.add(total))
+    assert files_in(tmp_path / "set") == files_in(tmp_path / "whole")
+    after = changed_times(tmp_path / "set")
+    assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
+    assert totals == {2}, "images of finished shards were decoded again"
+
+
+def test_a_pack_that_fails_at_any_write_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_to(tmp_path / "whole")
+    write, left = storage.write_atomic, 0
+
+    def failing(url: str, data: bytes) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError("the disk is full")
+        write(url, data)
+
+    monkeypatch.setattr(storage, "write_atomic", failing)
+    for writes in range(5 * 3 + 2):  # tar, index and journal of every shard, and two manifests
+        left, dest = writes, tmp_path / f"set{writes}"
+        with pytest.raises(OSError, match="full"):
+            pack_to(dest)
+        left = 1000
+        pack_to(dest)
+        assert files_in(dest) == files_in(tmp_path / "whole")
+
+
+def test_an_interrupted_pack_on_s3_goes_on(tmp_path: Path, s3: S3Server) -> None:
+    pack_to(tmp_path / "whole")
+    dest = f"{s3.url}/{uuid.uuid4().hex}/set"
     with pytest.raises(KeyboardInterrupt):
-        pack_to(tmp_path / "set", samples_per_shard=1, progress=stop)
-    assert not (tmp_path / "set").exists()
+        pack_to(dest, progress=stop_after(10))
+    totals = set()
+    pack_to(dest, progress=lambda done, total: totals.add(total))
+    assert totals == {2}
+    for split in HALVES:
+        names = [path.name for path in sorted((tmp_path / "whole" / split).iterdir())]
+        assert storage.list_folder(f"{dest}/{split}") == names
+        assert all(
+            storage.read_bytes(f"{dest}/{split}/{name}") == (tmp_path / "whole" / split / name).read_bytes()
+            for name in names
+        )
+
+
+def test_a_journal_of_a_finished_split_goes(tmp_path: Path) -> None:
+    pack_to(tmp_path)
+    whole = files_in(tmp_path)
+    (tmp_path / "test" / "pack.jsonl").write_text("killed before it was removed")
+    pack_to(tmp_path)
+    assert files_in(tmp_path) == whole
+
+
+def test_an_unfinished_pack_of_other_settings_or_with_a_damaged_journal_is_refused_and_left_alone(
+    tmp_path: Path,
+) -> None:
+    dest = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(dest, progress=stop_after(10))
+    before = files_in(dest)
+    for changes in ({"config_hash": "d"}, {"short_side": 10}, {"splits": {"all": 1.0}}):
+        with pytest.raises(ValueError, match=r"set/test holds 2 shards of an unfinished .*delete .*/test to") as caught:
+            pack_to(dest, **changes)
+        assert "\n" not in str(caught.value)
+    assert files_in(dest) == before
+    for damaged in (b"", b"{}\n", b"[]\n", before["train/pack.jsonl"].replace(b"sha256", b"sha")):
+        (dest / "train" / "pack.jsonl").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"train/pack.jsonl.*delete .*/train to pack"):
+            pack_to(dest)
+
+
+@pytest.mark.parametrize("change", ["image", "image gone", "tar cut", "tar gone", "index"])
+def test_from_the_first_changed_shard_on_all_are_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: str
+) -> None:
+    of, dest = image_files(tmp_path / "images"), tmp_path / "set"
+    options: dict = {"splits": {"train": 1.0}, "max_bad_fraction": 0.1}
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(dest, of, progress=stop_after(11), **options)
+    image, before = tmp_path / "images" / "s04.png", changed_times(dest)
+    tar = dest / "train" / "000001.tar"
+    if change == "image":  # of the same size, so that only its time tells
+        data = bytearray(image.read_bytes())
+        Image.fromarray(np.full((20, 30), 5, np.uint8)).save(image)
+        assert image.stat().st_size == len(data)
+    elif change == "image gone":
+        image.unlink()
+    elif change == "tar cut":
+        tar.write_bytes(tar.read_bytes()[:-512])
+    elif change == "tar gone":
+        tar.unlink()
+    else:
+        tar.with_name("000001.index.json").write_bytes(b"{}")
+    pack_to(dest, of, **options)
+    assert "shard 1 have changed, so 2 of 3 finished shards are made again" in caplog.text
+    pack_to(tmp_path / "fresh", of, **options)
+    assert files_in(dest) == files_in(tmp_path / "fresh")
+    after = changed_times(dest)
+    assert after["train/000000.tar"] == before["train/000000.tar"]
+    assert after["train/000002.tar"] != before["train/000002.tar"]
+
+
+@pytest.mark.parametrize("journaled", [True, False])
+def test_a_shard_that_is_no_longer_part_of_the_set_goes(tmp_path: Path, journaled: bool) -> None:
+    of, dest = image_files(tmp_path / "images"), tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(dest, of, splits={"train": 1.0}, samples_per_shard=11, progress=stop_after(12))
+    assert (dest / "train" / "000001.tar").exists()
+    if not journaled:  # killed just before
+        journal = dest / "train" / "pack.jsonl"
+        journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    of[0].image.unlink()  # type: ignore[union-attr]
+    (manifest,) = pack_to(dest, of, splits={"train": 1.0}, samples_per_shard=11, max_bad_fraction=0.1).values()
+    assert sorted(files_in(dest / "train")) == ["000000.index.json", "000000.tar", "manifest.json", "quarantine.jsonl"]
+    assert manifest.samples == 11
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """Make five images unusable, each in its own way -> key -> reason."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8))
+    noise.save(folder / "s01.png", "JPEG")
+    (folder / "s01.png").write_bytes((folder / "s01.png").read_bytes()[:-1000])
+    (folder / "s02.png").write_bytes(b"")
+    (folder / "s03.png").write_bytes(b"not an image")
+    (folder / "s07.png").unlink()
+    (folder / "s11.png").unlink()
+    (folder / "s11.png").symlink_to(folder)
+    return {"s01": "runcated", "s02": "another format", "s03": "another format", "s07": "No such", "s11": "directory"}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_images_are_listed_and_the_rest_is_a_set_without_their_records(tmp_path: Path, workers: int) -> None:
+    of = image_files(tmp_path / "images")
+    bad = spoil(tmp_path / "images")
+    pack_to(tmp_path / "set", of, max_bad_fraction=0.5, workers=workers)
+    files = files_in(tmp_path / "set")
+    lists = {split: files.pop(f"{split}/quarantine.jsonl", b"") for split in HALVES}
+    rows = [json.loads(line) for text in lists.values() for line in text.splitlines()]
+    assert sorted(row["key"] for row in rows) == sorted(bad)
+    for row in rows:
+        assert set(row) == {"key", "reason"} and bad[row["key"]] in row["reason"]
+        assert str(tmp_path) not in row["reason"] and "RAW" not in row["reason"]
+    pack_to(tmp_path / "without", [record for record in of if record.key not in bad])
+    assert files == files_in(tmp_path / "without")
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(tmp_path / "again", of, max_bad_fraction=0.5, progress=stop_after(11))
+    pack_to(tmp_path / "again", of, max_bad_fraction=0.5)
+    assert files_in(tmp_path / "again") == files_in(tmp_path / "set"), "a pack that goes on left out others"
+
+
+def test_too_many_bad_images_are_one_error_that_says_how_to_go_on(tmp_path: Path) -> None:
+    of, dest = image_files(tmp_path / "images"), tmp_path / "set"
+    for number in range(7):
+        (tmp_path / "images" / f"s{number:02}.png").write_bytes(b"not an image")
+    for limit in (0.0, 0.58):
+        with pytest.raises(ValueError, match="7 of 12 images cannot be used") as caught:
+            pack_to(dest, of, max_bad_fraction=limit)
+        assert str(caught.value).count("not a usable") == 5 and "\n" not in str(caught.value)
+    enough = float(re.findall(r"--max-bad-fraction ([0-9.]+)", str(caught.value))[0])
+    assert enough == 0.584
+    assert not list(dest.rglob("manifest.json"))
+    listed = {json.loads(line)["key"] for path in dest.rglob("quarantine.jsonl") for line in path.open()}
+    assert listed == {f"s{number:02}" for number in range(7)}
+    tars = {name: time for name, time in changed_times(dest).items() if name.endswith(".tar")}
+    assert sum(manifest.samples for manifest in pack_to(dest, of, max_bad_fraction=enough).values()) == 5
+    assert {name: time for name, time in changed_times(dest).items() if name.endswith(".tar")} == tars
+
+
+def test_a_mended_image_joins_the_set_even_if_it_looks_the_same(tmp_path: Path) -> None:
+    of, dest, image = image_files(tmp_path / "images"), tmp_path / "set", tmp_path / "images" / "s04.png"
+    pack_to(tmp_path / "whole", of)
+    data, times = image.read_bytes(), (image.stat().st_atime_ns, image.stat().st_mtime_ns)
+    image.write_bytes(bytes(len(data)))
+    os.utime(image, ns=times)
+    with pytest.raises(ValueError, match=r"1 of 12 images cannot be used: s04 \(not a usable"):
+        pack_to(dest, of)
+    image.write_bytes(data)
+    os.utime(image, ns=times)
+    pack_to(dest, of)
+    assert files_in(dest) == files_in(tmp_path / "whole")
+
+
+def test_bad_images_of_finished_splits_count(tmp_path: Path) -> None:
+    of = image_files(tmp_path / "images")
+    spoil(tmp_path / "images")
+    pack_to(tmp_path / "set", of, max_bad_fraction=0.5)
+    (tmp_path / "set" / "test" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="5 of 12 images cannot be used"):
+        pack_to(tmp_path / "set", of, max_bad_fraction=0.4)
+    assert pack_to(tmp_path / "set", of, max_bad_fraction=5 / 12)["test"]
+
+
+def test_a_split_without_a_usable_image_is_refused(tmp_path: Path) -> None:
+    of = [replace(record, image=b"no") if record.patient == "RAW-2" else record for record in records()]
+    own = {record.key: "val" if record.patient == "RAW-2" else "train" for record in of}
+    with pytest.raises(ValueError, match=r"no image of split 'val' can be used: .*val/quarantine.jsonl"):
+        pack_to(tmp_path / "set", of, splits=None, split_of_record=own, max_bad_fraction=1)
+    with pytest.raises(ValueError, match="max_bad_fraction is 2; it must be between 0 and 1"):
+        pack_to(tmp_path / "set", max_bad_fraction=2)
+
+
+def test_records_that_are_made_on_demand_are_not_held(tmp_path: Path) -> None:
+    alive: weakref.WeakSet[Record] = weakref.WeakSet()
+    most = 0
+
+    class OnDemand(Sequence[Record]):
+        def __len__(self) -> int:
+            return 12
+
+        def __getitem__(self, number):  # type: ignore[no-untyped-def]
+            nonlocal most
+            made = Hashed(**vars(records()[number]))
+            alive.add(made)
+            most = max(most, len(alive))
+            return made
+
+    pack_to(tmp_path / "set", OnDemand())
+    pack_to(tmp_path / "list")
+    assert files_in(tmp_path / "set") == files_in(tmp_path / "list")
+    assert most <= 3
+
+
+class Hashed(Record):
+    """A record that fits in a set of weak references."""
+
+    __hash__ = object.__hash__
 
 
 def test_packing_again_skips_and_another_set_is_refused(tmp_path: Path) -> None:

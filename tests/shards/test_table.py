@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mmclip_shards.datasets.rows import Rows
 from mmclip_shards.datasets.table import read_table, splits_of, table_hash
 from mmclip_shards.pack import pack
 from mmclip_shards.reader import iterate
@@ -59,6 +61,28 @@ def test_byte_order_mark_tabs_and_other_separators(tmp_path: Path) -> None:
     assert second.labels == {"Edema": None, "Mass": None}
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_are_found_again_whatever_ends_their_lines(tmp_path: Path, end: str, mark: str) -> None:
+    rows = [["1", "Befund: unauffällig"], ["2", f'two{end}lines, "quoted"'], ["3", ""], ["4", "☢"]]
+    quoted = [f'{number},"{text.replace(chr(34), chr(34) * 2)}"' for number, text in rows]
+    table = tmp_path / "table.csv"
+    table.write_bytes(f"{mark}number,text{end}{end.join(quoted[:2])}{end}{end}{end.join(quoted[2:])}".encode())
+    found = Rows(table, ["number"])
+    wanted = [(number, {"number": n, "text": text}) for number, (n, text) in zip((2, 3, 5, 6), rows, strict=True)]
+    assert list(found) == wanted
+    assert [found[place] for place in (3, 0, 2, 1)] == [wanted[place] for place in (3, 0, 2, 1)]
+
+
+def test_a_table_that_changes_while_it_is_packed_is_noticed(tmp_path: Path) -> None:
+    found = read(tmp_path, "a.png,1,One.,,\nb.png,2,Two.,,\n")
+    assert [record.report for record in found[:]] == ["One.", "Two."]
+    (tmp_path / "table.csv").write_bytes((tmp_path / "table.csv").read_bytes().replace(b"Two", b"Six"))
+    assert found[0].report == "One."
+    with pytest.raises(ValueError, match=r"table.csv was changed while it was read: start again"):
+        found[-1]
+
+
 def test_keys_are_stems_whole_paths_where_stems_collide_or_a_column(tmp_path: Path) -> None:
     assert [r.key for r in read(tmp_path, "a.png,1,x,,\nb.png,1,x,,\n")] == ["a", "b"]
     keys = [r.key for r in read(tmp_path, "a.png,1,x,,\nsub/a.png,1,x,,\n")]
@@ -84,11 +108,10 @@ def test_empty_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
     [
         ("", {}, "has no rows"),
         ("a.png,SECRET,SECRET,,\n", {"image_column": "imge"}, r"no column 'imge'; its columns, nearest first: image, "),
-        ("a.png,SECRET,SECRET,,\ngone.png,SECRET,SECRET,,\nx.png,1,x,,\n", {}, r"2 of 3 images .* of row 3"),
         ("a.png,SECRET,SECRET,,\n../images/a.png,SECRET,SECRET,,\n", {}, "row 3 names an image outside"),
         ("/etc/passwd,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
         ("images/../../a.png,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
-        ("images,SECRET,SECRET,,\n", {}, "1 of 1 images"),
+        ("images,SECRET,SECRET,,\n", {}, "none of the 1 images .*: check the image column"),
         ("a.png,SECRET,SECRET,,\na.png,SECRET,SECRET,,\n", {}, "rows 2 and 3 .* same image"),
         ("a.png,SECRET,SECRET,,\nb.png,SECRET,SECRET,,\n", {"key_column": "report"}, "rows 2 and 3 .* same 'report'"),
         ("a.png,SECRET,SECRET,,\nb.png, ,SECRET,,\n", {}, "1 rows .* no 'patient', the first is row 3"),
@@ -115,6 +138,17 @@ def test_mistakes_are_one_clear_line_without_patients_or_reports(
         read(tmp_path, rows, **options)
     assert "SECRET" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_missing_images_are_warned_of_and_left_to_pack(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = read(tmp_path, "a.png,SECRET,x,,\nimages/gone.png,SECRET,x,,\nx.png,1,x,,\n")
+    assert re.search(r"2 of 3 images of .* are not in .*, the first is of row 3", caplog.text)
+    assert "SECRET" not in caplog.text
+    options: dict = {"dataset": "d", "splits": {"train": 1.0}, "config_hash": "c", "patient_key": b"k"}
+    with pytest.raises(ValueError, match=r"2 of 3 images are missing, the first one of record 2 \(images/gone.png\)"):
+        pack(found, tmp_path / "set", **options)
+    assert not (tmp_path / "set").exists()
+    assert pack(found, tmp_path / "set", max_bad_fraction=0.667, **options)["train"].samples == 1
 
 
 def test_files_that_are_no_table_are_refused(tmp_path: Path) -> None:

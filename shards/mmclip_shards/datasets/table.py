@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
 import inspect
-import io
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
+from mmclip_shards.datasets.rows import Rows
 from mmclip_shards.schema import Record, canonical_json, make_key
 from mmclip_shards.split import check_patients_stay
 
@@ -21,9 +20,6 @@ EmptyReports = Literal["error", "drop", "unpaired"]
 
 NORMAL_LABELS = frozenset({"no finding", "no findings", "normal"})
 """Cells of the labels column that mean every disease is absent."""
-
-Row = tuple[int, Mapping[str, str]]
-"""The row's number as a spreadsheet shows it (the header is row 1) and its cells by column."""
 
 
 def read_table(
@@ -39,13 +35,16 @@ def read_table(
     split_column: str | None = None,
     key_column: str | None = None,
     empty_reports: EmptyReports = "error",
-) -> list[Record]:
+) -> Sequence[Record]:
     """One record per row of `table` (UTF-8; tabs when it ends in .tsv or .tab), images below the folder `images`.
+
+    A row is read when its record is asked for, so reports are not held; ValueError if the table was changed meanwhile.
 
     image_column: path below `images`; it may start with that folder's own name. labels_column: names of the present
     diseases. A disease that is not listed is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all
     unknown. key_column: text for the key; by default the image's file name, or its whole path if two file names are equal.
     empty_reports: for a row without text, "error" stops, "drop" leaves it out, "unpaired" keeps its image without a report.
+    A missing image is only warned of, unless all are missing: `pack` decides how many may be left out.
 
     ValueError in one line that names rows, never a report or a patient.
     """
@@ -53,34 +52,34 @@ def read_table(
     if empty_reports not in get_args(EmptyReports):
         raise ValueError(f"empty_reports is {empty_reports!r}; use one of {', '.join(get_args(EmptyReports))}")
     wanted = [image_column, patient_column, text_column, labels_column, view_column, split_column, key_column]
-    rows = list(_read_rows(table, [column for column in wanted if column is not None]))
+    rows = Rows(table, [column for column in wanted if column is not None])
     if text_column is not None:
-        rows = _settle_empty_reports(rows, text_column, empty_reports, table)
+        rows = _settle_empty_reports(rows, text_column, empty_reports)
     if not rows:
         raise ValueError(f"{table} has no rows to pack")
-    for column in (image_column, patient_column, split_column, key_column):
-        if column is not None:
-            _check_filled(rows, column, table)
-    sources = [_relative_path(number, row[image_column], table) for number, row in rows]
-    keys = _keys(rows, sources, key_column, table)
-    paths = _find_images(rows, sources, images, table)
-    labels = _labels(rows, labels_column, labels_separator, table)
-    records = [
-        Record(
-            key=key,
-            image=path,
+    _check_filled(rows, [column for column in (image_column, patient_column, split_column, key_column) if column])
+    for number, row in rows:
+        _check_inside(number, row[image_column], table)
+    key_of = _keys(rows, image_column, key_column)
+    path_of = _find_images(rows, image_column, images)
+    names = _label_names(rows, labels_column, labels_separator)
+    if split_column is not None:
+        check_patients_stay((f"row {number}", row[patient_column], row[split_column]) for number, row in rows)
+
+    def record(place: int) -> Record:
+        _, row = rows[place]
+        return Record(
+            key=key_of(row),
+            image=path_of(place, row),
             patient=row[patient_column],
-            source=str(source),
+            source=str(PurePosixPath(row[image_column])),
             report=row[text_column] if text_column is not None else "",
-            labels=row_labels,
+            labels=_labels(row[labels_column], names, labels_separator) if labels_column is not None else {},
             view=(row[view_column] or None) if view_column is not None else None,
             split=row[split_column] if split_column is not None else None,
         )
-        for (_, row), key, path, source, row_labels in zip(rows, keys, paths, sources, labels, strict=True)
-    ]
-    if split_column is not None:
-        check_patients_stay((f"row {number}", row[patient_column], row[split_column]) for number, row in rows)
-    return records
+
+    return Records(len(rows), record)
 
 
 def table_hash(table: Path | str, **options: object) -> str:
@@ -94,12 +93,31 @@ def table_hash(table: Path | str, **options: object) -> str:
     return hashlib.sha256(canonical_json(settings) + _read_bytes(Path(table))).hexdigest()
 
 
-def splits_of(records: list[Record]) -> dict[str, str]:
+def splits_of(records: Sequence[Record]) -> dict[str, str]:
     """Key -> the record's own split, for `pack(split_of_record=...)`. ValueError when a record has none."""
-    splits = {record.key: record.split for record in records if record.split is not None}
+    splits = {record.key: sys.intern(record.split) for record in records if record.split is not None}
     if len(splits) != len(records):
         raise ValueError(f"{len(records) - len(splits)} of {len(records)} records have no split: name a split column")
     return splits
+
+
+class Records(Sequence[Record]):
+    """Records that are made when they are asked for. make(place), from 0."""
+
+    def __init__(self, count: int, make: Callable[[int], Record]) -> None:
+        self._places, self._make = range(count), make
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Record: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Record]: ...
+    def __getitem__(self, place: int | slice) -> Record | list[Record]:
+        if isinstance(place, slice):
+            return [self._make(one) for one in self._places[place]]
+        return self._make(self._places[place])
 
 
 def _read_bytes(table: Path) -> bytes:
@@ -109,115 +127,110 @@ def _read_bytes(table: Path) -> bytes:
         raise ValueError(f"there is no table {table}") from error
 
 
-def _read_rows(table: Path, wanted: list[str]) -> Iterator[Row]:
-    try:
-        text = _read_bytes(table).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not UTF-8 (byte {error.start}): save or convert (iconv) it as UTF-8") from None
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if table.suffix.lower() in (".tsv", ".tab") else ",", strict=True
-    )
-    try:
-        columns = [name.strip() for name in next(reader, [])]
-        _check_columns(columns, wanted, table)
-        for number, cells in enumerate(reader, 2):
-            if not cells:
-                continue  # a blank line
-            if len(cells) != len(columns):
-                raise ValueError(
-                    f"{table}: row {number} has {len(cells)} cells, the header {len(columns)}: "
-                    "put cells that hold the separator or a line break in quotes"
-                )
-            yield number, {name: cell.strip() for name, cell in zip(columns, cells, strict=True)}
-    except csv.Error as error:
-        raise ValueError(f"{table}: line {reader.line_num} cannot be read as a table: {error}") from error
-
-
-def _check_columns(columns: list[str], wanted: list[str], table: Path) -> None:
-    for name in wanted:
-        if name not in columns:
-            near = difflib.get_close_matches(name, columns, n=len(columns) or 1, cutoff=0.0)
-            raise ValueError(f"{table} has no column {name!r}; its columns, nearest first: {', '.join(near) or 'none'}")
-        if columns.count(name) > 1:
-            raise ValueError(f"{table} has two columns {name!r}: rename one")
-
-
-def _settle_empty_reports(rows: list[Row], column: str, empty_reports: EmptyReports, table: Path) -> list[Row]:
+def _settle_empty_reports(rows: Rows, column: str, empty_reports: EmptyReports) -> Rows:
     empty = [number for number, row in rows if not row[column]]
     if not empty:
         return rows
-    found = f"{len(empty)} of {len(rows)} rows of {table} have an empty {column!r}, the first is row {empty[0]}"
+    found = f"{len(empty)} of {len(rows)} rows of {rows.table} have an empty {column!r}, the first is row {empty[0]}"
     if empty_reports == "error":
         raise ValueError(f"{found}: fill them in, or choose --empty-reports drop or --empty-reports unpaired")
     if empty_reports == "drop":
         logger.warning("%s: left out", found)
-        return [(number, row) for number, row in rows if row[column]]
+        return rows.without(set(empty))
     logger.warning("%s: kept as images without a report", found)
     return rows
 
 
-def _check_filled(rows: list[Row], column: str, table: Path) -> None:
-    empty = [number for number, row in rows if not row[column]]
-    if empty:
-        raise ValueError(f"{len(empty)} rows of {table} have no {column!r}, the first is row {empty[0]}: fill it in")
+def _check_filled(rows: Rows, columns: list[str]) -> None:
+    empty: dict[str, list[int]] = {column: [] for column in columns}
+    for number, row in rows:
+        for column in columns:
+            if not row[column]:
+                empty[column].append(number)
+    for column, numbers in empty.items():
+        if numbers:
+            raise ValueError(
+                f"{len(numbers)} rows of {rows.table} have no {column!r}, the first is row {numbers[0]}: fill it in"
+            )
 
 
-def _relative_path(number: int, value: str, table: Path) -> PurePosixPath:
+def _check_inside(number: int, value: str, table: Path) -> None:
     path = PurePosixPath(value)
     if path.is_absolute() or ".." in path.parts or "\0" in value:
         raise ValueError(f"{table}: row {number} names an image outside the image folder: use paths below it")
-    return path
 
 
-def _find_images(rows: list[Row], sources: list[PurePosixPath], images: Path, table: Path) -> list[Path]:
+def _find_images(rows: Rows, column: str, images: Path) -> Callable[[int, Mapping[str, str]], Path]:
+    """(place, row) -> the path of its image."""
     if not images.is_dir():
         raise ValueError(f"there is no image folder {images}")
     own_name = images.resolve().name
-    found: list[Path] = []
+    shortened = bytearray(len(rows))  # whether the row's path starts with the folder's own name
     missing: list[int] = []
-    for (number, _), source in zip(rows, sources, strict=True):
-        inner = PurePosixPath(*source.parts[1:]) if len(source.parts) > 1 and source.parts[0] == own_name else source
-        path = next((images / name for name in (source, inner) if (images / name).is_file()), None)
-        if path is None:
-            missing.append(number)
+    for place, (number, row) in enumerate(rows):
+        source = PurePosixPath(row[column])
+        if (images / source).is_file():
+            continue
+        if len(source.parts) > 1 and source.parts[0] == own_name and images.joinpath(*source.parts[1:]).is_file():
+            shortened[place] = True
         else:
-            found.append(path)
-    if missing:
+            missing.append(number)
+    if len(missing) == len(rows):
         raise ValueError(
-            f"{len(missing)} of {len(rows)} images of {table} are not in {images}, the first is of row {missing[0]}: "
-            "check the image column and the image folder"
+            f"none of the {len(rows)} images of {rows.table} are in {images}: check the image column and the image folder"
         )
-    return found
+    if missing:
+        logger.warning(
+            "%d of %d images of %s are not in %s, the first is of row %d",
+            len(missing), len(rows), rows.table, images, missing[0],
+        )  # fmt: skip
+    return lambda place, row: images.joinpath(*PurePosixPath(row[column]).parts[shortened[place] :])
 
 
-def _keys(rows: list[Row], sources: list[PurePosixPath], key_column: str | None, table: Path) -> list[str]:
-    if key_column is not None:
-        keys = [make_key(row[key_column]) for _, row in rows]
-    else:
-        keys = [make_key(source.stem) for source in sources]
-        if len(set(keys)) < len(keys):
-            keys = [make_key(str(source)) for source in sources]
+def _keys(rows: Rows, image_column: str, key_column: str | None) -> Callable[[Mapping[str, str]], str]:
+    """row -> its key: the key column, or else the image's file name, or its whole path if two file names are equal."""
+
+    def of_cell(row: Mapping[str, str]) -> str:
+        return make_key(row[str(key_column)])
+
+    def of_stem(row: Mapping[str, str]) -> str:
+        return make_key(PurePosixPath(row[image_column]).stem)
+
+    def of_path(row: Mapping[str, str]) -> str:
+        return make_key(str(PurePosixPath(row[image_column])))
+
+    key_of = of_stem if key_column is None else of_cell
+    if key_column is None and len({of_stem(row) for _, row in rows}) < len(rows):
+        key_of = of_path
     first: dict[str, int] = {}
-    for (number, _), key in zip(rows, keys, strict=True):
+    for number, row in rows:
+        key = key_of(row)
         if first.setdefault(key, number) != number:
             what = f"the same {key_column!r}" if key_column is not None else "the same image"
-            raise ValueError(f"rows {first[key]} and {number} of {table} have {what}: a table needs one row per image")
-    return keys
+            raise ValueError(
+                f"rows {first[key]} and {number} of {rows.table} have {what}: a table needs one row per image"
+            )
+    return key_of
 
 
-def _labels(rows: list[Row], column: str | None, separator: str, table: Path) -> list[dict[str, int | None]]:
-    """The labels of every row. Each row has a value for each name that any row lists."""
+def _label_names(rows: Rows, column: str | None, separator: str) -> list[str]:
+    """The names that any row lists, sorted."""
     if column is None:
-        return [{} for _ in rows]
+        return []
     if not separator:
         raise ValueError("labels_separator is empty; use for example '|'")
-    cells = [[name.strip() for name in row[column].split(separator) if name.strip()] for _, row in rows]
-    listed = [{name for name in cell if name.casefold() not in NORMAL_LABELS} for cell in cells]
-    names = sorted(set().union(*listed))
-    if not names:
-        raise ValueError(f"{table}: no row of {column!r} names a disease: check --labels-column")
-    unknown: dict[str, int | None] = dict.fromkeys(names)
-    return [
-        {name: int(name in present) for name in names} if cell else dict(unknown)
-        for cell, present in zip(cells, listed, strict=True)
-    ]
+    names = {name for _, row in rows for name in _listed(row[column], separator)}
+    diseases = sorted(name for name in names if name.casefold() not in NORMAL_LABELS)
+    if not diseases:
+        raise ValueError(f"{rows.table}: no row of {column!r} names a disease: check --labels-column")
+    return diseases
+
+
+def _labels(cell: str, names: list[str], separator: str) -> dict[str, int | None]:
+    """A row's labels: a value for each name that any row lists."""
+    present = _listed(cell, separator)
+    return {name: int(name in present) if present else None for name in names}
+
+
+def _listed(cell: str, separator: str) -> set[str]:
+    return {name.strip() for name in cell.split(separator) if name.strip()}

@@ -1,0 +1,124 @@
+"""The rows of a CSV or TSV file, read when they are asked for."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+from array import array
+from codecs import BOM_UTF8
+from collections.abc import Container, Iterator, Mapping
+from copy import copy
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+Row = tuple[int, Mapping[str, str]]
+"""The row's number as a spreadsheet shows it (the header is row 1) and its cells by column."""
+
+
+class Rows:
+    """The rows of a table: their places in the file and a hash of each, in 32 bytes. They are read when they are asked for.
+
+    wanted: columns that must be there. ValueError for a file that cannot be read as a table.
+    """
+
+    def __init__(self, table: Path, wanted: list[str]) -> None:
+        self.table = table
+        self._numbers, self._starts, self._lengths, self._hashes = array("Q"), array("Q"), array("Q"), array("Q")
+        self._delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") else ","
+        self._columns: list[str] = []
+        try:
+            with table.open("rb") as file:
+                self._scan(file, wanted)
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no table {table}") from error
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.table.open("rb") as file:
+            for place in range(len(self)):
+                yield self._read(file, place)
+
+    def __getitem__(self, place: int) -> Row:
+        with self.table.open("rb") as file:
+            return self._read(file, place)
+
+    def without(self, numbers: Container[int]) -> Rows:
+        """All rows but those of these numbers."""
+        rest = copy(self)
+        kept = [place for place, number in enumerate(self._numbers) if number not in numbers]
+        for name in ("_numbers", "_starts", "_lengths", "_hashes"):
+            setattr(rest, name, array("Q", [getattr(self, name)[place] for place in kept]))
+        return rest
+
+    def _scan(self, file: BinaryIO, wanted: list[str]) -> None:
+        lines: list[bytes] = []  # of the row that is being read
+        start = 0
+        reader = csv.reader(self._lines(file, lines), delimiter=self._delimiter, strict=True)
+        try:
+            self._columns = [name.strip() for name in next(reader, [])]
+            _check_columns(self._columns, wanted, self.table)
+            start += _take(lines)[0]
+            for number, cells in enumerate(reader, 2):
+                length, digest = _take(lines)
+                if cells:  # else a blank line
+                    if len(cells) != len(self._columns):
+                        raise ValueError(
+                            f"{self.table}: row {number} has {len(cells)} cells, the header {len(self._columns)}: "
+                            "put cells that hold the separator or a line break in quotes"
+                        )
+                    for column, value in zip(
+                        (self._numbers, self._starts, self._lengths, self._hashes),
+                        (number, start, length, digest),
+                        strict=True,
+                    ):
+                        column.append(value)
+                start += length
+        except csv.Error as error:
+            raise ValueError(f"{self.table}: line {reader.line_num} cannot be read as a table: {error}") from error
+
+    def _lines(self, file: BinaryIO, lines: list[bytes]) -> Iterator[str]:
+        """The lines of the table as text; `lines` gets their bytes."""
+        position = 0
+        for raw in file:
+            try:
+                text = raw.decode("utf-8-sig" if position == 0 else "utf-8")
+            except UnicodeDecodeError as error:
+                where = position + error.start
+                raise ValueError(
+                    f"{self.table} is not UTF-8 (byte {where}): save or convert (iconv) it as UTF-8"
+                ) from None
+            if position == 0 and raw.startswith(BOM_UTF8):
+                lines.append(BOM_UTF8)
+            position += len(raw)
+            for line in io.StringIO(text, newline=""):  # a lone carriage return ends a line, too
+                lines.append(line.encode())
+                yield line
+
+    def _read(self, file: BinaryIO, place: int) -> Row:
+        file.seek(self._starts[place])
+        raw = file.read(self._lengths[place])
+        if xxhash.xxh3_64_intdigest(raw) != self._hashes[place]:
+            raise ValueError(f"{self.table} was changed while it was read: start again")
+        (cells,) = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=self._delimiter, strict=True)
+        return self._numbers[place], {name: cell.strip() for name, cell in zip(self._columns, cells, strict=True)}
+
+
+def _take(lines: list[bytes]) -> tuple[int, int]:
+    """Length and hash of the lines, which are removed."""
+    raw = b"".join(lines)
+    lines.clear()
+    return len(raw), xxhash.xxh3_64_intdigest(raw)
+
+
+def _check_columns(columns: list[str], wanted: list[str], table: Path) -> None:
+    for name in wanted:
+        if name not in columns:
+            near = difflib.get_close_matches(name, columns, n=len(columns) or 1, cutoff=0.0)
+            raise ValueError(f"{table} has no column {name!r}; its columns, nearest first: {', '.join(near) or 'none'}")
+        if columns.count(name) > 1:
+            raise ValueError(f"{table} has two columns {name!r}: rename one")

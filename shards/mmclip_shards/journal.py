@@ -1,0 +1,203 @@
+"""A split on its way: its shards as they are finished, the journal that a killed pack goes on from, and the quarantine."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from mmclip_shards import storage
+from mmclip_shards.manifest import Manifest, Shard, save_manifest
+from mmclip_shards.schema import Record, canonical_json
+from mmclip_shards.storage import Url
+from mmclip_shards.textfiles import read_rows
+from mmclip_shards.writer import Sample, index_name, shard_name, write_shard
+
+logger = logging.getLogger(__name__)
+
+JOURNAL, QUARANTINE = "pack.jsonl", "quarantine.jsonl"
+
+_KILLED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # the half-written file of a killed `storage.write_atomic`
+
+Bad = tuple[str, str]
+"""The key of a record whose image cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished shard. records: how many of the split, sorted by key, it dealt with; bad: those of them that it left out;
+    images: hash of their keys and of the marks of their images (`image_mark`)."""
+
+    shard: Shard
+    records: int
+    bad: tuple[Bad, ...]
+    images: str
+
+
+def image_mark(image: Path | bytes | np.ndarray) -> str:
+    """A text that changes with an image: of a file its size and time of change, so that it need not be read."""
+    if isinstance(image, Path):
+        try:
+            status = image.stat()
+        except OSError:
+            return "none"
+        return f"{status.st_size} {status.st_mtime_ns}"
+    if isinstance(image, bytes):
+        return xxhash.xxh3_128_hexdigest(image)
+    return f"{image.shape} {image.dtype} {xxhash.xxh3_128_hexdigest(image.tobytes())}"
+
+
+class Unfinished:
+    """Writes one split of a base set, record by record in the order of the keys, and keeps what is finished after any end.
+
+    A full shard is published at once, then the journal, a small file that is written whole each time. An earlier journal in
+    folder `url` is read first: call `keep_unchanged`, then add the split's records from number `start` on. size: records of
+    the split. ValueError if the journal is of another pack, or unreadable.
+    """
+
+    def __init__(self, url: Url, config_hash: str, samples_per_shard: int, size: int) -> None:
+        self._url, self._config_hash, self._samples_per_shard, self._size = url, config_hash, samples_per_shard, size
+        self._done = read_journal(url, config_hash)
+        self._pending: list[Sample] = []
+        self._bad: list[Bad] = []
+        self._seen = self.start  # records of the split
+        self._marks = xxhash.xxh3_128()
+
+    @property
+    def start(self) -> int:
+        """How many of the split's records are in finished shards, or left out by them."""
+        return sum(done.records for done in self._done)
+
+    @property
+    def samples(self) -> int:
+        """Samples in finished shards."""
+        return sum(done.shard.samples for done in self._done)
+
+    @property
+    def bad(self) -> list[Bad]:
+        """All records that were left out so far, in the order of the keys."""
+        return [bad for done in self._done for bad in done.bad] + self._bad
+
+    def keep_unchanged(self, records: Iterator[Record], is_bad: Callable[[Record], bool]) -> None:
+        """Keep the finished shards before the first that must be made again; the files of the others are removed.
+
+        A shard is kept if its files are whole, its images are unchanged, and those that it left out still cannot be used.
+        records: of the split, sorted by key; is_bad(record): whether its image cannot be used.
+        """
+        found = len(self._done)
+        kept = sum(itertools.takewhile(bool, (self._same(done, records, is_bad) for done in self._done)))
+        if kept < found:
+            logger.warning(
+                "%s: files or images of shard %d have changed, so %d of %d finished shards are made again",
+                self._url, kept, found - kept, found,
+            )  # fmt: skip
+            self._done = self._done[:kept]
+            self._seen = self.start
+            self._write_journal()  # first: it must never promise what is not there
+        for number in range(kept, found + 1):  # the last one was perhaps published just before the pack was killed
+            storage.remove(storage.join(self._url, shard_name(number)))
+            storage.remove(storage.join(self._url, index_name(number)))
+        for name in filter(_KILLED.fullmatch, storage.list_folder(self._url)):
+            storage.remove(storage.join(self._url, name))
+
+    def add(self, key: str, mark: str, files: dict[str, bytes] | str) -> None:
+        """The next record. mark: of its image, taken before it was read; files: suffix -> bytes, or why it is left out."""
+        self._seen += 1
+        _add_mark(self._marks, key, mark)
+        if isinstance(files, str):
+            self._bad.append((key, files))
+        else:
+            self._pending.append((key, files))
+        if len(self._pending) == self._samples_per_shard or (self._pending and self._seen == self._size):
+            self._publish()
+
+    def finish(self, dataset: str, split: str, labels: tuple[str, ...]) -> Manifest:
+        """Publish the quarantine and the manifest, remove the journal -> the manifest."""
+        self.write_quarantine()
+        shards = tuple(done.shard for done in self._done)
+        manifest = Manifest("base", dataset, split, shards, self._config_hash, labels)
+        save_manifest(self._url, manifest)
+        storage.remove(storage.join(self._url, JOURNAL))
+        return manifest
+
+    def write_quarantine(self) -> None:
+        """List the records that were left out, or remove an earlier list if there are none."""
+        url = storage.join(self._url, QUARANTINE)
+        if self.bad:
+            storage.write_atomic(url, b"".join(canonical_json({"key": key, "reason": why}) for key, why in self.bad))
+        else:
+            storage.remove(url)
+
+    def _publish(self) -> None:
+        shard = write_shard(self._url, len(self._done), self._pending)
+        self._done.append(Done(shard, self._seen - self.start, tuple(self._bad), self._marks.hexdigest()))
+        self._write_journal()
+        self._pending, self._bad = [], []
+        self._marks.reset()
+
+    def _write_journal(self) -> None:
+        lines = [{"config_hash": self._config_hash}, *map(asdict, self._done)]
+        storage.write_atomic(storage.join(self._url, JOURNAL), b"".join(map(canonical_json, lines)))
+
+    def _same(self, done: Done, records: Iterator[Record], is_bad: Callable[[Record], bool]) -> bool:
+        """Whether a finished shard can be kept. records: from its first one on; those that it dealt with are consumed."""
+        marks, left_out = xxhash.xxh3_128(), dict(done.bad)
+        tried_again = []
+        for record in itertools.islice(records, done.records):
+            _add_mark(marks, record.key, image_mark(record.image))
+            if record.key in left_out:
+                tried_again.append(record)
+        return marks.hexdigest() == done.images and _whole(self._url, done.shard) and all(map(is_bad, tried_again))
+
+
+def read_journal(url: Url, config_hash: str) -> list[Done]:
+    """The finished shards of the unfinished split in folder `url`. ValueError if it is of another pack, or unreadable."""
+    where, mend = storage.join(url, JOURNAL), f"delete {url} to pack the split from the start"
+    if not storage.exists(where):
+        return []
+    lines = read_rows(where, mend)
+    try:
+        head, *rows = lines
+        done = [
+            Done(
+                Shard(**row["shard"]), int(row["records"]), tuple((key, why) for key, why in row["bad"]), row["images"]
+            )
+            for row in rows
+        ]
+        found = head["config_hash"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} is no journal of a pack ({error!r}): {mend}") from error
+    if found != config_hash:
+        raise ValueError(
+            f"{url} holds {len(done)} shards of an unfinished pack of other data or with other settings: "
+            f"go on with those of before, or {mend}"
+        )
+    return done
+
+
+def read_quarantine(url: Url) -> list[Bad]:
+    """The records that a finished split left out. ValueError for a damaged list."""
+    where = storage.join(url, QUARANTINE)
+    rows = read_rows(where, "pack the split again") if storage.exists(where) else []
+    return [(str(row.get("key")), str(row.get("reason"))) for row in rows]
+
+
+def _add_mark(marks: xxhash.xxh3_128, key: str, mark: str) -> None:
+    marks.update(f"{key} {mark}\n".encode())
+
+
+def _whole(url: Url, shard: Shard) -> bool:
+    """Whether the files of a shard are there. A file appears whole, so the tar is not read: its size tells enough."""
+    try:
+        size = storage.file_size(storage.join(url, shard.path))
+        index = storage.read_bytes(storage.join(url, shard.index))
+    except FileNotFoundError:
+        return False
+    return size == shard.bytes and sha256(index).hexdigest() == shard.index_sha256
