@@ -1,6 +1,7 @@
 """The house: what lies at the top, and which way imports point."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -38,6 +39,23 @@ def test_imports_point_one_way() -> None:
             ours = imported(path) & set(PACKAGES) - {package}
             assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {ours - MAY_IMPORT[package]}"
     assert seen > 30
+
+
+WALL_CLOCK = {
+    "mmclip_dist/engine/stale_locks.py",  # the age of a file that another process left
+    "mmclip_dist/run/trackers.py",  # the date of a metric, for MLflow to show
+}
+
+
+def test_durations_are_measured_by_a_clock_that_never_jumps() -> None:
+    """time.monotonic, not time.time: a clock that is set by an hour must end no run and hold up none."""
+    users = {
+        str(path.relative_to(ROOT))
+        for folder in PACKAGES.values()
+        for path in folder.rglob("*.py")
+        if re.search(r"\btime\.time(_ns)?\b|from time import .*\btime\b|datetime\.(now|utcnow)\(\) *-", path.read_text())
+    }
+    assert users == WALL_CLOCK
 
 
 WINGS = {

@@ -15,8 +15,9 @@ from tests.launched import run_training
 def test_wrong_credentials_at_the_start_are_one_line(sets, tmp_path: Path, s3: S3Server) -> None:
     began = time.monotonic()
     overrides = [*sets.overrides(tmp_path / "run"), f"data.sources=[{{url: {s3.url}/set/train}}]", "loss.entity=0"]
-    environment = s3.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    environment = s3.environment() | {"AWS_SECRET_ACCESS_KEY": "wrong-and-secret"}
     run = run_training(overrides, tmp_path, check=False, **environment)
     assert (run.returncode, len(run.errors)) == (2, 1), run.output
     assert f"{s3.url}/set/train/manifest.json" in run.errors[0] and "the keys" in run.errors[0]
+    assert "wrong-and-secret" not in run.output
     assert "Traceback" not in run.output and time.monotonic() - began < 30

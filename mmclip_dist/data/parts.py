@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import resource
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from mmclip_dist.launcher import ranks_of_machine
 T = TypeVar("T")
 _SHARED_MEMORY = Path("/dev/shm")
 _ALIGNMENT = 64  # bytes: a tensor of any type may begin there
+_OPEN_FILES = 100  # of a rank without loaders: libraries, logs, connections to the other ranks
 _CLOSE_S = 10.0  # the thread may take so long to end the workers; after that it ends with the process
 
 
@@ -79,6 +81,24 @@ def check_shared_memory(batch_bytes: int, prefetch: int, folder: Path = _SHARED_
             f"loader workers need about {needed >> 20} MiB of shared memory on this machine, but {folder} has {free >> 20} MiB "
             "free: enlarge it (docker run --shm-size=..., or mount an emptyDir of medium Memory there), or lower data.prefetch, "
             "or set data.workers=0"
+        )
+
+
+def check_open_files(workers: int, prefetch: int, connections: int) -> None:
+    """ValueError if this process may not open as many files as it and its loader workers need. First raises its limit as far as
+    it may.
+
+    Without this check a loader fails in the middle of a step, or its rank waits for a part that never comes.
+    connections: of one process to a store.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    needed = _OPEN_FILES + workers * (prefetch + 1) + connections
+    if needed > hard != resource.RLIM_INFINITY:
+        raise ValueError(
+            f"a rank with {workers} loader workers needs about {needed} open files, but may open {hard}: raise the limit "
+            f"(`ulimit -n {max(4096, needed)}`, docker run --ulimit nofile=...), or lower data.workers or data.prefetch"
         )
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from mmclip_shards import storage
 from mmclip_shards.chunk_folder import Chunk, ChunkFolder
-from mmclip_shards.faults import Lateness, Patience, Tries
+from mmclip_shards.faults import Lateness, Patience, Stalled, Tries
 
 MIB = 1 << 20
 CHUNK_BYTES = 8 * MIB
@@ -309,6 +309,11 @@ class ChunkReader:
         tries, began = Tries(self.reading.patience, over), time.monotonic()
         try:
             data = storage.read_range(chunk.url, chunk.start, chunk.size, tries, self.reading.client)
+        except OSError as error:
+            if not isinstance(error.__cause__, Stalled):
+                raise
+            limit = f"{self.reading.patience.stall_s:g} s (stall_s; in training data.reading.stall_s)"
+            raise OSError(f"{error}; if the store is up but takes longer than {limit} to answer, raise that limit") from error
         finally:
             self.count(requests=1 + tries.count, retries=tries.count)
         self.count(fetched=len(data))

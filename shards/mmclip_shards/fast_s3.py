@@ -11,6 +11,8 @@ import os
 import re
 from typing import Any
 
+from mmclip_shards.faults import Stalled
+
 _TTL = datetime.timedelta(minutes=10)  # botocore renews credentials that expire sooner
 _CONNECT_S = 5
 _process: int | None = None
@@ -76,7 +78,7 @@ class FastBucket:
 
         told, _, source = told.partition("\n\nDebug source:")
         if "TimedOut" in source or "kind: Timeout" in source:
-            return OSError(f"no byte for {self.stall_s:g} s")
+            return Stalled(f"no byte for {self.stall_s:g} s")
         if status := re.search(r"non-2xx status code: (\d+)", told):
             code, message = (re.search(rf"<{name}>([^<]*)</{name}>", told) for name in ("Code", "Message"))
             answer = {

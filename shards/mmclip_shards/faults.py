@@ -36,6 +36,10 @@ class Patience:
     longest_wait_s: float = 10.0
 
 
+class Stalled(OSError):
+    """A try was given up because nothing came for too long."""
+
+
 class MissingCredentials(PermissionError):
     """No credentials were found. A metadata service that many processes ask at once may refuse for seconds."""
 

@@ -23,7 +23,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.asyn import sync as run_async
 
 from mmclip_shards.fast_s3 import FastBucket, missing
-from mmclip_shards.faults import CutFile, MissingCredentials, Patience, Tries
+from mmclip_shards.faults import CutFile, MissingCredentials, Patience, Stalled, Tries
 
 T = TypeVar("T")
 Url = str | os.PathLike[str]
@@ -400,7 +400,7 @@ async def _stream_s3(
 
 @contextlib.asynccontextmanager
 async def _limit(filesystem: Any, seconds: float, told: str) -> AsyncIterator[asyncio.Timeout]:
-    """OSError(told) when the block takes longer than `seconds`. Opening the session does not count: it may take seconds."""
+    """Stalled(told) when the block takes longer than `seconds`. Opening the session does not count: it may take seconds."""
     try:
         async with asyncio.timeout(_OPENING_S) as limit:
             if hasattr(filesystem, "set_session"):
@@ -408,7 +408,7 @@ async def _limit(filesystem: Any, seconds: float, told: str) -> AsyncIterator[as
             limit.reschedule(asyncio.get_running_loop().time() + seconds)
             yield limit
     except TimeoutError as error:  # fsspec replaces a TimeoutError by one without a message
-        raise OSError(told) from error
+        raise Stalled(told) from error
 
 
 def _open_remote(url: Url) -> tuple[Any, str]:

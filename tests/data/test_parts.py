@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import resource
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,7 +18,7 @@ from mmclip_dist.data import parts
 from mmclip_dist.data.batch import collate, join, split_batch
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.parts import Part, check_shared_memory, in_thread
+from mmclip_dist.data.parts import Part, check_open_files, check_shared_memory, in_thread
 from tests.batches import loader, mixed_batch
 
 
@@ -72,6 +75,36 @@ def test_too_little_shared_memory_is_told_before_a_worker_dies(tmp_path: Path, m
     with pytest.raises(ValueError, match=r"need about 480 MiB of shared memory .* has 64 MiB free: .*--shm-size.*data\.prefetch"):
         check_shared_memory(12 << 20, 4, tmp_path)
     check_shared_memory(1 << 40, 4, tmp_path / "not there")
+
+
+def limited(soft: int, hard: int, asked: tuple[int, int, int], told: multiprocessing.Queue[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        check_open_files(*asked)
+        told.put(f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files")
+    except ValueError as error:
+        told.put(str(error))
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "asked", "answer"),
+    [
+        (256, 256, (2, 4, 16), "256 files"),
+        (64, 1000, (2, 4, 16), "1000 files"),
+        (64, 126, (2, 4, 16), "126 files"),
+        (64, 125, (2, 4, 16), "2 loader workers needs about 126 open files, but may open 125: .*`ulimit -n 4096`.*data.workers"),
+        (1024, 4096, (64, 64, 16), "needs about 4276 open files, but may open 4096: raise the limit .*`ulimit -n 4276`"),
+    ],
+)  # fmt: skip
+def test_too_few_open_files_are_told_before_a_loader_fails(
+    soft: int, hard: int, asked: tuple[int, int, int], answer: str
+) -> None:
+    context = multiprocessing.get_context("fork")
+    told: multiprocessing.Queue[str] = context.Queue()
+    process = context.Process(target=limited, args=(soft, hard, asked, told))
+    process.start()
+    assert re.search(answer, told.get(timeout=30))
+    process.join()
 
 
 class Items:

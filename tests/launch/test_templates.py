@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
+from mmclip_dist.checkpoint.folder import MANIFEST, checkpoint_path
 from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
 from tests.conftest import wait_for
 
@@ -22,7 +22,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in {
-        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "srun": f'while [[ $1 == --* ]]; do echo "$1" >>"{tmp_path}/flags"; shift; done; exec "$@"',
         "scontrol": f'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >>"{tmp_path}/asked"; fi',
         "deepspeed": f'echo "$@" >>"{tmp_path}/started"',
     }.items():
@@ -30,7 +30,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (tools / name).chmod(0o755)
     return {
         **os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "RUN_DIR": str(tmp_path / "run"), "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "8", "SLURM_PROCID": "1",
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "8", "SLURM_PROCID": "1", "SLURM_CPUS_ON_NODE": "96",
     }  # fmt: skip
 
 
@@ -55,9 +55,82 @@ def asked(tmp_path: Path) -> str:
 def test_only_a_run_that_stopped_on_request_is_queued_again(
     slurm: dict[str, str], tmp_path: Path, command: str, code: int, requeued: bool
 ) -> None:
-    time.sleep(0.01)
     assert run(slurm, command) == code
     assert asked(tmp_path) == ("requeue 7\n" if requeued else "")
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    folder = checkpoint_path(run, step)
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).touch()
+    return folder
+
+
+def saving(run: Path, step: int) -> str:
+    """A command that saves a checkpoint."""
+    folder = checkpoint_path(run, step)
+    return f"mkdir -p {folder} && touch {folder / MANIFEST};"
+
+
+@pytest.mark.parametrize("code", [1, 70, 137, 143])
+def test_a_crash_after_a_newer_checkpoint_is_queued_again(
+    slurm: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], code: int
+) -> None:
+    checkpoint(tmp_path / "run", 90)
+    assert run(slurm, f"{saving(tmp_path / 'run', 100)} exit {code};") == 0
+    assert asked(tmp_path) == "requeue 7\n"
+    assert f"code {code}, but has gone on from step 90 to step 100" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("saved", ["nothing", "an older step", "the same step", "a torn step", "a copy under way"])
+def test_a_crash_without_a_newer_checkpoint_ends_the_job(
+    slurm: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], saved: str
+) -> None:
+    folder = checkpoint(tmp_path / "run", 100).parent
+    command = {
+        "nothing": "", "an older step": saving(tmp_path / "run", 96),
+        "the same step": f"touch {folder}/step-00000100/{MANIFEST};",
+        "a torn step": f"mkdir {folder}/step-00000104;",
+        "a copy under way": f"mkdir {folder}/.step-00000104.writing; touch {folder}/.step-00000104.writing/{MANIFEST};",
+    }[saved]  # fmt: skip
+    assert run(slurm, f"{command} exit 1;") == 1 and asked(tmp_path) == ""
+    told = capfd.readouterr().err
+    assert "the run failed with code 1 and saved nothing newer than step 100: mend it, then submit it again" in told
+
+
+def test_a_crash_that_comes_back_is_queued_again_only_while_steps_grow(slurm: dict[str, str], tmp_path: Path) -> None:
+    command = saving(tmp_path / "run", 8) + " exit 1;"
+    assert [run(slurm, command) for _ in range(3)] == [0, 1, 1]
+    assert asked(tmp_path) == "requeue 7\n"
+
+
+@pytest.mark.parametrize("of_srun", [2, 1, 143])
+def test_what_a_user_has_to_mend_is_never_queued_again(slurm: dict[str, str], tmp_path: Path, of_srun: int) -> None:
+    """Even if srun tells the code of another node, whose launcher it ended."""
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(srun.read_text().replace("exec ", "") + f"\n[[ $? -eq 2 ]] && exit {of_srun}\n")
+    assert run(slurm, f"{saving(tmp_path / 'run', 8)} exit 2;") == 2
+    assert asked(tmp_path) == "" and [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def test_a_crash_after_a_users_error_that_was_mended_is_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
+    assert run(slurm, "exit 2;") == 2
+    assert run(slurm, f"{saving(tmp_path / 'run', 8)} exit 1;") == 0 and asked(tmp_path) == "requeue 7\n"
+
+
+@pytest.mark.parametrize(("given", "passed"), [({}, 96), ({"SLURM_CPUS_PER_TASK": "24"}, 24)])
+def test_the_launcher_gets_the_cpus_that_the_job_was_given(
+    slurm: dict[str, str], tmp_path: Path, given: dict[str, str], passed: int
+) -> None:
+    assert run(slurm | given, "true") == 0
+    assert f"--cpus-per-task={passed}" in (tmp_path / "flags").read_text().splitlines()
+
+
+def test_the_limit_of_open_files_is_raised_to_the_hard_one(slurm: dict[str, str], tmp_path: Path) -> None:
+    limited = f"ulimit -Sn 200; ulimit -Hn 300; exec bash {TEMPLATE} recipe"
+    command = {"TRAIN_COMMAND": f"ulimit -n >{tmp_path}/limit; true"}
+    assert subprocess.run(["bash", "-c", limited], env=slurm | command).returncode == 0
+    assert (tmp_path / "limit").read_text() == "300\n"
 
 
 def test_the_mark_of_an_earlier_stop_does_not_count(slurm: dict[str, str], tmp_path: Path) -> None:
@@ -65,6 +138,13 @@ def test_the_mark_of_an_earlier_stop_does_not_count(slurm: dict[str, str], tmp_p
     (tmp_path / "run" / STOPPED).touch()
     os.utime(tmp_path / "run" / STOPPED, (1, 1))
     assert run(slurm, "exit 1;") == 1 and asked(tmp_path) == ""
+
+
+def test_a_mark_counts_even_if_the_clock_was_set_back_meanwhile(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / STOPPED).touch()
+    assert run(slurm, f"rm $RUN_DIR/{STOPPED}; touch -d 2001-01-01 $RUN_DIR/{STOPPED}; exit 1;") == 0
+    assert asked(tmp_path) == "requeue 7\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])

@@ -81,13 +81,14 @@ def test_spoiled_metrics_are_named_with_their_mend(tmp_path: Path, content: byte
 
 
 def test_the_folder_says_what_made_it_and_tells_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("NCCL_DEBUG", "OMP_NUM_THREADS", "DS_ACCELERATOR", "NCCL_SECRET_KEY", "WANDB_API_KEY", "MMCLIP_PATIENT_KEY"):
+    shown = ("NCCL_DEBUG", "OMP_NUM_THREADS", "DS_ACCELERATOR")
+    for name in (*shown, "NCCL_SECRET_KEY", "WANDB_API_KEY", "MMCLIP_PATIENT_KEY", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "seen" if "KEY" not in name else "hidden")
     describe(tmp_path, load_config("quickstart", [f"run_dir={tmp_path}"]), 2, {})
-    text = (tmp_path / "environment.json").read_text()
-    environment = json.loads(text)
-    assert {"NCCL_DEBUG", "OMP_NUM_THREADS", "DS_ACCELERATOR"} <= set(environment["variables"])
-    assert "hidden" not in text and socket.gethostname() not in environment["machine"]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert set(shown) <= set(environment["variables"])
+    assert "hidden" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    assert socket.gethostname() not in environment["machine"]
     assert environment["devices"]["names"] == [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     assert f"torch=={torch.__version__}\n" in (tmp_path / "packages.txt").read_text()
     readme = (tmp_path / "README.txt").read_text()

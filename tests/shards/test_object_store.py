@@ -528,6 +528,28 @@ def test_once_a_lasting_fault_is_over_the_same_reader_goes_on(packed: tuple[str,
     assert read_all(reader) == SAMPLES
 
 
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
+@pytest.mark.parametrize("late", ["once", "always", "always, awaited"])
+def test_a_store_that_answers_late_is_asked_again_or_the_limit_to_raise_is_told(
+    packed: tuple[str, Manifest], faulty: FaultProxy, late: str, client: str
+) -> None:
+    """Three times as late as a try may take, as if a store took 30 s where 10 are allowed."""
+    url, manifest = packed
+    stall_s = 4.0 if late == "always, awaited" else 0.4
+    patience = Patience(budget_s=2.0, stall_s=stall_s, first_wait_s=0.02, longest_wait_s=0.2)
+    reader = reader_of(url, manifest, patience=patience, client=client)
+    for number in range(3):
+        reader.keys(number)
+    faulty.plan = on_reads(Fault("late", wait_s=1.2), of="000001.tar", times=1 if late == "once" else None)
+    if late != "always":
+        assert read_all(reader) == SAMPLES
+        assert (reader.chunks.take_tally().retries > 0) == (late == "once")
+        return
+    mend = r"takes longer than 0\.4 s \(stall_s; in training data\.reading\.stall_s\) to answer, raise that limit$"
+    with pytest.raises(OSError, match=rf"000001\.tar, key k-008, offset \d+: cannot be read: .*tried \d+ times in 2 s: .*{mend}"):
+        read_all(reader)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [6000, None])
 def test_an_epoch_with_hundreds_of_faults_delivers_every_sample_once(

@@ -24,6 +24,7 @@ from mmclip_shards.testing.s3_server import S3Server
 Kind = Literal[
     "error",  # an error of S3 with this `status` and `code`
     "silence",  # no answer at all
+    "late",  # the whole answer, after `wait_s`
     "stall", "trickle", "close", "reset",  # the bytes before `at`, then: nothing, a few bytes a second, FIN, RST
     "short", "short_range", "unsized",  # only the bytes before `at`, with a matching length, length and range, or no length
     "flip", "flip_checksum",  # one flipped bit at `at`, without or with a checksum of the true bytes
@@ -44,6 +45,7 @@ class Fault:
     at: int | None = None
     status: int = 0
     code: str = ""
+    wait_s: float = 0.0
 
     def shows_in(self, request: Request, *, lasting: bool) -> bool:
         """Whether the fault can show in the answer: the request asks for byte `at`, or, if lasting, for bytes after it that the
@@ -228,6 +230,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(self._forward(sent))
         if fault.kind == "silence":
             return self._send_nothing()
+        if fault.kind == "late":
+            proxy.closing.wait(fault.wait_s)
+            return self._send(self._forward(sent))
         if fault.kind == "error":
             return self._send(_page(fault.status, fault.code))
         return self._send(_break(fault, request, self._forward(sent), lambda: self._whole(request.path)))

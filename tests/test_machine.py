@@ -1,0 +1,69 @@
+"""Runs on machines with little or odd: few open files, a clock that jumps."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmclip_dist import train
+from mmclip_dist.run.metrics import read_metrics
+from tests.launched import Finished, final_weights, run_training
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
+
+SHORT = ("optim.steps=12", "checkpoint.every=12", "log_every=1", "data.workers=2")
+
+
+def with_few_files(arguments: list[str]) -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    return train.main(arguments)
+
+
+def with_a_jump(arguments: list[str]) -> int:
+    """At step 5 the clock jumps: an hour ahead on one rank, an hour back on the other."""
+    set_rate, true_time, steps = train.set_learning_rate, time.time, count(1)
+
+    def jumping(*of: Any) -> float:
+        if next(steps) == 5:
+            hour = 3600 if os.environ["RANK"] == "0" else -3600
+            time.time = lambda: true_time() + hour
+            print(f"the clock jumps by {hour} s", flush=True)
+            time.sleep(2.5)  # the watchdog looks once a second
+        return set_rate(*of)
+
+    train.set_learning_rate = jumping
+    return train.main(arguments)
+
+
+def run(target: Any, overrides: list[str], folder: Path) -> Finished:
+    code, outputs = run_ranks(target, ["quickstart", *overrides], ranks=2, folder=folder)
+    return Finished(code, "".join(outputs))
+
+
+def test_256_open_files_are_enough_for_two_loaders_and_too_few_for_many(sets, tmp_path: Path) -> None:
+    enough = run(with_few_files, [*sets.overrides(tmp_path / "run"), *SHORT, "optim.steps=4"], tmp_path)
+    assert enough.returncode == 0, enough.output[-3000:]
+    many = (*SHORT, "data.workers=16", "data.prefetch=16")
+    refused = run(with_few_files, [*sets.overrides(tmp_path / "other"), *many], tmp_path)
+    assert refused.returncode == 2 and len(refused.errors) == 1, refused.output[-3000:]
+    assert "needs about 388 open files, but may open 256: raise the limit (`ulimit -n" in refused.errors[0]
+
+
+def test_a_clock_that_jumps_by_an_hour_changes_nothing(sets, tmp_path: Path) -> None:
+    """The watchdog's time is far shorter. Rates and the time left are told as if nothing had been."""
+    limits = ("health.timeout_s=60", *SHORT)
+    jumped = run(with_a_jump, [*sets.overrides(tmp_path / "odd"), *limits], tmp_path / "logs")
+    assert jumped.returncode == 0 and jumped.output.count("the clock jumps by") == 2, jumped.output[-3000:]
+    rows = read_metrics(tmp_path / "odd")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row in rows:
+        assert 0 <= row["eta_s"] < 600 and row["samples_per_s"] > 0.1 and 0 <= row["data_wait"] <= 1, row
+    run_training([*sets.overrides(tmp_path / "plain"), *limits], tmp_path)
+    assert final_weights(tmp_path / "odd") == final_weights(tmp_path / "plain")
