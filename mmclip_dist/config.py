@@ -501,8 +501,7 @@ def parse(tree: dict[str, Any]) -> Config:
         if PASSWORD.search(str(value)):
             raise ValueError(
                 f"{key} has a password in its URL, which the run folder, logs and lists of processes would show: leave it out, "
-                "and give it in the environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*) or in a file such "
-                "as ~/.netrc or ~/.pgpass"
+                "and give it in a file such as ~/.mlflow/credentials, ~/.aws/credentials, ~/.netrc or ~/.pgpass"
             )
     try:
         return Config.model_validate(tree)
