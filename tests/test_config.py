@@ -162,7 +162,7 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(override: str) -> None:
     with pytest.raises(ValueError) as told:
         load_config("quickstart", [override])
     assert "hun" not in str(told.value)
-    assert "leave it out, and give it in the environment" in str(told.value) or "not valid YAML" in str(told.value)
+    assert "leave it out, and give it in a file" in str(told.value) or "not valid YAML" in str(told.value)
 
 
 def test_an_account_in_a_url_is_no_password() -> None:
