@@ -28,6 +28,8 @@ HOST_LINK, HOST_MEMORY = 25e9, 20e9
 RESERVE, FRAGMENTATION = 1.5 * 2**30, 0.05
 # Radiographs of 512 pixels that one loader process decodes a second (mmclip_dist/bench/results/loader_peers.md).
 DECODED_PER_S = 580.0
+# Seconds of a rank's main thread for a sample that its loader processes made (mmclip_dist/bench/results/feed.md).
+TAKEN_S = 0.033e-3
 # Parameters that DeepSpeed keeps gathered at stage 3 (stage3_max_live_parameters).
 LIVE = 1e9
 
@@ -167,7 +169,7 @@ def step_time(setup: Setup, choice: Choice) -> StepTime:
         products, moved * (1 + again / model) / (setup.card.hbm * HBM_SHARE),
         contrastive / (slow if setup.config.loss.impl == "torch" else fast), optimizer, travelling,
         travelling - (min(HIDDEN * travelling, BACKWARD * products) if hides else 0.0),
-        setup.share / (max(1, setup.config.data.workers) * DECODED_PER_S), model + contrastive,
+        setup.share * max(1 / (max(1, setup.config.data.workers) * DECODED_PER_S), TAKEN_S), model + contrastive,
     )  # fmt: skip
 
 

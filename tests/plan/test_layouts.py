@@ -155,6 +155,8 @@ def test_the_time_is_that_of_the_assumed_share_of_the_peak() -> None:
     assert found.mfu == pytest.approx(0.5, abs=0.02)
     slow_loader = plan(vit_b16("data.workers=0", gpus=64), Choice(1, 64))
     assert slow_loader.time.total == slow_loader.time.data == pytest.approx(64 / 580)
+    many = plan(vit_b16("data.workers=100", gpus=64), Choice(1, 64))
+    assert many.time.data == pytest.approx(64 * 0.033e-3)  # however many workers there are, the main thread takes what they make
 
 
 def test_the_recommended_layout_fits_and_the_least_is_named_where_none_does() -> None:
