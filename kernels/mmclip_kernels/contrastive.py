@@ -265,13 +265,14 @@ def _relate(
         row_use = weight.to(precise) * (counts[0] > 0)
         column_mean = _share(column_weight * (counts[1] > 0), None)
     row_mean = _share(row_use, group)
+    shards = Shards(column_sizes, group, image.device)
     pairs = Pairs(
-        row_ids=image_ids, column_ids=column_ids, some_out=not diagonal or max(column_sizes) > min(column_sizes), exclude=exclude,
+        row_ids=image_ids, column_ids=column_ids, some_out=not diagonal or shards.padded, exclude=exclude,
         factor=scale.detach().reshape(()).to(precise), bias=bias.detach().reshape(()).to(precise),
         row_mean=row_mean, column_mean=column_mean,
         row_share=row_mean / counts[0].clamp(min=1), column_share=column_mean / counts[1].clamp(min=1),
     )  # fmt: skip
-    return pairs, Shards(column_sizes, group, image.device)
+    return pairs, shards
 
 
 def _share(weight: Tensor, group: Group) -> Tensor:

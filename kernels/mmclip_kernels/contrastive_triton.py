@@ -240,12 +240,12 @@ def _sweep_tile(
             column_base = tl.where(column_peak == -float("inf"), 0.0, column_peak)
             row_total = tl.sum(tl.exp(logits - row_base[:, None]), 1)
             column_total = tl.sum(tl.exp(logits - column_base[None, :]), 0)
-        row_at = by_row + across.to(tl.int64) * high + rows
-        tl.store(row_at, row_peak, row_in)
-        tl.store(row_at + tl.cdiv(wide, COLUMNS).to(tl.int64) * high, row_total, row_in)
-        column_at = by_column + down.to(tl.int64) * wide + columns
-        tl.store(column_at, column_peak, column_in)
-        tl.store(column_at + tl.cdiv(high, ROWS).to(tl.int64) * wide, column_total, column_in)
+        # 64 bits come from the tile's place, which is never a constant: of one row or column, Triton makes the sizes constants.
+        row_tile, column_tile = across.to(tl.int64), down.to(tl.int64)
+        tl.store(by_row + row_tile * high + rows, row_peak, row_in)
+        tl.store(by_row + (row_tile + tl.cdiv(wide, COLUMNS)) * high + rows, row_total, row_in)
+        tl.store(by_column + column_tile * wide + columns, column_peak, column_in)
+        tl.store(by_column + (column_tile + tl.cdiv(high, ROWS)) * wide + columns, column_total, column_in)
 
 
 @triton.jit

@@ -89,12 +89,14 @@ class Shards:
     """The rows of all ranks, cut into pieces. A piece holds equally many rows of every rank, padded where a rank has fewer.
 
     sizes: number of rows of each rank. columns: for each piece, the places of its rows among all rows in rank order; padding has
-    the place `sum(sizes)`, one past the last. Without a group there is one piece: all rows in their order.
+    the place `sum(sizes)`, one past the last. padded: whether there is any. Without a group there is one piece: all rows in their
+    order.
     """
 
     def __init__(self, sizes: Sequence[int], group: Group, device: torch.device) -> None:
         self.sizes, self.group = sizes, group
         self.columns: list[Tensor | slice] = [slice(0, sizes[0])]
+        self.padded = False
         if group is None:
             return
         longest = max(sizes)
@@ -106,6 +108,7 @@ class Shards:
         for first in range(0, max(longest, 1), max(self._length, 1)):
             row = torch.arange(first, first + self._length, device=device)
             self.columns.append(torch.where(row < size, row + start, sum(sizes)).flatten())
+        self.padded = min(sizes) < len(self.columns) * self._length
 
     def gather(self, rows: Tensor) -> Iterator[Tensor]:
         """rows [n, E] of this rank -> the pieces, each [W x length, E]. Later pieces are sent while one is used."""

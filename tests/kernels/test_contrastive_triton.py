@@ -250,8 +250,13 @@ def test_cpu_tensors_without_the_interpreter_are_refused(compiler: Executor) -> 
 # -- Compiled for cards that are not here ---------------------------------------------------------------------------------
 
 
-def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool, backward: bool) -> list[Resources]:
-    """The forward sweep and, if asked for, the backward one: its tile is the same with exclusions, which only add to it."""
+def _compile(
+    architecture: int, dtype_name: str, mode: str, exclude: bool, backward: bool, ones: tuple[str, ...] = ()
+) -> list[Resources]:
+    """The forward sweep and, if asked for, the backward one: its tile is the same with exclusions, which only add to it.
+
+    ones: arguments of value 1, which Triton makes constants, as `JITFunction.run` does.
+    """
     dtype = NAMED[dtype_name]
     types = dict.fromkeys(("high", "wide", "width", "row_step"), "i32")
     types |= dict.fromkeys(("image", "text", "slopes"), f"*{dtype_name}")
@@ -262,9 +267,9 @@ def _compile(architecture: int, dtype_name: str, mode: str, exclude: bool, backw
         kernels.append((contrastive_triton._gradient_tile, tiles.gradient_tile(dtype)))
     for kernel, tile in kernels:
         constants = {
-            "SIGMOID": mode == "sigmoid", "SOME_OUT": exclude, "WHOLE": True, "UPCAST": False,
+            "SIGMOID": mode == "sigmoid", "SOME_OUT": exclude, "WHOLE": "width" not in ones, "UPCAST": False,
             "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth, "column_step": 1,
-        } | ({} if exclude else {"exclude": None})  # fmt: skip
+        } | ({} if exclude else {"exclude": None}) | dict.fromkeys(ones, 1)  # fmt: skip
         found.append(resources(
             kernel, types, constants, architecture, unaligned=("exclude", "high", "row_step"),
             num_warps=tile.warps, num_stages=tile.stages,
@@ -281,6 +286,16 @@ def test_compiles_for_cards_without_spilling(compiler: Executor) -> None:
     for case, kernels in zip(cases, compile_all(compiler, _compile, cases), strict=True):
         for kernel in kernels:
             assert kernel.spilled == 0, (case, kernel)
+
+
+@pytest.mark.slow
+def test_one_row_and_one_column_compile_for_cards(compiler: Executor) -> None:
+    """A rank with a single sample must not end the run: an argument of 1 is a constant to Triton, and no tensor."""
+    sizes = (("high",), ("wide",), ("width",))
+    cases = [(90, "bf16", mode, False, True, ones) for mode in ("softmax", "sigmoid") for ones in sizes]
+    cases.append((80, "fp32", "softmax", True, True, ("high", "wide")))
+    for kernels in compile_all(compiler, _compile, cases):
+        assert [kernel.kernel for kernel in kernels] == ["_sweep_tile", "_gradient_tile"]
 
 
 # -- On a card ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,18 @@ pytestmark = pytest.mark.slow
 SIZES = {1: ((8, 7),), 2: ((3, 4), (5, 3)), 3: ((3, 4), (0, 3), (5, 0))}
 GROUPS = {1: [0], 2: [1, 2], 3: [0, 1, 2]}
 """The processes of each group: in the second, a rank's number in the group is not its number in the world."""
+
+
+PIECE = 4
+CLASSES = (3, 4, 5, 7, 8, 9, 11, 13, 15, 16, 17, 18)
+"""Rows of every rank, one below, at and above one to four pieces of `PIECE` rows: most do not fill the last piece."""
+
+
+def class_batch(rows: int, world: int, ids: bool) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As many images as texts of every rank; with ids, each text belongs to two images of the whole batch."""
+    image, text = features(rows * world, 5, 6), features(rows * world, 5, 7)
+    numbers = torch.arange(rows * world) // 2
+    return image, text, {"image_ids": numbers, "text_ids": numbers} if ids else {}
 
 
 class Case(NamedTuple):
@@ -100,6 +113,14 @@ def _run(process: int, folder: Path) -> None:
                     known = tuple(zip(*SIZES[world], strict=True)) if name == "plain" else None  # else the ranks ask each other
                     loss = partial(contrastive_loss, impl=impl, group=group, sizes=known)
                     found[impl, name] = evaluate(loss, *values, **options)
+            ranks.PIECE_ROWS = PIECE
+            for rows, ids, impl in itertools.product(CLASSES, (False, True), IMPLS):
+                image, text, options = class_batch(rows, world, ids)
+                own = {name: value.split(rows)[rank] for name, value in options.items()}
+                values = [x.split(rows)[rank].to(precise_dtype(impl)) for x in (image, text)]
+                values.append(torch.ones(1, dtype=precise_dtype(impl)))
+                found[impl, rows, ids] = evaluate(partial(contrastive_loss, impl=impl, group=group), *values, **own)
+            ranks.PIECE_ROWS = 1
             rows = gathered_rows(rank).requires_grad_()
             everything = gather_with_gradient(rows, group)
             everything.backward(upstream(rank, world))
@@ -144,6 +165,24 @@ def test_ragged_ranks_equal_one_process(
         torch.testing.assert_close(mean, meant[index], rtol=exact, atol=absolute)
     ratio = sum(values[3].item() for values in ours) / world / meant[3].item()
     assert ratio == pytest.approx(1.0, rel=exact)  # Inf-CL's is the number of ranks
+
+
+@pytest.mark.parametrize("world", SIZES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ids", [False, True])
+def test_pieces_that_are_not_full_hold_no_negatives(
+    ids: bool, impl: str, world: int, found: dict[int, list[dict[Any, Any]]]
+) -> None:
+    exact, absolute = (1e-10, 1e-12) if impl == "torch" else (2e-5, 1e-6)
+    for rows in CLASSES:
+        image, text, options = class_batch(rows, world, ids)
+        meant = meaning(image, text, torch.tensor([1.0]), **options)
+        ours = [of_rank[impl, rows, ids] for of_rank in found[world]]
+        for loss, *_ in ours:
+            assert loss.item() == pytest.approx(meant[0].item(), rel=exact), rows
+        for index in (1, 2):
+            mean = torch.cat([values[index] for values in ours]).double() / world
+            torch.testing.assert_close(mean, meant[index], rtol=exact, atol=absolute)
 
 
 @pytest.mark.parametrize("world", SIZES)
