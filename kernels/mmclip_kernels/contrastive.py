@@ -266,8 +266,9 @@ def _relate(
         column_mean = _share(column_weight * (counts[1] > 0), None)
     row_mean = _share(row_use, group)
     shards = Shards(column_sizes, group, image.device)
+    row_places, column_places = _places(image_ids, column_ids)
     pairs = Pairs(
-        row_ids=image_ids, column_ids=column_ids, some_out=not diagonal or shards.padded, exclude=exclude,
+        row_ids=row_places, column_ids=column_places, some_out=not diagonal or shards.padded, exclude=exclude,
         factor=scale.detach().reshape(()).to(precise), bias=bias.detach().reshape(()).to(precise),
         row_mean=row_mean, column_mean=column_mean,
         row_share=row_mean / counts[0].clamp(min=1), column_share=column_mean / counts[1].clamp(min=1),
@@ -300,6 +301,23 @@ def _positives(
         return torch.ones_like(row_ids, dtype=precise), torch.ones_like(column_ids, dtype=precise)
     all_row_ids = gather_rows(row_ids, group, row_sizes)
     return _occurrences(row_ids, column_ids).to(precise), _occurrences(column_ids, all_row_ids).to(precise)
+
+
+def _places(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids as int32 of the same meaning: the place of the first column with an id; a place of its own behind all columns where
+    no column has it. Ids < 0 become -1. Does not wait for the device.
+
+    Where texts lie in the order of their images, a block of logits away from the diagonal then shows by the least and greatest
+    id of its rows and columns that it holds no positive.
+    """
+    count = len(column_ids)
+    ordered, order = column_ids.sort(stable=True)
+    columns = order[torch.searchsorted(ordered, column_ids)] if count else order
+    rows = torch.arange(count, count + len(row_ids), device=row_ids.device)
+    if count:
+        found = torch.searchsorted(ordered, row_ids).clamp(max=count - 1)
+        rows = torch.where(ordered[found] == row_ids, order[found], rows)
+    return tuple(torch.where(ids < 0, -1, place).int() for ids, place in ((row_ids, rows), (column_ids, columns)))  # type: ignore[return-value]
 
 
 def _occurrences(wanted: Tensor, among: Tensor) -> Tensor:

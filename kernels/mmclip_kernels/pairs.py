@@ -15,7 +15,7 @@ Mode = Literal["softmax", "sigmoid"]
 class Pairs:
     """Which of N images (rows) and M texts (columns) are positives, which are left out, and the weight of each.
 
-    row_ids [N], column_ids [M]: int64. Equal ids are positives; ids < 0 are left out. some_out: whether ids < 0 may occur.
+    row_ids [N], column_ids [M]: int32. Equal ids are positives; ids < 0 are left out. some_out: whether ids < 0 may occur.
     exclude [N, M] bool (any strides) or None: further pairs that are left out.
     factor [], bias []: logits are factor * cosine (+ bias). They and all weights are float32 or float64.
     Softmax mode: row_mean [N] and column_mean [M] are the weights of the log-sum-exps; row_share [N] and column_share [M] are

@@ -26,16 +26,16 @@ SWEEP_BLOCK = 8192, 16384
 GRADIENT_BLOCK = 8192, 6144
 
 
-def sweep_tile(dtype: torch.dtype, exclusions: bool) -> Tile:
-    """For the forward sweep of the contrastive loss. With exclusions half the rows: reading them takes registers."""
+def sweep_tile(dtype: torch.dtype, masked: bool) -> Tile:
+    """For the forward sweep of the contrastive loss. masked: with exclusions or the sigmoid, whose code takes more registers."""
     if dtype == torch.float32:  # exact float32 products run without tensor cores and hold their operands in registers
         return Tile(64, 64, 32, 4, 2)
-    return Tile(64 if exclusions else 128, 128, 64, 8, 3)
+    return Tile(64, 128, 64, 8 if masked else 4, 3)
 
 
-def gradient_tile(dtype: torch.dtype) -> Tile:
-    """For the backward sweep. It holds cosines and dL/ds at once, and 128 x 128 of both do not fit the registers."""
-    return sweep_tile(dtype, exclusions=True)
+def gradient_tile(dtype: torch.dtype, masked: bool) -> Tile:
+    """For the backward sweep, which holds cosines and dL/ds at once."""
+    return sweep_tile(dtype, masked)
 
 
 # One program scores, selects and copies an image of up to this many patches. Larger images are scored in blocks of this many.
