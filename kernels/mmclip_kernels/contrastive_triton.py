@@ -21,14 +21,14 @@ from torch import Tensor
 from mmclip_kernels import tiles
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
 
-# exp(-60). A sum of exponentials below this is computed again around its own maximum: float32 ends at 1e-38, so the terms of
+# About 2^-86. A sum of exponentials below this is computed again around its own maximum: float32 ends at 1e-38, so the terms of
 # such a small sum may have lost digits.
 FAINT = tl.constexpr(1e-26)
 # The kernels compute powers of 2.
 LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
-# If a log-sum-exp lies this far below the highest of its tile, rows and columns get separate exponentials. exp(60) does not
-# overflow.
-SPREAD = tl.constexpr(60.0)
+# If a log-sum-exp (in base 2) lies this far below the highest of its tile, rows and columns get separate exponentials. 2^86 does
+# not overflow.
+SPREAD = tl.constexpr(86.0)
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
@@ -213,14 +213,6 @@ def _may_match(row_id, column_id):
 
 
 @triton.jit
-def _exp2(value, UPCAST: tl.constexpr):
-    """2^value. On a card in one instruction, which makes results below 2^-126 zero."""
-    if UPCAST:  # the interpreter knows no instructions
-        return tl.exp2(value)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
 def _natural(peak):
     """2^peak as e^base times a factor near 1, which holds the rounding of the base: at a scale of 100 it would be the largest
     error of the loss."""
@@ -291,7 +283,7 @@ def _sweep_tile(
     # Usually one exponential, around the tile's maximum, serves the sums of rows and columns.
     highest = tl.max(tl.max(logits, 1), 0)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
-    power = _exp2(logits - highest, UPCAST)
+    power = tl.exp2(logits - highest)
     row_sum, column_sum = tl.sum(power, 1), tl.sum(power, 0)
     # A row or column that takes part may lie so far below it that its sum is lost.
     faintest = tl.minimum(tl.min(tl.where(row_takes, row_sum, 1.0), 0), tl.min(tl.where(column_takes, column_sum, 1.0), 0))
@@ -327,8 +319,8 @@ def _faint_tile(
         column_peak = tl.where(column_peak == -float("inf"), 0.0, column_peak)
         row_base, row_rest = _natural(row_peak)
         column_base, column_rest = _natural(column_peak)
-        row_total = row_rest * tl.sum(_exp2(logits - row_peak[:, None], UPCAST), 1)
-        column_total = column_rest * tl.sum(_exp2(logits - column_peak[None, :], UPCAST), 0)
+        row_total = row_rest * tl.sum(tl.exp2(logits - row_peak[:, None]), 1)
+        column_total = column_rest * tl.sum(tl.exp2(logits - column_peak[None, :]), 0)
         _store_sums(
             by_row, by_column, down, across, rows, columns, high, wide, row_base, row_total, column_base, column_total,
             ROWS, COLUMNS,
@@ -391,10 +383,10 @@ def _gradient_tile(
         top = tl.where(top == -float("inf"), 0.0, top)
         if top - tl.minimum(tl.min(row_log, 0), tl.min(column_log, 0)) < SPREAD:
             row_part, column_part = row_weight * tl.exp2(top - row_log), column_weight * tl.exp2(top - column_log)
-            slope = _exp2(logits - top, UPCAST) * (row_part[:, None] + column_part[None, :])
+            slope = tl.exp2(logits - top) * (row_part[:, None] + column_part[None, :])
         else:  # such a factor would overflow
-            slope = row_weight[:, None] * _exp2(logits - row_log[:, None], UPCAST)
-            slope += column_weight[None, :] * _exp2(logits - column_log[None, :], UPCAST)
+            slope = row_weight[:, None] * tl.exp2(logits - row_log[:, None])
+            slope += column_weight[None, :] * tl.exp2(logits - column_log[None, :])
         if _may_match(row_id, column_id):
             share = tl.load(row_share + rows, row_in, 0.0)[:, None] + tl.load(column_share + columns, column_in, 0.0)[None, :]
             slope -= tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), share, 0.0)
