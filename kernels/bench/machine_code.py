@@ -209,6 +209,8 @@ CASES: dict[str, Callable[[], None]] = {
     "fp32": partial(contrastive, 256, 256, 512, FP32),
     "bf16, sigmoid": partial(contrastive, 256, 256, 512, BF16, "sigmoid"),
     "bf16, pairs excluded": partial(contrastive, 256, 256, 512, BF16, excluded=True),
+    "fp16, sigmoid, pairs excluded": partial(contrastive, 256, 256, 512, FP16, "sigmoid", excluded=True),
+    "fp32, sigmoid": partial(contrastive, 256, 256, 512, FP32, "sigmoid"),
     "bf16, odd sizes": partial(contrastive, 257, 259, 512, BF16),
     "bf16, width 520": partial(contrastive, 256, 256, 520, BF16),
     "bf16, width 500": partial(contrastive, 256, 256, 500, BF16),

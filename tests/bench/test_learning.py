@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmclip_shards.manifest import load_manifest
 from sklearn.metrics import roc_auc_score
 
 from mmclip_dist.bench.learning import __main__ as command
 from mmclip_dist.bench.learning import measures
 from mmclip_dist.bench.learning.compare import METRICS, compare, macro_auc, resamples
-from mmclip_dist.bench.learning.plan import load_plan
+from mmclip_dist.bench.learning.plan import Packed, load_plan
 from mmclip_dist.bench.learning.runs import Outcome, Run, Runs
 from mmclip_dist.bench.learning.sets import Sets
 from mmclip_dist.config import load_config
@@ -147,6 +148,21 @@ def test_the_committed_plans_can_be_run() -> None:
         plan = load_plan(path)
         for arm in plan.arms.values():
             load_config(plan.recipe, [*plan.overrides, *arm.overrides, "run_dir=unused"])
+
+
+def test_sets_of_ones_own_are_taken_as_they_lie(sets, tmp_path: Path) -> None:
+    data = Packed(pairs=sets.paired, unpaired=sets.unpaired, probe=sets.paired, validation=sets.test, test=sets.test)
+    own = Sets(data, tmp_path)
+    training = own.training(1)
+    assert (training.pairs, training.unpaired, own.held_out("test")) == (sets.paired, sets.unpaired, sets.test)
+    assert load_manifest(training.entities).kind == "entities" and Path(training.tokenizer).is_dir()
+    assert own.training(2) == training  # the seeds differ in weights and order alone
+
+
+def test_arms_that_score_patches_run_before_those_that_need_them(tmp_path: Path) -> None:
+    plan = load_plan(write_plan(tmp_path, PLAN.replace("full: {unpaired: 0.5}", "split: {attention: contrastive}")))
+    first, others = command.rounds(plan)
+    assert {run.arm for run in first} == {"contrastive"} and {run.arm for run in others} == {"split", "diverges"}
 
 
 def test_equal_time_gives_an_arm_as_many_steps_as_the_control_has_time_for(tmp_path: Path) -> None:
