@@ -156,6 +156,7 @@ def _example(row: int, length: int, config: Config, vocabulary: int, random: np.
         "attention": torch.from_numpy(random.random((grid, grid), dtype=np.float32)),
         "has_attention": True,
         "noise": torch.from_numpy(random.random(grid**2, dtype=np.float32)),
+        "lot": np.float32(random.random()),
         "replaced": [],
         "reading": Tally(),
     }

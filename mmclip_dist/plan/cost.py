@@ -145,15 +145,16 @@ def _report_encoder(name: str, text: TextEncoder, rows: float, length: float, vo
 
 def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
     image, patches = config.model.image, config.model.image.grid**2
-    views: tuple[tuple[str, float], ...] = (("image", patches),)
-    if config.attmim.mode == "split" and _rebuilds(config):
+    views: tuple[tuple[str, float, float], ...] = (("image", load.images, patches),)
+    if config.attmim.mode != "feature" and _rebuilds(config):
         kept = config.attmim.views(patches)
-        views = (("salient view", kept[0]), ("context view", kept[1]))
-    for index, (name, length) in enumerate(views):
-        layer = _encoder_layer(name, load.images, length, image.width, image.heads, image.depth, number, masked=False)
+        whole = ("salient view", load.images, kept[0]) if config.attmim.mode == "split" else views[0]
+        views = (whole, ("context view", load.images * config.attmim.share, kept[1]))
+    for index, (name, rows, length) in enumerate(views):
+        layer = _encoder_layer(name, rows, length, image.width, image.heads, image.depth, number, masked=False)
         norm = Piece(
-            f"{name}: norm", parameters=2.0 * image.width, saved=load.images * length * (image.width + 2) * number,
-            work=2.0 * load.images * length * image.width * number,
+            f"{name}: norm", parameters=2.0 * image.width, saved=rows * length * (image.width + 2) * number,
+            work=2.0 * rows * length * image.width * number,
         )  # fmt: skip
         for piece in (layer, norm):
             yield piece if index == 0 else replace(piece, again=False, shares=piece.name.replace(name, views[0][0]))
@@ -192,7 +193,7 @@ def _contrastive(config: Config, load: Load) -> Piece:
 
 
 def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
-    image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images
+    image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images * config.attmim.share
     patches, words = image.grid**2, load.tokens + load.prompts
     inputs = rows * (patches * image.width + words * text.width)
     yield Piece(
@@ -209,9 +210,10 @@ def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
 
 
 def _entmlm(config: Config, load: Load, number: int) -> Iterator[Piece]:
-    image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports
+    image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports * config.entmlm.share
     for piece in _report_encoder("masked reports", text, rows, load.tokens, load.vocabulary, number):
-        yield replace(piece, again=False)
+        if config.entmlm.input == "encoder" or piece.name.endswith("embedding"):
+            yield replace(piece, again=False)
     patches = image.grid**2
     if config.attmim.mode == "split" and _rebuilds(config):
         patches = sum(config.attmim.views(patches))

@@ -30,6 +30,6 @@ def test_batches_come_in_order_and_plans_are_known_before() -> None:
         assert batch["step"] == step and made[-1] == step + AHEAD
         assert batch["plan"].counts[:2] == [4 - step % 4, step % 4] and len(batch["plan"].parts) == 2
         parts = batch["plan"].parts
-        assert len(batch["plan"].tensors) == 7 * (1 + len(parts)) and parts[1].packing.slot is batch["plan"].tensors[18]
+        assert len(batch["plan"].tensors) == 15 * (1 + len(parts)) and parts[1].packing.slot is batch["plan"].tensors[38]
         assert feed.ahead(2).counts[:2] == [4 - (step + 2) % 4, (step + 2) % 4]
         assert feed.ahead(1).counts[:2] == [4 - (step + 1) % 4, (step + 1) % 4]

@@ -46,7 +46,7 @@ def batch_of(config: Config, load: Load) -> Batch:
         "target_tokens": torch.where(hidden, tokens, -100), "evidence": torch.ones_like(tokens).bool(),
         "report_id": torch.arange(rows), "labels": torch.randint(-1, 2, (rows, load.prompts // 2)),
         "attention": torch.rand(rows, side, side), "has_attention": torch.full((rows,), not load.scored),
-        "noise": torch.rand(rows, side * side),
+        "noise": torch.rand(rows, side * side), "lot": (torch.arange(rows) + 0.5) / rows,
     }  # fmt: skip
     return cast(Batch, batch)
 
