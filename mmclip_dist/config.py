@@ -155,7 +155,7 @@ class AttMIM(Section):
     @model_validator(mode="after")
     def _views(self) -> Self:
         if self.mode != "feature" and self._hidden + self.context_keep > 1:
-            raise ValueError(f"attmim.{self._names} + attmim.context_keep may not pass 1: the context view has none of those patches")
+            raise ValueError(f"attmim.{self._names} + attmim.context_keep may not pass 1: a patch is in one view only")
         if self.mode != "context" and self.share < 1:
             raise ValueError(f"attmim.share={self.share} needs attmim.mode=context: the other modes encode every image for it")
         return self

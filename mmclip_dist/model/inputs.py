@@ -22,10 +22,10 @@ class Plan:
     """Facts of one batch, or of one of its parts.
 
     paired [n], unpaired [B - n]: rows with and without a report. known [V]: rows with a report or a label, which the contrastive
-    loss can use. rebuilt [R]: rows whose image AttMIM rebuilds. read [m]: rows whose report EntMLM rebuilds; read_known [m]: their
-    places in `known`. masked [K]: places of the masked tokens among the m x T tokens of those reports, laid end to end. All int64.
-    scored: which images have attention scores. packing, read_packing: how the n and the m reports share rows. tokens, unscored:
-    number of the reports' tokens, and of images without scores. parts: plans of the parts, if there are any.
+    loss can use. rebuilt [R]: rows whose image AttMIM rebuilds. read [m]: rows whose report EntMLM rebuilds; read_known [m]:
+    their places in `known`. masked [K]: places of the masked tokens among the m x T tokens of those reports, laid end to end.
+    All int64. scored: which images have attention scores. packing, read_packing: how the n and the m reports share rows. tokens,
+    unscored: number of the reports' tokens, and of images without scores. parts: plans of the parts, if there are any.
     """
 
     paired: Tensor

@@ -42,7 +42,8 @@ def test_a_few_steps_lower_every_loss(sets, tokenizer, batch: Batch, mode: str) 
         assert history[-1][name] < 0.9 * history[0][name], (name, history[0][name], history[-1][name])
 
 
-@pytest.mark.parametrize(("mode", "sidecars"), [("split", "all"), ("context", "all"), ("feature", "all"), ("feature", "some"), ("feature", "none")])
+@pytest.mark.parametrize(("mode", "sidecars"), [("split", "all"), ("context", "all"),
+                                                ("feature", "all"), ("feature", "some"), ("feature", "none")])
 def test_losses_and_gradients_agree_between_the_kernels(sets, tokenizer, batch: Batch, mode: str, sidecars: str) -> None:
     """impl=triton (interpreted without a card) and impl=torch: the same masks, losses and gradients."""
     if sidecars != "all":
