@@ -60,7 +60,7 @@ class ExampleMaker:
         data = members.get("jpg") or members.get("png")
         if data is None:
             raise ValueError(f"sample {key} has no jpg or png")
-        example = {
+        example: Example = {
             "key": key,
             "image": torch.from_numpy(crop_image(decode_image(data), crop, self.size)),
             "noise": torch.from_numpy(random.random(self.grid**2, dtype=np.float32)),

@@ -21,9 +21,9 @@ class Feed:
     """
 
     def __init__(
-        self, batches: Iterator[Batch], width: int, passes: int, device: torch.device, shares: tuple[float, float] = (1.0, 1.0)
+        self, batches: Iterator[Batch], width: int, passes: int, shares: tuple[float, float], device: torch.device
     ) -> None:
-        self.batches, self.width, self.passes, self.device, self.shares = batches, width, passes, device, shares
+        self.batches, self.width, self.passes, self.shares, self.device = batches, width, passes, shares, device
         self._waiting: deque[tuple[PlannedBatch, torch.cuda.Event | None]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

@@ -43,7 +43,7 @@ class Plan:
     parts: tuple[Plan, ...] = ()
 
     @classmethod
-    def of(cls, batch: Batch, width: int, shares: tuple[float, float] = (1.0, 1.0)) -> Plan:
+    def of(cls, batch: Batch, width: int, shares: tuple[float, float]) -> Plan:
         """width: of the text encoder. shares: of the known images, and of the reports, that are masked and rebuilt, by lot: the
         lowest lots for images, the highest for reports, so that two small shares are of different samples. An image without
         report and label is always rebuilt: nothing else is learned from it."""
@@ -110,7 +110,7 @@ class PlannedBatch(Batch, total=False):
     counts: Counts
 
 
-def planned(batch: Batch, width: int, passes: int = 1, shares: tuple[float, float] = (1.0, 1.0)) -> PlannedBatch:
+def planned(batch: Batch, width: int, passes: int, shares: tuple[float, float]) -> PlannedBatch:
     """The batch with its plan. width, shares: as in `Plan.of`. passes: in how many parts it is computed."""
     plan = Plan.of(batch, width, shares)
     if passes > 1:

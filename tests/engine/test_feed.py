@@ -23,7 +23,7 @@ def test_batches_come_in_order_and_plans_are_known_before() -> None:
             made.append(step)
             yield batch
 
-    feed = Feed(batches(), width=64, passes=2, device=CPU)
+    feed = Feed(batches(), width=64, passes=2, shares=(1.0, 1.0), device=CPU)
     assert [len(feed.ahead(steps).paired) for steps in (1, 2)] == [4, 3] and made == [0, 1]
     for step in range(6):
         batch = next(feed)

@@ -83,7 +83,7 @@ def test_every_batch_comes_with_its_own_counts(guard: Guard) -> None:
             made["report_id"][: step % 4] = -1
             yield made
 
-    counted = guard.counted(Feed(batches(), 64, 1, CPU))
+    counted = guard.counted(Feed(batches(), 64, 1, (1.0, 1.0), CPU))
     for step in range(6):
         found = next(counted)
         assert (found["counts"].paired, found["counts"].unpaired) == ((4 - step % 4,), (step % 4,))
