@@ -8,6 +8,7 @@ import json
 import math
 import re
 import tokenize
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -52,11 +53,16 @@ class Box:
     height: float
 
 
+RawImage = Path | bytes | np.ndarray | Callable[[], tuple[np.ndarray, tuple[Box, ...]]]
+"""What `Record.image` may be."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One study image of a raw data set, before packing.
 
-    image: a file, encoded bytes, or 8/16-bit single-channel pixels [height, width].
+    image: a file, encoded bytes, 8/16-bit single-channel pixels [height, width], or a function that draws pixels and boxes:
+    `pack` calls it in a worker. It must be picklable and draw the same each time; `boxes` is empty then.
     report: full text, or "" for an unpaired image; findings and impression: its sections, if known.
     labels: disease -> 1 present, 0 absent, -1 uncertain, None not mentioned.
     patient: the raw patient id; only its keyed hash is ever written.
@@ -65,7 +71,7 @@ class Record:
     """
 
     key: str
-    image: Path | bytes | np.ndarray
+    image: RawImage
     patient: str
     source: str
     report: str = ""
