@@ -382,7 +382,7 @@ def test_images_are_drawn_as_they_are_packed_and_not_again_after_a_kill(tmp_path
         assert path.read_bytes() == (tmp_path / "set" / "train" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_packed_are_the_records_with_their_boxes(tmp_path: Path, workers: int) -> None:
     whole = {"train": 1.0}
     pack_synthetic(tmp_path / "set", 6, seed=1, size=32, splits=whole, samples_per_shard=4, workers=workers)
