@@ -38,6 +38,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def last(self) -> int:
+        """The number of the last row; there must be one."""
+        return self._numbers[-1]
+
     def __iter__(self) -> Iterator[Row]:
         with self.table.open("rb") as file:
             for place in range(len(self)):

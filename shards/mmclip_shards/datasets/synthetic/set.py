@@ -36,7 +36,7 @@ def pack_synthetic(
     """
     check_range(count, seed=seed, size=size)
     return pack(
-        Records(count, lambda index: study_record(Drawing(index, seed, size, unpaired))),
+        Records(range(count), lambda index: study_record(Drawing(index, seed, size, unpaired))),
         dest,
         dataset="synthetic-unpaired" if unpaired else "synthetic",
         splits=splits,
