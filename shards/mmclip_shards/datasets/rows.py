@@ -109,7 +109,7 @@ class Rows:
         raw = file.read(self._lengths[place])
         if xxhash.xxh3_64_intdigest(raw) != self._hashes[place]:
             raise ValueError(f"{self.table} was changed while it was read: start again")
-        (cells,) = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=self._delimiter, strict=True)
+        (cells,) = csv.reader([raw.decode()], delimiter=self._delimiter, strict=True)
         return self._numbers[place], {name: cell.strip() for name, cell in zip(self._columns, cells, strict=True)}
 
 
