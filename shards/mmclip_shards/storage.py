@@ -437,6 +437,7 @@ def _open_remote(url: Url) -> tuple[Any, str]:
 def _session_of(protocol: str) -> dict[str, Any]:
     if protocol != "s3":
         return {}
+    fsspec.get_filesystem_class(protocol)  # says what to install where it is missing
     from aiobotocore.session import AioSession
 
     return {"session": share_metadata(AioSession())}

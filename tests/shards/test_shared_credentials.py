@@ -227,3 +227,10 @@ def test_keys_of_the_environment_come_first(metadata: Metadata, monkeypatch: pyt
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "MINE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
     assert credentials.share_metadata(Session()).get_credentials().access_key == "MINE" and not metadata.given
+
+
+def test_without_s3fs_it_is_said_what_to_install() -> None:
+    missing = "import sys; sys.modules |= dict.fromkeys(['s3fs', 'aiobotocore', 'aiobotocore.session'])\n"
+    asked = missing + "from mmclip_shards import storage; storage.read_bytes('s3://bucket/key')"
+    ended = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert ended.returncode and ended.stderr.splitlines()[-1] == "ImportError: Install s3fs to access S3"
