@@ -51,7 +51,7 @@ class ExampleMaker:
     def bytes_per_example(self) -> int:
         """Bytes of the tensors of an example whose report is as long as allowed."""
         pixels, patches = self.size**2, self.grid**2
-        return 4 + 4 * pixels + 8 * patches + 26 * self.max_tokens + 8 * len(self.diseases)
+        return 4 * pixels + 8 * patches + 26 * self.max_tokens + 8 * len(self.diseases) + 13
 
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
         """The example. ValueError if the image or the document cannot be decoded."""

@@ -87,7 +87,7 @@ def test_every_batch_comes_with_its_own_counts(guard: Guard) -> None:
     for step in range(6):
         found = next(counted)
         assert (found["counts"].paired, found["counts"].unpaired) == ((4 - step % 4,), (step % 4,))
-        assert found["counts"].masked == (len(found["plan"].masked),) and found["counts"].samples == 4
+        assert found["counts"].masked == (len(found["plan"].masked),) and found["counts"].rebuilt == (4,)
         guard.after_step(step + 1, found, torch.tensor(2.0), applied=True, writing=False)
     guard.finish()
     assert guard.quarantine.seen == 24
