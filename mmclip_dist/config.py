@@ -405,10 +405,10 @@ class Config(Section):
                 "source, or train without the term: loss.entity=0"
             )
         bare = [source.url for source in self.data.sources if source.attention is None]
-        if self.attmim.mode != "feature" and self.attmim.guide == "attention" and self.loss.image and bare:
+        if self.attmim.mode == "split" and self.attmim.guide == "attention" and self.loss.image and bare:
             raise ValueError(
-                f"attmim.mode={self.attmim.mode} needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
-                "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=feature or attmim.guide=random"
+                f"attmim.mode=split needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
+                "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=context"
             )
 
     @property

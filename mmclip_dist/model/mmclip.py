@@ -4,10 +4,10 @@ Shape letters: B samples of this rank, n of them with a report, P patches, K kep
 D width of an encoder, E shared width.
 
 AttMIM has three modes. `feature` encodes the whole image once and hides the features of the patches that respond most to
-the report (the paper's own way). The others know the scores beforehand and hide patches from the encoder itself: what it
-makes of the context view must rebuild the rest. In `split` the contrastive loss sees the salient view, so that each patch is
-encoded at most once. In `context` it sees the whole image; a share of the images is rebuilt, and an image without report and
-label costs its context view only.
+the report (the paper's own way). The others hide patches from the encoder itself: what it makes of the context view must rebuild
+the rest. In `context` the contrastive loss sees the whole image; a share of the images is rebuilt, and an image without report
+and label costs its context view only. In `split` it sees the salient view, by scores that are known beforehand, so that each
+patch is encoded at most once.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class MMCLIP(nn.Module):
             return self._encode_views(batch, patches)
         if self.config.loss.image and mode == "context":
             seen = self.image.encode(_rows(patches, plan.known))
-            views = self._views(batch, _rows(patches, plan.rebuilt))
+            views = self._views(batch, _rows(patches, plan.rebuilt), self._scores_now(batch, memory, seen))
             query = self._context(views, self.image.encode(views.context), patches.shape[1])
             return ImageFeatures(_rows(seen, plan.read_known), self._embed_known(seen, batch), query, views.mask)
         seen = self.image.encode(patches)
@@ -271,12 +271,14 @@ class MMCLIP(nn.Module):
         masked = step < self.config.optim.steps - options.unmasked_last_steps
         return options.mode == "split" and self.config.loss.image > 0 and masked
 
-    def _views(self, batch: PlannedBatch, patches: Tensor) -> SplitViews:
-        """patches [R, P, D]: of the images that are rebuilt, in split mode all."""
+    def _views(self, batch: PlannedBatch, patches: Tensor, now: Tensor | None = None) -> SplitViews:
+        """patches [R, P, D]: of the images that are rebuilt, in split mode all. now [R, P]: scores where no sidecar has any."""
         options, rows = self.config.attmim, batch["plan"].rebuilt
         salient, context = options.views(patches.shape[1])
-        noise, attention = _rows(batch["noise"], rows), _rows(batch["attention"], rows)
-        scores = noise if options.guide == "random" else ranked_or_drawn(attention.flatten(1), noise)
+        noise, scores = _rows(batch["noise"], rows), _rows(batch["attention"], rows).flatten(1)
+        if now is not None:
+            scores = torch.where(_rows(batch["has_attention"], rows)[:, None], scores, now)
+        scores = noise if options.guide == "random" else ranked_or_drawn(scores, noise)
         return attention_split_views(
             patches, salient=salient, context=context, hint=options.hint, scores=scores, noise=noise, impl=self.config.loss.impl
         )
@@ -304,6 +306,21 @@ class MMCLIP(nn.Module):
             computed = attention_scores(patches, words, memory.evidence, temperature=temperature)
             return hide(scores=ranked_or_drawn(torch.where(known[:, None], stored, computed), noise))
         return hide(words, memory.evidence, score_features=patches, temperature=temperature)
+
+    @torch.no_grad()
+    def _scores_now(self, batch: PlannedBatch, memory: TextMemory, seen: Tensor) -> Tensor | None:
+        """Context mode: scores of this very step [R, P], from features seen [V, P, D]; all equal for an image without report and
+        label, whose whole is not encoded. None if no mask needs them."""
+        plan = batch["plan"]
+        if self.config.attmim.guide == "random":
+            return None
+        if len(seen) < len(batch["image"]):
+            seen = seen.new_zeros(len(batch["image"]), *seen.shape[1:]).index_copy(0, plan.known, seen)
+        features, evidence = _rows(memory.features, plan.rebuilt), _rows(memory.evidence, plan.rebuilt)
+        words, patches = self.text_head(features), self.image_head(_rows(seen, plan.rebuilt))  # on every rank: see _hide_patches
+        if plan.scored == "all":
+            return None
+        return attention_scores(patches, words, evidence, temperature=self.config.attmim.score_temperature)
 
     @torch.no_grad()
     def score_patches(self, seen: Tensor, words: Tensor, evidence: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def pieces(config: Config, load: Load, number: int) -> tuple[Piece, ...]:
             work=load.images * image.grid**2 * image.width * number,
         ),
         *_image_encoder(config, load, number),
-        *([_scores(config, load)] if _rebuilds(config) and config.attmim.mode == "feature" else []),
+        *([_scores(config, load)] if _rebuilds(config) and _scores_patches(config) else []),
         _shared_space(config, load, number),
         *([_contrastive(config, load)] if weights.contrastive else []),
         *(_attmim(config, load, number) if _rebuilds(config) else ()),
@@ -103,6 +103,10 @@ def parameters(config: Config, vocabulary: int) -> float:
 
 def _rebuilds(config: Config) -> bool:
     return config.loss.image > 0
+
+
+def _scores_patches(config: Config) -> bool:
+    return config.attmim.mode == "feature" or (config.attmim.mode == "context" and config.attmim.guide == "attention")
 
 
 def _encoder_layer(name: str, rows: float, length: float, width: int, heads: int, depth: int, number: int, masked: bool) -> Piece:
@@ -163,10 +167,10 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
 def _scores(config: Config, load: Load) -> Piece:
     """Attention of every patch to every word, in float32 and without gradient. Both are embedded even if scores are known."""
     patches, words, embed = config.model.image.grid**2, load.tokens + load.prompts, config.model.embed
-    embedding = words * config.model.text.width + patches * config.model.image.width
+    embedding, rows = words * config.model.text.width + patches * config.model.image.width, load.images * config.attmim.share
     return Piece(
-        "attention scores", flops=2.0 * embed * load.images * (embedding + load.scored * patches * words), backward=0.0,
-        again=False, work=3.0 * load.images * patches * words * 4 * load.scored,
+        "attention scores", flops=2.0 * embed * rows * (embedding + load.scored * patches * words), backward=0.0,
+        again=False, work=3.0 * rows * patches * words * 4 * load.scored,
     )  # fmt: skip
 
 

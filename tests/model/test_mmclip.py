@@ -149,6 +149,24 @@ def test_context_mode_contrasts_whole_images_and_rebuilds_from_the_context_view(
     assert torch.equal(is_mask, torch.ones(8, 16, dtype=torch.bool).scatter(1, context, False))
 
 
+def test_context_mode_scores_patches_where_no_sidecar_is(sets, tokenizer, batch: Batch) -> None:
+    """Images with a report or a label: none of the patches that respond most is in the context view. Others: by lot."""
+    model = model_of(sets.config("attmim.mode=context", "attmim.hint=0", "loss.entity=0"), tokenizer)
+    nothing = torch.arange(8) == 3
+    missing = Batch(**(batch | {
+        "has_attention": torch.zeros(8, dtype=torch.bool), "attention": torch.zeros(8, 4, 4),
+        "report_id": torch.where(nothing, -1, batch["report_id"]), "labels": torch.where(nothing[:, None], -1, batch["labels"]),
+    }))  # fmt: skip
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    assert all(loss.isfinite() for loss in model(missing).values())
+    with torch.no_grad():
+        scores = model.attention_grid(missing).flatten(1)
+    scores[3] = batch["noise"][3]
+    top = scores.argsort(1, descending=True)[:, :8]
+    assert (queries[0] == model.mask_token.detach()).all(2).gather(1, top).all()
+
+
 def test_masked_terms_on_shares_of_the_batch_are_those_of_the_chosen_samples(sets, tokenizer, batch: Batch) -> None:
     """The lowest lots are rebuilt as images and the highest as reports: the losses are those of these samples alone."""
     batch["lot"] = torch.tensor([0.1, 0.9, 0.3, 0.7, 0.2, 0.6, 0.95, 0.4])

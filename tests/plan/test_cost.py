@@ -32,6 +32,7 @@ def one_rank(tmp_path: Path):
         ([], {"scored": True}, 4),
         (["attmim.mode=split"], {}, 4),
         (["attmim.mode=context", "attmim.share=0.5", "entmlm.share=0.25", "entmlm.input=embeddings"], {}, 4),
+        (["attmim.mode=context", "attmim.share=0.5"], {"scored": True}, 4),
         (["loss.image=0", "loss.entity=0"], {"tokens": 20}, 8),
         (["loss.contrastive=0", "loss.entity=0"], {"diseases": 20}, 3),
         (["model.image={size: 96, patch: 16, width: 64, depth: 2, heads: 2}"], {"tokens": 48, "masked": 3}, 2),
