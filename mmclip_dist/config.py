@@ -142,7 +142,7 @@ class AttMIM(Section):
     """Attention-guided masked image modelling; the two modes are described in `mmclip_dist.model.mmclip`."""
 
     mode: Literal["feature", "split", "context"] = "feature"  # K: feature; O: split, context
-    share: float = Field(1.0, gt=0, le=1)  # of the images with a report or label that are rebuilt; context only (O)
+    share: float = Field(1.0, gt=0, le=1)  # context: share of the images with a report or label that are rebuilt (O)
     guide: Literal["attention", "random"] = "attention"  # what chooses the patches; random: the control that ignores the scores
     ratio: float = Field(0.5, gt=0, lt=1)  # feature, context: share of patches that the scores hide (K: about half)
     hint: float = Field(0.1, ge=0, lt=1)  # share of the chosen patches left visible, others masked instead (N)
@@ -156,8 +156,6 @@ class AttMIM(Section):
     def _views(self) -> Self:
         if self.mode != "feature" and self._hidden + self.context_keep > 1:
             raise ValueError(f"attmim.{self._names} + attmim.context_keep may not pass 1: a patch is in one view only")
-        if self.mode != "context" and self.share < 1:
-            raise ValueError(f"attmim.share={self.share} needs attmim.mode=context: the other modes encode every image for it")
         return self
 
     @property
@@ -414,7 +412,7 @@ class Config(Section):
     @property
     def shares(self) -> tuple[float, float]:
         """Shares of the samples whose images, and whose reports, are masked and rebuilt."""
-        return self.attmim.share, self.entmlm.share
+        return self.attmim.share if self.attmim.mode == "context" else 1.0, self.entmlm.share
 
 
 OPERATIONAL = frozenset({

@@ -153,7 +153,7 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
     if config.attmim.mode != "feature" and _rebuilds(config):
         kept = config.attmim.views(patches)
         whole = ("salient view", load.images, kept[0]) if config.attmim.mode == "split" else views[0]
-        views = (whole, ("context view", load.images * config.attmim.share, kept[1]))
+        views = (whole, ("context view", load.images * config.shares[0], kept[1]))
     for index, (name, rows, length) in enumerate(views):
         layer = _encoder_layer(name, rows, length, image.width, image.heads, image.depth, number, masked=False)
         norm = Piece(
@@ -167,7 +167,7 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
 def _scores(config: Config, load: Load) -> Piece:
     """Attention of every patch to every word, in float32 and without gradient. Both are embedded even if scores are known."""
     patches, words, embed = config.model.image.grid**2, load.tokens + load.prompts, config.model.embed
-    embedding, rows = words * config.model.text.width + patches * config.model.image.width, load.images * config.attmim.share
+    embedding, rows = words * config.model.text.width + patches * config.model.image.width, load.images * config.shares[0]
     return Piece(
         "attention scores", flops=2.0 * embed * rows * (embedding + load.scored * patches * words), backward=0.0,
         again=False, work=3.0 * rows * patches * words * 4 * load.scored,
@@ -197,7 +197,7 @@ def _contrastive(config: Config, load: Load) -> Piece:
 
 
 def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
-    image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images * config.attmim.share
+    image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images * config.shares[0]
     patches, words = image.grid**2, load.tokens + load.prompts
     inputs = rows * (patches * image.width + words * text.width)
     yield Piece(
@@ -214,7 +214,7 @@ def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
 
 
 def _entmlm(config: Config, load: Load, number: int) -> Iterator[Piece]:
-    image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports * config.entmlm.share
+    image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports * config.shares[1]
     for piece in _report_encoder("masked reports", text, rows, load.tokens, load.vocabulary, number):
         if config.entmlm.input == "encoder" or piece.name.endswith("embedding"):
             yield replace(piece, again=False)
