@@ -27,6 +27,7 @@ class Batch(TypedDict):
     attention: Tensor  # [B, g, g] float32, scores per patch
     has_attention: Tensor  # [B] bool
     noise: Tensor  # [B, g * g] float32 in [0, 1): the random part of the choice of patches
+    lot: Tensor  # [B] float32 in [0, 1): chooses the samples that are masked, where not all are
     replaced: list[tuple[str, str]]  # (key, reason) of samples that could not be decoded and were replaced
     reading: Tally  # requests, bytes and waiting of reading the samples
 
@@ -38,7 +39,7 @@ Example = dict[str, Any]
 _TOKENS = {"tokens": None, "token_mask": False, "masked_tokens": None, "target_tokens": -100, "evidence": False}
 """Tensors with a column for each token, and what fills the columns behind a text's end; None: the tokenizer's padding."""
 
-TENSORS = ("image", *_TOKENS, "report_id", "labels", "attention", "has_attention", "noise")
+TENSORS = ("image", *_TOKENS, "report_id", "labels", "attention", "has_attention", "noise", "lot")
 
 
 def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
