@@ -352,9 +352,9 @@ def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
 
 def _poison(image: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
     """NaN if any feature is not finite, else 0. Without this, a row whose logits are all -inf would vanish from the sums."""
-    # The largest absolute value needs no copy of the features, as `isfinite` would; 0 times infinity is NaN.
-    largest = [torch.linalg.vector_norm(features, torch.inf) for features in (image, text) if features.numel()]
-    return sum((0 * size.to(dtype) for size in largest), image.new_zeros((), dtype=dtype))
+    # The extremes need no copy of the features, as `isfinite` would; 0 times infinity is NaN.
+    extremes = [extreme for features in (image, text) if features.numel() for extreme in features.aminmax()]
+    return sum((0 * extreme.to(dtype) for extreme in extremes), image.new_zeros((), dtype=dtype))
 
 
 def _log_sum(peak: Tensor, total: Tensor) -> Tensor:
