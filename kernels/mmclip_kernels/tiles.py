@@ -20,10 +20,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Rows x columns of logits whose per-tile partials are in memory at once: at most 25 MB.
-SWEEP_BLOCK = 8192, 16384
-# Rows x columns of dL/ds in memory at once: 96 MiB in two-byte types; below 128 MiB together with the products of a block.
-GRADIENT_BLOCK = 8192, 6144
+# Rows x columns of logits whose per-tile partials are in memory at once: at most 50 MB in two-byte types, 67 MB in float32.
+SWEEP_BLOCK = 16384, 16384
+# Rows x columns of dL/ds in memory at once: 128 MiB. Each block costs three launches.
+GRADIENT_BLOCK = 8192, 8192
+# Rows or columns whose partials one program merges.
+MERGED = 64
 
 
 def sweep_tile(dtype: torch.dtype, masked: bool) -> Tile:

@@ -196,6 +196,19 @@ def test_features_with_nan_give_nan(impl: str) -> None:
 
 
 @every_impl
+@pytest.mark.parametrize(
+    ("mode", "scale", "bias"),
+    [("softmax", torch.nan, None), ("softmax", torch.inf, None), ("sigmoid", torch.nan, 0.0), ("sigmoid", 1.0, -torch.inf)],
+)
+def test_a_scale_or_bias_that_is_not_finite_gives_nan(mode: str, scale: float, bias: float | None, impl: str) -> None:
+    """An error would be better, but to raise it the host would have to wait for the device."""
+    options = {} if bias is None else {"bias": torch.tensor(bias)}
+    loss_of = partial(contrastive_loss, impl=impl, mode=mode)
+    loss, image_grad, *_ = evaluate(loss_of, torch.eye(4), torch.eye(4), torch.tensor(scale), device_of(impl), **options)
+    assert loss.isnan() and image_grad.isnan().all()
+
+
+@every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 def test_empty_batch_is_zero(mode: str, impl: str) -> None:
     loss_of, empty = partial(contrastive_loss, impl=impl, mode=mode), torch.zeros(0, 8)
@@ -215,9 +228,6 @@ def test_empty_batch_is_zero(mode: str, impl: str) -> None:
         ),
         ({"scale": torch.ones(2)}, "one number"),
         ({"impl": "cuda"}, "not available"),
-        ({"scale": torch.tensor(torch.nan)}, "scale must be finite"),
-        ({"scale": torch.tensor(torch.inf)}, "scale must be finite"),
-        ({"bias": torch.tensor(-torch.inf), "mode": "sigmoid"}, "bias must be finite"),
         ({"scale": torch.ones(1, device="meta")}, "on one device"),
         ({"exclude": torch.ones(1, 1, dtype=torch.bool, device="meta")}, "on one device"),
         ({"image": torch.zeros(4, 8).double(), "text": torch.zeros(4, 8).double(), "impl": "triton"}, "for float64"),
