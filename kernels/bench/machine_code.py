@@ -96,7 +96,8 @@ def compiling(architecture: int) -> Iterator[list[tuple[str, Any]]]:
 @dataclass(frozen=True)
 class Code:
     """Of one kernel. loop: instructions of the loop of products; products, copies: how many those are; usual: of the shortest way
-    from its end to the program's; rest: of all code behind it. programs: that fit an SM at once."""
+    from its end to the program's; rest: of all code behind it. Of a kernel without tiles of logits, rest is all its code, and loop
+    and usual are 0. programs: that fit an SM at once."""
 
     kernel: str
     registers: int
@@ -124,15 +125,15 @@ def code_of(name: str, kernel: Any, architecture: int) -> Code:
     limits = SM[architecture]
     whole = -(-registers // 8) * 8 * 32 * warps
     programs = min(limits[0] // whole, limits[1] // max(shared + 1024, 1), limits[2] // (32 * warps), 32)
-    return Code(name, registers, spilled, shared, warps, programs, **_paths(text))
+    return Code(name, registers, spilled, shared, warps, programs, **_paths(text, name.endswith("_tile")))
 
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _paths(text: str) -> dict[str, int]:
-    """Instructions of the loop that holds the products, and behind it."""
+def _paths(text: str, of_logits: bool) -> dict[str, Any]:
+    """Instructions of the loop of products and behind it; of a kernel without tiles of logits, of all its code."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -140,6 +141,10 @@ def _paths(text: str) -> dict[str, int]:
             labels[label[1]] = len(lines)
         elif instruction := INSTRUCTION.match(line):
             lines.append(instruction[2])
+    copies = sum(bool(COPY.search(line)) for line in lines)
+    if not of_logits:
+        products = sum(bool(TENSOR.search(line)) for line in lines)
+        return {"loop": 0, "products": products, "copies": copies, "usual": 0, "rest": len(lines)}
     jumps = {at: labels[found[1]] for at, line in enumerate(lines) if (found := BRANCH.search(line))}
     loops = [(to, at) for at, to in jumps.items() if to < at and not any("EXIT" in line for line in lines[to:at])]
     kind = TENSOR if any(TENSOR.search(line) for line in lines) else PLAIN
@@ -148,7 +153,7 @@ def _paths(text: str) -> dict[str, int]:
     last = max(at for at, line in enumerate(lines) if "EXIT" in line)
     return {
         "loop": len(body), "products": sum(bool(kind.search(line)) for line in body),
-        "copies": sum(bool(COPY.search(line)) for line in lines), "usual": _shortest(lines, jumps, end + 1), "rest": last - end,
+        "copies": copies, "usual": _shortest(lines, jumps, end + 1), "rest": last - end,
     }  # fmt: skip
 
 
@@ -218,7 +223,8 @@ def vectors(rows: int, columns: int, mode: Any = "softmax", *, weighted: bool = 
 def masking(count: int, dtype: torch.dtype, source: str, *, replace: bool = False, split: bool = False, width: int = 768) -> None:
     """Forward and backward of two images of `count` patches. source: "scores", one text "vector", or "tokens"."""
     patches, token = torch.zeros(2, count, width, dtype=dtype), torch.zeros(width, dtype=dtype) if replace else None
-    text = {"scores": None, "vector": torch.zeros(2, width, dtype=dtype), "tokens": torch.zeros(2, 64, width, dtype=dtype)}[source]
+    words = torch.zeros(2, 64, width, dtype=dtype)
+    text = {"scores": None, "vector": words[:, 0], "tokens": words}[source]
     scores = torch.zeros(2, count) if text is None else None
     mask = torch.ones(2, 64, dtype=torch.bool) if source == "tokens" else None
     noise = torch.zeros(2, count) if split or mask is not None else None
@@ -276,8 +282,8 @@ def rows_of(architecture: int, cases: dict[str, Callable[[], None]]) -> list[Row
         for name, kernel in dict(launched).items():
             code = code_of(name, kernel, architecture)
             tile = tile_of(name, case)
-            logits = tile.rows * tile.columns / (32 * code.warps) if tile is not None else None
-            rows.append(Row(case, architecture, code, None if logits is None else round(code.usual / logits, 1)))
+            per_logit = None if tile is None else round(code.usual / (tile.rows * tile.columns / (32 * code.warps)), 1)
+            rows.append(Row(case, architecture, code, per_logit))
     return rows
 
 

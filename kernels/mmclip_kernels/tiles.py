@@ -47,12 +47,15 @@ COPY_WARPS = 8
 
 
 class MaskTile(NamedTuple):
-    """patches: all of an image, rounded up to a power of two. tokens, token_depth: block of words and step along the features
-    when patches are scored against words. rows, depth: the same when rows are copied, or scored against one vector."""
+    """patches: all of an image, rounded up to a power of two. token_patches, tokens, token_depth, token_warps: block of patches
+    and of words, step along the features, and warps when patches are scored against words. rows, depth, warps: the same when rows
+    are copied, or scored against one vector."""
 
     patches: int
+    token_patches: int
     tokens: int
     token_depth: int
+    token_warps: int
     rows: int
     depth: int
     warps: int
@@ -61,4 +64,8 @@ class MaskTile(NamedTuple):
 def mask_tile(count: int, dtype: torch.dtype) -> MaskTile:
     """For images of `count` patches."""
     patches = max(16, 1 << (count - 1).bit_length())
-    return MaskTile(patches, 32, 16 if dtype == torch.float32 else 32, 32, 128, min(max(patches // 32, 4), 8))
+    warps = min(max(patches // 32, 4), 8)
+    # So small that two programs, or one of 16 warps, fit an SM: larger blocks hold their operands in 172 to 204 registers.
+    token_patches = patches if patches <= FUSED_PATCHES else FUSED_PATCHES // 2
+    token_warps = 2 * warps if dtype == torch.float32 else warps
+    return MaskTile(patches, token_patches, 32, 16, token_warps, 32, 128, warps)
