@@ -96,8 +96,8 @@ def compiling(architecture: int) -> Iterator[list[tuple[str, Any]]]:
 @dataclass(frozen=True)
 class Code:
     """Of one kernel. loop: instructions of the loop of products; products, copies: how many those are; usual: of the shortest way
-    from its end to the program's; rest: of all code behind it. Of a kernel without tiles of logits, rest is all its code, and loop
-    and usual are 0. programs: that fit an SM at once."""
+    from its end to the program's; rest: of all code behind it. Without tiles of logits, rest is the whole kernel, and loop and
+    usual are 0. programs: that fit an SM at once."""
 
     kernel: str
     registers: int
