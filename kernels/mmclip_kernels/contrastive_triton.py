@@ -41,7 +41,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
         rows, columns = (LogSums(*torch.empty(2, len(x), device=device)) for x in (image, text))
     else:
         rows, columns = (LogSums.empty(len(x), torch.float32, device) for x in (image, text))
-    by_tile = torch.empty(sum(counts), 1 if mode == "sigmoid" else 3, device=device)
+    by_tile = torch.empty(sum(counts), 1 if mode == "sigmoid" else 3, dtype=torch.float64, device=device)
     for (here, there), count, own in zip(blocks, counts, by_tile.split(counts), strict=True):
         high, wide = here.stop - here.start, there.stop - there.start
         exclude, row_step, column_step = _exclusions(pairs, here, there)
@@ -61,8 +61,8 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
             NEW_ROWS=there.start == 0, NEW_COLUMNS=here.start == 0, ROWS=tile.rows, COLUMNS=tile.columns, SIZE=tiles.MERGED,
         )  # fmt: skip
     if mode == "sigmoid":
-        return Partials(rows, columns, by_tile.sum(dtype=torch.float64).expand(2))
-    return Partials(rows, columns, by_tile[:, :2].sum(0, dtype=torch.float64) * math.log(2))
+        return Partials(rows, columns, by_tile.sum().expand(2))
+    return Partials(rows, columns, by_tile[:, :2].sum(0) * math.log(2))
 
 
 def gradient(
@@ -244,11 +244,13 @@ def _sweep_tile(
         image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
         SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    row_pull, column_pull = 0.0, 0.0
+    # In float64, and only in tiles with positives: the loss is a small difference of these and the log-sum-exps.
+    row_pull, column_pull = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
     if _may_match(row_id, column_id):
         pull = tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), logits, 0.0)
-        row_pull -= tl.sum(tl.sum(pull, 1) * tl.load(row_share + rows, rows < high, 0.0), 0)
-        column_pull -= tl.sum(tl.sum(pull * tl.load(column_share + columns, columns < wide, 0.0)[None, :], 1), 0)
+        row_pull -= tl.sum((tl.sum(pull, 1) * tl.load(row_share + rows, rows < high, 0.0)).to(tl.float64), 0)
+        of_columns = tl.sum(pull * tl.load(column_share + columns, columns < wide, 0.0)[None, :], 1)
+        column_pull -= tl.sum(of_columns.to(tl.float64), 0)
     # Usually one exponential, around the tile's maximum, serves the sums of rows and columns.
     highest = tl.max(tl.max(logits, 1), 0)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
