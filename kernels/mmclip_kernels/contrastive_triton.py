@@ -54,8 +54,8 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
         down, across = triton.cdiv(high, tile.rows), triton.cdiv(wide, tile.columns)
         by_row, by_column = torch.empty(2, across, high, device=device), torch.empty(2, down, wide, device=device)
         shares = pairs.row_share[here], pairs.column_share[there]
-        _sweep_tile[(count,)](*features, *shares, by_row, by_column, own, *sizes, **options)
-        _faint_tile[(count,)](*features, by_row, by_column, own, *sizes, **options)
+        _sweep_tile[(count,)](*features, by_row, by_column, own, *sizes, **options)
+        _rare_tile[(count,)](*features, *shares, by_row, by_column, own, *sizes, **options | {"num_warps": tiles.RARE_WARPS})
         _merge_tiles[(triton.cdiv(high, tiles.MERGED) + triton.cdiv(wide, tiles.MERGED),)](
             by_row, by_column, rows.peak[here], rows.total[here], columns.peak[there], columns.total[there], high, wide,
             NEW_ROWS=there.start == 0, NEW_COLUMNS=here.start == 0, ROWS=tile.rows, COLUMNS=tile.columns, SIZE=tiles.MERGED,
@@ -230,27 +230,19 @@ def _store_sums(
 
 @triton.jit
 def _sweep_tile(
-    image, text, row_ids, column_ids, exclude, factor, row_share, column_share,
-    by_row, by_column, by_tile, high, wide, width, row_step, column_step,
+    image, text, row_ids, column_ids, exclude, factor, by_row, by_column, by_tile, high, wide, width, row_step, column_step,
     SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Writes by_row [2, tiles across, high] and by_column [2, tiles down, wide]: (maximum, sum of powers) of each tile's rows and
-    columns; and by_tile [tiles, 3]: the tile's part of the loss outside the log-sum-exps, in base 2, for rows and for columns,
-    and 1 if `_faint_tile` must compute its sums again."""
+    columns; and by_tile [tiles, 3]: the tile's part of the loss outside the log-sum-exps, in base 2, for rows and for columns, so
+    far 0, and what `_rare_tile` has to do: 1 to compute its sums again, 2 if it may hold positives, 3 both, else 0."""
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     logits, _, row_id, column_id, row_takes, column_takes = _logits(
         image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
         SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    # In float64, and only in tiles with positives: the loss is a small difference of these and the log-sum-exps.
-    row_pull, column_pull = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
-    if _may_match(row_id, column_id):
-        pull = tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), logits, 0.0)
-        row_pull -= tl.sum((tl.sum(pull, 1) * tl.load(row_share + rows, rows < high, 0.0)).to(tl.float64), 0)
-        of_columns = tl.sum(pull * tl.load(column_share + columns, columns < wide, 0.0)[None, :], 1)
-        column_pull -= tl.sum(of_columns.to(tl.float64), 0)
     # Usually one exponential, around the tile's maximum, serves the sums of rows and columns.
     highest = tl.max(tl.max(logits, 1), 0)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
@@ -259,9 +251,9 @@ def _sweep_tile(
     # A row or column that takes part may lie so far below it that its sum is lost.
     faintest = tl.minimum(tl.min(tl.where(row_takes, row_sum, 1.0), 0), tl.min(tl.where(column_takes, column_sum, 1.0), 0))
     tile = by_tile + 3 * tl.program_id(0)
-    tl.store(tile, row_pull)
-    tl.store(tile + 1, column_pull)
-    tl.store(tile + 2, tl.where(faintest < FAINT, 1.0, 0.0))
+    tl.store(tile, 0.0)
+    tl.store(tile + 1, 0.0)
+    tl.store(tile + 2, tl.where(faintest < FAINT, 1.0, 0.0) + tl.where(_may_match(row_id, column_id), 2.0, 0.0))
     row_peak, column_peak = tl.full((ROWS,), highest, tl.float32), tl.full((COLUMNS,), highest, tl.float32)
     _store_sums(
         by_row, by_column, down, across, rows, columns, high, wide, row_peak, row_sum, column_peak, column_sum, ROWS, COLUMNS
@@ -269,28 +261,39 @@ def _sweep_tile(
 
 
 @triton.jit
-def _faint_tile(
-    image, text, row_ids, column_ids, exclude, factor, by_row, by_column, by_tile, high, wide, width, row_step, column_step,
+def _rare_tile(
+    image, text, row_ids, column_ids, exclude, factor, row_share, column_share,
+    by_row, by_column, by_tile, high, wide, width, row_step, column_step,
     SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile that `_sweep_tile` marked, each around its own maximum. In a kernel of its own, because its code would
-    take registers of every tile."""
-    if tl.load(by_tile + 3 * tl.program_id(0) + 2) > 0:
+    """What `_sweep_tile` marked: a tile's sums, each around its own maximum; its positives. In a kernel of its own, because this
+    code would take registers of every tile."""
+    tile = by_tile + 3 * tl.program_id(0)
+    task = tl.load(tile + 2)
+    if task > 0:
         down, across = _place(high, wide, ROWS, COLUMNS)
         rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
-        logits, _, _, _, _, _ = _logits(
+        logits, _, row_id, column_id, _, _ = _logits(
             image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
             SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        row_peak, column_peak = tl.max(logits, 1), tl.max(logits, 0)
-        row_peak = tl.where(row_peak == -float("inf"), 0.0, row_peak)
-        column_peak = tl.where(column_peak == -float("inf"), 0.0, column_peak)
-        row_sum = tl.sum(tl.exp2(logits - row_peak[:, None]), 1)
-        column_sum = tl.sum(tl.exp2(logits - column_peak[None, :]), 0)
-        _store_sums(
-            by_row, by_column, down, across, rows, columns, high, wide, row_peak, row_sum, column_peak, column_sum, ROWS, COLUMNS
-        )  # fmt: skip
+        if task >= 2:  # in float64: the loss is a small difference of these and the log-sum-exps
+            pull = tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), logits, 0.0)
+            of_rows = tl.sum(pull, 1) * tl.load(row_share + rows, rows < high, 0.0)
+            of_columns = tl.sum(pull * tl.load(column_share + columns, columns < wide, 0.0)[None, :], 1)
+            tl.store(tile, -tl.sum(of_rows.to(tl.float64), 0))
+            tl.store(tile + 1, -tl.sum(of_columns.to(tl.float64), 0))
+        if (task == 1) | (task == 3):
+            row_peak, column_peak = tl.max(logits, 1), tl.max(logits, 0)
+            row_peak = tl.where(row_peak == -float("inf"), 0.0, row_peak)
+            column_peak = tl.where(column_peak == -float("inf"), 0.0, column_peak)
+            row_sum = tl.sum(tl.exp2(logits - row_peak[:, None]), 1)
+            column_sum = tl.sum(tl.exp2(logits - column_peak[None, :]), 0)
+            _store_sums(
+                by_row, by_column, down, across, rows, columns, high, wide, row_peak, row_sum, column_peak, column_sum,
+                ROWS, COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit

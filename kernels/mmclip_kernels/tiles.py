@@ -20,7 +20,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Rows x columns of logits whose per-tile partials are in memory at once: at most 50 MB in two-byte types, 67 MB in float32.
+# Rows x columns of logits whose per-tile partials are in memory at once: at most 34 MB in two-byte types, 67 MB in float32.
 SWEEP_BLOCK = 16384, 16384
 # Rows x columns of dL/ds in memory at once: 128 MiB. Each block costs three launches.
 GRADIENT_BLOCK = 8192, 8192
@@ -32,12 +32,18 @@ def sweep_tile(dtype: torch.dtype, masked: bool) -> Tile:
     """For the forward sweep of the contrastive loss. masked: with exclusions or the sigmoid, whose code takes more registers."""
     if dtype == torch.float32:  # exact float32 products run without tensor cores and hold their operands in registers
         return Tile(64, 64, 32, 4, 2)
-    return Tile(64, 128, 64, 8 if masked else 4, 3)
+    return Tile(64, 128, 64, 8, 3) if masked else Tile(128, 128, 64, 4, 3)
+
+
+# Of a tile that few programs compute again, with more code: no register is spilled.
+RARE_WARPS = 8
 
 
 def gradient_tile(dtype: torch.dtype, masked: bool) -> Tile:
     """For the backward sweep, which holds cosines and dL/ds at once."""
-    return sweep_tile(dtype, masked)
+    if dtype == torch.float32:
+        return sweep_tile(dtype, masked)
+    return Tile(64, 128, 64, 8 if masked else 4, 3)
 
 
 # One program scores, selects and copies an image of up to this many patches. Larger images are scored in blocks of this many.
