@@ -155,14 +155,16 @@ def test_a_learned_sigmoid_keeps_its_small_rest(impl: str) -> None:
     torch.testing.assert_close(image_grad.double(), meant[1], rtol=1e-5, atol=0)
 
 
-def test_float32_gradients_do_not_carry_the_rounding_of_log_sum_exps() -> None:
+@every_impl
+def test_float32_gradients_do_not_carry_the_rounding_of_log_sum_exps(impl: str) -> None:
     """The reference in float32 holds a log-sum-exp as one number: at a scale of 100, its rounding is half of the error."""
-    given_ones = *cone(256, 256, 0, torch.float32), torch.tensor(100.0)
+    given_ones = *cone(192, 256, 0, torch.float32), torch.tensor(100.0)
     meant = meaning(*given_ones)
-    ours, rounded = (evaluate(loss_of, *given_ones) for loss_of in (contrastive_loss, reference.contrastive_loss))
+    ours = evaluate(partial(contrastive_loss, impl=impl), *given_ones, device_of(impl))
+    rounded = evaluate(reference.contrastive_loss, *given_ones)
     for index in (1, 2):
         errors = [(found[index] - meant[index]).norm().item() for found in (ours, rounded)]
-        assert errors[0] < 0.7 * errors[1]
+        assert errors[0] < 0.5 * errors[1]
 
 
 @every_impl
