@@ -212,6 +212,27 @@ def test_a_scale_or_bias_that_is_not_finite_gives_nan(mode: str, scale: float, b
 
 @every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_ids_may_be_any_number_of_64_bits(mode: str, impl: str) -> None:
+    least, most = -(2**63), 2**63 - 1
+    ids = {
+        "image_ids": torch.tensor([least, most, 0, -1, most - 1]), "text_ids": torch.tensor([most, least, most, 0, most - 1]),
+    }  # fmt: skip
+    given_ones = features(5, 8, 0, torch.float32), features(5, 8, 1, torch.float32), torch.tensor(10.0)
+    found = evaluate(partial(contrastive_loss, impl=impl, mode=mode), *given_ones, device_of(impl), **ids)
+    for ours, wanted in zip(found, meaning(*given_ones, mode=mode, **ids), strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@every_impl
+def test_a_weight_that_is_nan_gives_nan(impl: str) -> None:
+    weights = {"row_weight": torch.tensor([1.0, torch.nan, 1.0, 1.0]), "col_weight": torch.ones(4)}
+    given_ones = features(4, 8, 0, torch.float32), features(4, 8, 1, torch.float32), torch.tensor(10.0)
+    loss, image_grad, *_ = evaluate(partial(contrastive_loss, impl=impl), *given_ones, device_of(impl), **weights)
+    assert loss.isnan() and image_grad.isnan().any()
+
+
+@every_impl
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 def test_empty_batch_is_zero(mode: str, impl: str) -> None:
     loss_of, empty = partial(contrastive_loss, impl=impl, mode=mode), torch.zeros(0, 8)
     loss, image_grad, *_ = evaluate(loss_of, empty, empty, torch.tensor(10.0), device_of(impl))
