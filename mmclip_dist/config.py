@@ -141,25 +141,34 @@ class Model(Section):
 class AttMIM(Section):
     """Attention-guided masked image modelling; the two modes are described in `mmclip_dist.model.mmclip`."""
 
-    mode: Literal["feature", "split"] = "feature"  # K: feature; O: split
+    mode: Literal["feature", "split", "context"] = "feature"  # K: feature; O: split, context
+    share: float = Field(1.0, gt=0, le=1)  # context: share of the images with a report or label that are rebuilt (O)
     guide: Literal["attention", "random"] = "attention"  # what chooses the patches; random: the control that ignores the scores
-    ratio: float = Field(0.5, gt=0, lt=1)  # feature: share of patches masked (K: about half)
+    ratio: float = Field(0.5, gt=0, lt=1)  # feature, context: share of patches that the scores hide (K: about half)
     hint: float = Field(0.1, ge=0, lt=1)  # share of the chosen patches left visible, others masked instead (N)
     salient_keep: float = Field(0.5, gt=0, lt=1)  # split: share of patches in the contrastive view (N)
-    context_keep: float = Field(0.25, gt=0, lt=1)  # split: share of patches in the reconstruction view (O)
+    context_keep: float = Field(0.25, gt=0, lt=1)  # split, context: share of patches in the reconstruction view (O)
     unmasked_last_steps: int = Field(0, ge=0)  # split: steps at the end on whole images (N: FLIP)
     score_temperature: float = Field(0.1, gt=0)  # N
     decoder: Decoder = Decoder()
 
     @model_validator(mode="after")
     def _views(self) -> Self:
-        if self.salient_keep + self.context_keep > 1:
-            raise ValueError("attmim.salient_keep + attmim.context_keep may not pass 1: a patch is in one view only")
+        if self.mode != "feature" and self._hidden + self.context_keep > 1:
+            raise ValueError(f"attmim.{self._names} + attmim.context_keep may not pass 1: a patch is in one view only")
         return self
 
+    @property
+    def _names(self) -> str:
+        return "ratio" if self.mode == "context" else "salient_keep"
+
+    @property
+    def _hidden(self) -> float:
+        return self.ratio if self.mode == "context" else self.salient_keep
+
     def views(self, patches: int) -> tuple[int, int]:
-        """Patches of the salient and of the context view, of so many in the image."""
-        return round(self.salient_keep * patches), round(self.context_keep * patches)
+        """Patches that respond most to the text (in split mode the salient view), and patches of the context view."""
+        return round(self._hidden * patches), round(self.context_keep * patches)
 
     def check_patches(self, patches: int) -> None:
         """Raise ValueError if the shares round to no patch, or to more than there are."""
@@ -173,7 +182,7 @@ class AttMIM(Section):
         salient, context = self.views(patches)
         if not (salient and context) or salient + context > patches:
             raise ValueError(
-                f"attmim.salient_keep={self.salient_keep} and attmim.context_keep={self.context_keep} round to {salient} and "
+                f"attmim.{self._names}={self._hidden} and attmim.context_keep={self.context_keep} round to {salient} and "
                 f"{context} of {patches} patches: each view needs at least one, and together they may have {patches}"
             )
 
@@ -183,6 +192,8 @@ class EntMLM(Section):
 
     probability: float = Field(0.5, gt=0, le=1)  # of each entity; at least one a report (O)
     word_probability: float = Field(0.15, gt=0, le=1)  # of each word of a report without entities (N: M3AE)
+    share: float = Field(1.0, gt=0, le=1)  # of the reports that are masked and rebuilt (O)
+    input: Literal["encoder", "embeddings"] = "encoder"  # what the decoder gets: the text encoder's second pass, or none (O)
     decoder: Decoder = Decoder(depth=2)
 
 
@@ -395,8 +406,13 @@ class Config(Section):
         if self.attmim.mode == "split" and self.attmim.guide == "attention" and self.loss.image and bare:
             raise ValueError(
                 f"attmim.mode=split needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
-                "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=feature"
+                "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=context"
             )
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Shares of the samples whose images, and whose reports, are masked and rebuilt."""
+        return self.attmim.share if self.attmim.mode == "context" else 1.0, self.entmlm.share
 
 
 OPERATIONAL = frozenset({

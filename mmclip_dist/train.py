@@ -73,7 +73,9 @@ def train(config: Config, stop: StopRequest) -> bool:
         checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
         step = checkpoints.resume(data.trained_on)
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
-        batches = guard.counted(Feed(data.batches(rank, world, step), model.text.width, config.passes(world), device))
+        batches = guard.counted(
+            Feed(data.batches(rank, world, step), model.text.width, config.passes(world), config.shares, device)
+        )
         log = held.enter_context(open_log(config, step, device))
         announce(config, device, data, step)
 

@@ -43,4 +43,4 @@ def model_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> MMCLIP:
 
 def in_passes(batch: Batch, model: MMCLIP, micro_batch: int | None) -> PlannedBatch:
     """The batch with a plan for passes over so many samples each."""
-    return planned(batch, model.text.width, -(-len(batch["keys"]) // micro_batch) if micro_batch else 1)
+    return planned(batch, model.text.width, -(-len(batch["keys"]) // micro_batch) if micro_batch else 1, model.config.shares)

@@ -30,7 +30,15 @@ from tests.object_store import faulty, s3  # noqa: F401 (fixtures)
 
 REAL_DATA = Path(os.environ.get("MMCLIP_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
+PAPER = (  # every sample is masked, and the text encoder runs twice: what most tests of the objective compare to
+    "attmim.mode=feature",
+    "attmim.share=1",
+    "entmlm.share=1",
+    "entmlm.input=encoder",
+    "entmlm.probability=0.5",
+)
 TINY = (
+    *PAPER,
     "model.image={size: 32, patch: 8, width: 32, depth: 1, heads: 2}",
     "model.text={width: 32, depth: 1, heads: 2, max_tokens: 48}",
     "model.embed=16",

@@ -44,11 +44,12 @@ def test_overrides_are_typed_and_win() -> None:
         ("optim.steps=many", "optim.steps: .*integer"),
         ("model.image.heads=5", r"model.image.width=\d+ is no multiple of model.image.heads=5"),
         ("model.image.size=60", r"model.image.size=60 is no multiple of model.image.patch=\d+"),
-        ("attmim.context_keep=0.7", "may not pass 1"),
+        (["attmim.mode=split", "attmim.context_keep=0.7"], r"salient_keep \+ attmim.context_keep may not pass 1"),
+        (["attmim.mode=context", "attmim.context_keep=0.7"], r"ratio \+ attmim.context_keep may not pass 1"),
         ("attmim={mode: split, salient_keep: 0.7, context_keep: 0.3}", r"round to 18 and 8 of 25 patches.*they may have 25"),
         ("attmim={mode: split, salient_keep: 0.7, context_keep: 0.01}", "round to 18 and 0 of 25 patches: each view needs"),
-        ("attmim.ratio=0.99", "attmim.ratio=0.99 rounds to 25 of 25 patches"),
-        ("attmim.ratio=0.01", "attmim.ratio=0.01 rounds to 0 of 25 patches"),
+        (["attmim.mode=feature", "attmim.ratio=0.99"], "attmim.ratio=0.99 rounds to 25 of 25 patches"),
+        (["attmim.mode=feature", "attmim.ratio=0.01"], "attmim.ratio=0.01 rounds to 0 of 25 patches"),
         ("run_dir=s3://bucket/run", r"run_dir=s3://bucket/run is a URL.*checkpoint\.url=s3://bucket/run"),
         ("optim.stop_at=10000", "lies after the last step"),
         ("loss={contrastive: 0, image: 0, entity: 0}", "nothing would be trained"),
@@ -63,9 +64,10 @@ def test_overrides_are_typed_and_win() -> None:
         ("deepspeed={optimizer: {type: Lion}}", "go together.*found optim.name=adamw with"),
     ],
 )
-def test_faults_are_one_line_that_says_what(override: str, message: str) -> None:
+def test_faults_are_one_line_that_says_what(override: str | list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        load_config("quickstart", ["model.image={size: 80, patch: 16}", override])  # 25 patches
+        overrides = [override] if isinstance(override, str) else override
+        load_config("quickstart", ["model.image={size: 80, patch: 16}", *overrides])  # 25 patches
     assert "\n" not in str(caught.value)
 
 

@@ -32,7 +32,7 @@ from mmclip_launch.quickstart import Job, Synthetic, quickstart
 out, overrides, drawn = sys.argv[1], *map(json.loads, sys.argv[2:])
 quickstart(Job(Path(out), overrides=tuple(overrides), synthetic=Synthetic(**drawn)))
 """
-STAGES = ["pack", "tokenizer", "entities", "warmup", "attention", "train", "evaluate", "report"]
+STAGES = ["pack", "tokenizer", "entities", "warmup", "attention", "train", "control", "evaluate", "report"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,12 @@ def test_the_summary_says_what_happened(whole_job: Path) -> None:
     assert len(shot["per_class"]) >= 4 and all(0 <= auc <= 1 for auc in shot["per_class"].values())
     assert shot["auc_macro"] == pytest.approx(sum(shot["per_class"].values()) / len(shot["per_class"]))
     assert shot["auc_macro_ci95"][0] <= shot["auc_macro"] <= shot["auc_macro_ci95"][1]
+    control = summary["control"]
+    assert control["steps"] > 6 and control["processor_s"] > 0 and 0 <= control["zero_shot"]["auc_macro"] <= 1
+    rows = read_metrics(whole_job / "control")
+    assert rows[0]["step"] > 6 and all(set(row["loss"]) == {"contrastive"} for row in rows)
     page = Path(summary["report"]).read_text()
+    assert f"same processor time: {control['steps']} steps" in page and f"{control['zero_shot']['auc_macro']:.3f}" in page
     assert "<svg" in page and "Cardiomegaly" in page
     rows = read_metrics(whole_job / "train")
     assert rows[0]["step"] == 8 and rows[-1]["step"] == 12  # it went on where the warm-up stopped
@@ -68,7 +73,7 @@ def test_run_again_it_skips_what_is_done(whole_job: Path, capsys: pytest.Capture
     before = {path: path.stat().st_mtime_ns for path in whole_job.rglob("*.tar")}
     found = numbers(whole_job)
     quickstart(Job(whole_job, overrides=QUICK, synthetic=SMALL))
-    assert capsys.readouterr().out.count("skipped") == 7
+    assert capsys.readouterr().out.count("skipped") == 8
     assert numbers(whole_job) == found and {p: p.stat().st_mtime_ns for p in whole_job.rglob("*.tar")} == before
 
 
@@ -116,8 +121,10 @@ def test_killed_in_a_ray_stage_it_makes_the_same_sidecars(whole_job: Path, tmp_p
 def test_killed_in_training_it_ends_the_same(whole_job: Path, tmp_path: Path) -> None:
     """From a copy of the finished job whose last three stages never were."""
     out = tmp_path / "start"
-    copy_without(whole_job, out, STAGES[STAGES.index("train") :], {"train.log", "zeroshot.json", "report.html"})
-    shutil.rmtree(out / "train")
+    written = {"train.log", "control.log", "zeroshot.json", "control.json", "report.html"}
+    copy_without(whole_job, out, STAGES[STAGES.index("train") :], written)
+    for phase in ("train", "control"):
+        shutil.rmtree(out / phase)
     killed_when(out, lambda done: len(read_metrics(out / "train")) > 0)
     assert numbers(out) == numbers(whole_job)
 

@@ -50,10 +50,10 @@ def run(target: Any, overrides: list[str], folder: Path) -> Finished:
 def test_256_open_files_are_enough_for_two_loaders_and_too_few_for_many(sets, tmp_path: Path) -> None:
     enough = run(with_few_files, [*sets.overrides(tmp_path / "run"), *SHORT, "optim.steps=4"], tmp_path)
     assert enough.returncode == 0, enough.output[-3000:]
-    many = (*SHORT, "data.workers=16", "data.prefetch=16")
+    many = (*SHORT, "data.workers=40")
     refused = run(with_few_files, [*sets.overrides(tmp_path / "other"), *many], tmp_path)
     assert refused.returncode == 2 and len(refused.errors) == 1, refused.output[-3000:]
-    assert "needs about 388 open files, but may open 256: raise the limit (`ulimit -n" in refused.errors[0]
+    assert "needs about 276 open files, but may open 256: raise the limit (`ulimit -n" in refused.errors[0]
 
 
 def test_a_clock_that_jumps_by_an_hour_changes_nothing(sets, tmp_path: Path) -> None:

@@ -314,9 +314,9 @@ def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
 
 def _poison(image: Tensor, text: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
     """NaN if any of these is not finite, else 0. Without this, a row whose logits are all -inf would vanish from the sums."""
-    # The largest absolute value needs no copy of the features, as `isfinite` would; 0 times infinity is NaN.
-    largest = [torch.linalg.vector_norm(features, torch.inf) for features in (image, text) if features.numel()]
-    return 0 * torch.cat([value.reshape(1) for value in (*largest, factor, bias)]).sum()
+    # The extremes need no copy of the features, as `isfinite` would; 0 times infinity is NaN.
+    extremes = [extreme for features in (image, text) if features.numel() for extreme in features.aminmax()]
+    return 0 * torch.cat([value.reshape(1) for value in (*extremes, factor, bias)]).sum()
 
 
 # -- Autograd: a custom operator for one process, an autograd function around the collectives for several --------------------

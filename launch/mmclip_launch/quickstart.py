@@ -34,7 +34,8 @@ from mmclip_launch.processes import child, environment, last_lines
 from mmclip_launch.ray_jobs import cores, local_cluster, run_jobs
 
 RECIPE = "quickstart"
-STATE, SUMMARY, ZERO_SHOT = "quickstart.json", "summary.json", "zeroshot.json"
+STATE, SUMMARY = "quickstart.json", "summary.json"
+ZERO_SHOT = {"train": "zeroshot.json", "control": "control.json"}  # of the runs that are evaluated
 _POLL_S = 0.5
 
 
@@ -151,7 +152,7 @@ def quickstart(job: Job) -> dict[str, Any]:
         progress.save()
         stages: dict[str, Callable[[Job], None]] = {
             "pack": pack, "tokenizer": make_tokenizer, "entities": entities, "warmup": warmup, "attention": attention,
-            "train": train, "evaluate": evaluate,
+            "train": train, "control": control, "evaluate": evaluate,
         }  # fmt: skip
         for name, run in stages.items():
             if progress.done(name):
@@ -240,13 +241,26 @@ def train(job: Job) -> None:
     _train(job, "train", phase_config(job, "warmup").optim.last_step)
 
 
+def control(job: Job) -> None:
+    """Contrastive training alone, resumed from the same warm-up, for the processor time that MMCLIP training took."""
+    _train(job, "control", phase_config(job, "warmup").optim.last_step)
+
+
+def control_steps(job: Job) -> int:
+    """The step at which the control has had MMCLIP's processor time, by what a step of the warm-up cost."""
+    warm, trained = (read_metrics(job.phase(phase)) for phase in ("warmup", "train"))
+    per_step = sum(row["processor_s"] for row in warm) / warm[-1]["step"]
+    return int(warm[-1]["step"]) + max(1, round(sum(row["processor_s"] for row in trained) / per_step))
+
+
 def evaluate(job: Job) -> None:
-    """Zero-shot classification of the held-out patients."""
+    """Zero-shot classification of the held-out patients, by both runs."""
     from mmclip_dist.evaluate.zeroshot import save_result, zero_shot
 
-    with progress_bar("evaluate", "images") as report:
-        result = zero_shot(str(job.phase("train")), job.evaluation_sets(), report=report)
-    save_result(result, job.out / ZERO_SHOT)
+    for phase, name in ZERO_SHOT.items():
+        with progress_bar(f"evaluate {phase}", "images") as report:
+            result = zero_shot(str(job.phase(phase)), job.evaluation_sets(), report=report)
+        save_result(result, job.out / name)
 
 
 def write_report(job: Job, stages: Sequence[tuple[str, float]]) -> None:
@@ -263,7 +277,7 @@ def write_report(job: Job, stages: Sequence[tuple[str, float]]) -> None:
 
 
 def phase_overrides(job: Job, phase: str) -> list[str]:
-    """The recipe's overrides for `warmup` or `train`, as a cluster user would type them."""
+    """The recipe's overrides for `warmup`, `train` or `control`, as a cluster user would type them."""
     sources = []
     for base in job.sets():
         source: dict[str, Any] = {"url": base, "weight": load_manifest(base).samples}
@@ -275,9 +289,11 @@ def phase_overrides(job: Job, phase: str) -> list[str]:
     given = [
         f"run_dir={job.phase(phase)}", f"data.sources={json.dumps(sources)}", f"model.text.tokenizer={job.tokenizer}"
     ]  # fmt: skip
+    resumed = ["optim.stop_at=null", f"checkpoint.start_from={job.phase('warmup')}"]
     if phase == "train":
-        return [*job.overrides, *given, "optim.stop_at=null", f"checkpoint.start_from={job.phase('warmup')}"]
-    return [*job.overrides, *given, "loss.image=0", "loss.entity=0"]
+        return [*job.overrides, *given, *resumed]
+    alone = [*job.overrides, *given, "loss.image=0", "loss.entity=0"]
+    return alone if phase == "warmup" else [*alone, *resumed, f"optim.steps={control_steps(job)}"]
 
 
 def phase_config(job: Job, phase: str) -> Config:
@@ -333,13 +349,21 @@ def summarise(job: Job, stages: Sequence[tuple[str, float]]) -> dict[str, Any]:
     rows = [row for phase in ("warmup", "train") for row in read_metrics(job.phase(phase))]
     terms = {name for row in rows for name in row["loss"]}
     curves = {term: [row["loss"][term] for row in rows if term in row["loss"]] for term in sorted(terms)}
-    result = read_json(job.out / ZERO_SHOT, "delete the folder to start anew")
+    results = {phase: read_json(job.out / name, "delete the folder to start anew") for phase, name in ZERO_SHOT.items()}
+    shots = {phase: {key: found[key] for key in ("auc_macro", "per_class", "auc_macro_ci95")} for phase, found in results.items()}
+    times = {phase: sum(row["processor_s"] for row in read_metrics(job.phase(phase))) for phase in ZERO_SHOT}
     return {
         "stages": [{"name": name, "seconds": seconds} for name, seconds in stages],
         "samples": rows[-1]["samples"],
         "world_size": job.ranks,
         "zero_stage": job.config.zero_stage,
         "loss": {term: {"first": values[0], "last": values[-1]} for term, values in curves.items()},
-        "zero_shot": {key: result[key] for key in ("auc_macro", "per_class", "auc_macro_ci95")},
+        "zero_shot": shots["train"],
+        "processor_s": round(times["train"], 2),
+        "control": {
+            "zero_shot": shots["control"],
+            "processor_s": round(times["control"], 2),
+            "steps": read_metrics(job.phase("control"))[-1]["step"],
+        },
         "report": str(job.out / "report.html"),
     }

@@ -95,7 +95,7 @@ class _Loop:
         self.engine, self.config, self.device = engine, config, device
         self.guard = Guard(folder, StopRequest(folder), config.health, config.data.max_bad_fraction, device)
         self.log = ProgressLog(config.model_copy(update={"run_dir": str(folder)}), None, 0, device)
-        self.batches = self.guard.counted(Feed(batches, engine.module.text.width, 1, device))
+        self.batches = self.guard.counted(Feed(batches, engine.module.text.width, 1, config.shares, device))
         self.times: list[list[float]] = []
 
     def step(self) -> None:

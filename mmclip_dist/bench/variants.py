@@ -28,12 +28,16 @@ from mmclip_dist.model.encoders import pool
 from mmclip_dist.model.mmclip import MMCLIP
 
 PLAIN = "plain CLIP"
+_WHOLE = ("attmim.share=1", "entmlm.share=1", "entmlm.input=encoder", "entmlm.probability=0.5")
 VARIANTS: dict[str, tuple[str, ...]] = {
     PLAIN: ("loss.image=0", "loss.entity=0"),
     "contrastive only": ("loss.image=0", "loss.entity=0"),
-    "MMCLIP feature": ("attmim.mode=feature",),
-    "MMCLIP split": ("attmim.mode=split", "attmim.salient_keep=0.5", "attmim.context_keep=0.25"),
-}
+    "MMCLIP context": (
+        "attmim.mode=context", "attmim.share=0.125", "entmlm.share=0.25", "entmlm.input=embeddings", "entmlm.probability=1",
+    ),
+    "MMCLIP feature": ("attmim.mode=feature", *_WHOLE),
+    "MMCLIP split": ("attmim.mode=split", "attmim.salient_keep=0.5", "attmim.context_keep=0.25", *_WHOLE),
+}  # fmt: skip
 DISEASES = 14
 _FIRST_WORD, _MASK_TOKEN = 5, 4  # the token ids below are special ones
 
@@ -156,6 +160,7 @@ def _example(row: int, length: int, config: Config, vocabulary: int, random: np.
         "attention": torch.from_numpy(random.random((grid, grid), dtype=np.float32)),
         "has_attention": True,
         "noise": torch.from_numpy(random.random(grid**2, dtype=np.float32)),
+        "lot": np.float32(random.random()),
         "replaced": [],
         "reading": Tally(),
     }

@@ -27,6 +27,7 @@ class Batch(TypedDict):
     attention: Tensor  # [B, g, g] float32, scores per patch
     has_attention: Tensor  # [B] bool
     noise: Tensor  # [B, g * g] float32 in [0, 1): the random part of the choice of patches
+    lot: Tensor  # [B] float32 in [0, 1): chooses the samples that are masked, where not all are
     replaced: list[tuple[str, str]]  # (key, reason) of samples that could not be decoded and were replaced
     reading: Tally  # requests, bytes and waiting of reading the samples
 
@@ -38,7 +39,7 @@ Example = dict[str, Any]
 _TOKENS = {"tokens": None, "token_mask": False, "masked_tokens": None, "target_tokens": -100, "evidence": False}
 """Tensors with a column for each token, and what fills the columns behind a text's end; None: the tokenizer's padding."""
 
-_TENSORS = ("image", *_TOKENS, "report_id", "labels", "attention", "has_attention", "noise")
+TENSORS = ("image", *_TOKENS, "report_id", "labels", "attention", "has_attention", "noise", "lot")
 
 
 def collate(examples: Sequence[Example], step: int, padding: int) -> Batch:
@@ -50,7 +51,7 @@ def collate_into(
     examples: Sequence[Example], step: int, padding: int, room: Callable[[Sequence[tuple[torch.dtype, Size]]], list[Tensor]]
 ) -> Batch:
     """As `collate`, into the tensors that room([(type, shape), ...]) returns. What an image takes is then written once."""
-    rows = {name: [torch.as_tensor(example[name]) for example in examples] for name in _TENSORS}
+    rows = {name: [torch.as_tensor(example[name]) for example in examples] for name in TENSORS}
     sizes = []
     for name, values in rows.items():
         shape = (max(map(len, values)),) if name in _TOKENS else values[0].shape
@@ -71,9 +72,7 @@ def _fill(name: str, padding: int) -> int:
 
 
 def join(parts: Sequence[Batch], padding: int, *, pin: bool = False) -> Batch:
-    """One batch from parts of a step, in order; token rows are padded to the longest. pin: into pinned memory."""
-    if len(parts) == 1 and not pin:
-        return parts[0]
+    """A copy of the parts of a step, in order; token rows are padded to the longest. pin: into pinned memory."""
     joined: dict[str, Any] = {}
     for name, first in parts[0].items():
         values: list[Any] = [part[name] for part in parts]  # type: ignore[literal-required]

@@ -51,7 +51,7 @@ class ExampleMaker:
     def bytes_per_example(self) -> int:
         """Bytes of the tensors of an example whose report is as long as allowed."""
         pixels, patches = self.size**2, self.grid**2
-        return 4 * pixels + 8 * patches + 26 * self.max_tokens + 8 * len(self.diseases)
+        return 4 * pixels + 8 * patches + 26 * self.max_tokens + 8 * len(self.diseases) + 13
 
     def __call__(self, key: str, members: Mapping[str, bytes], epoch: int) -> Example:
         """The example. ValueError if the image or the document cannot be decoded."""
@@ -60,7 +60,7 @@ class ExampleMaker:
         data = members.get("jpg") or members.get("png")
         if data is None:
             raise ValueError(f"sample {key} has no jpg or png")
-        example = {
+        example: Example = {
             "key": key,
             "image": torch.from_numpy(crop_image(decode_image(data), crop, self.size)),
             "noise": torch.from_numpy(random.random(self.grid**2, dtype=np.float32)),
@@ -72,6 +72,7 @@ class ExampleMaker:
         )
         example |= self._attention(members.get("attention.npy"), crop)
         example |= self._report(key, document.report, members.get("entities.json"), random)
+        example["lot"] = np.float32(random.random())
         return example
 
     @staticmethod

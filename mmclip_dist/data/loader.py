@@ -18,7 +18,7 @@ from mmclip_dist.data.batch import Batch, Example, collate, even_share, join
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.order import Order
-from mmclip_dist.data.parts import Part, in_thread
+from mmclip_dist.data.parts import Part, Slots, in_thread
 from mmclip_dist.errors import exit_code
 
 T = TypeVar("T")
@@ -60,11 +60,11 @@ class BatchRows(IterableDataset):
 
     def __init__(
         self, sets: Sequence[JoinedSet], order: Order, maker: Maker, padding: int | None,
-        *, rows: range, per_stream: int, start: int, ahead: int,
+        *, rows: range, per_stream: int, start: int, ahead: int, slots: Sequence[Slots] = (),
     ) -> None:  # fmt: skip
-        """padding: the tokenizer's padding id; None: examples are not collated."""
+        """padding: the tokenizer's padding id; None: examples are not collated. slots: of each worker, to collate in."""
         self.sets, self.order, self.maker, self.padding = sets, order, maker, padding
-        self.rows, self.per_stream, self.start, self.ahead = rows, per_stream, start, ahead
+        self.rows, self.per_stream, self.start, self.ahead, self.slots = rows, per_stream, start, ahead, slots
         self.remote = any(local_path(reader.url) is None for joined in sets for reader in joined.readers)
 
     def __iter__(self) -> Iterator[tuple[Any, Tally] | Exception]:
@@ -75,7 +75,8 @@ class BatchRows(IterableDataset):
             yield from self._steps(self.rows, collate)
             return
         try:
-            yield from self._steps(even_share(self.rows, worker.id, worker.num_workers), Part.of)
+            mine = even_share(self.rows, worker.id, worker.num_workers)
+            yield from self._steps(mine, self.slots[worker.id].collate if self.slots else collate)
         except Exception as error:
             if exit_code(error) is None:
                 raise
@@ -177,23 +178,25 @@ def build_loader(
     """
     padding = maker.tokenizer.pad_token_id
     mine = even_share(range(global_batch), rank, world)
+    workers = min(data.workers, len(mine))
+    slots = [Slots(-(-len(mine) // workers), maker.bytes_per_example, data.prefetch) for _ in range(workers)]
     rows = BatchRows(
         sets, order, maker, padding, rows=mine, per_stream=global_batch // data.streams, start=start, ahead=data.prefetch,
+        slots=slots,
     )  # fmt: skip
-    workers = min(data.workers, len(mine))
     pin = torch.cuda.is_available()
     if not workers:
         for batch, tally in raised(in_workers(rows, 0, data.prefetch)):
-            yield with_reading(join([batch], padding, pin=pin), tally)
+            yield with_reading(join([batch], padding, pin=True) if pin else batch, tally)
         return
     items = raised(iter(in_workers(rows, workers, data.prefetch)))
 
     def joined() -> Iterator[Batch]:
         while True:
             reading, parts = Tally(), []
-            for _ in range(workers):
+            for of_worker in slots:
                 part, tally = next(items)
-                parts.append(part.batch())
+                parts.append(of_worker.batch(part))
                 reading.add(tally)
             yield with_reading(join(parts, padding, pin=pin), reading)
 

@@ -15,7 +15,7 @@ from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.data.loader import build_loader, build_order, label_names
 from mmclip_dist.data.order import Order
-from mmclip_dist.data.parts import check_open_files, check_shared_memory
+from mmclip_dist.data.parts import check_open_files
 from mmclip_dist.data.reading import open_sets
 
 
@@ -64,9 +64,7 @@ def open_training_data(config: Config, tokenizer: PreTrainedTokenizerBase, world
             tokenizer, diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
             config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
         )  # fmt: skip
-        check_open_files(config.data.workers, config.data.prefetch, config.data.reading.connections)
-        if config.data.workers:
-            check_shared_memory(maker.bytes_per_example * -(-config.optim.global_batch // world), config.data.prefetch)
+        check_open_files(config.data.workers, config.data.reading.connections)
         yield TrainingData(config, sets, build_order(sets, config.data, config.seed), maker, tuple(diseases))
     finally:
         sets[0].chunks.close()

@@ -17,11 +17,13 @@ AHEAD = 2  # batches: the ranks tell each other the counts of a batch two steps 
 class Feed:
     """An iterator of planned batches. On a card they are copied on a side stream while earlier steps are computed.
 
-    width: of the text encoder. passes: over each batch.
+    width, shares: as in `Plan.of`. passes: over each batch.
     """
 
-    def __init__(self, batches: Iterator[Batch], width: int, passes: int, device: torch.device) -> None:
-        self.batches, self.width, self.passes, self.device = batches, width, passes, device
+    def __init__(
+        self, batches: Iterator[Batch], width: int, passes: int, shares: tuple[float, float], device: torch.device
+    ) -> None:
+        self.batches, self.width, self.passes, self.shares, self.device = batches, width, passes, shares, device
         self._waiting: deque[tuple[PlannedBatch, torch.cuda.Event | None]] = deque()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -46,7 +48,7 @@ class Feed:
 
     def _fetch(self, count: int) -> None:
         while len(self._waiting) < count:
-            batch = planned(next(self.batches), self.width, self.passes)
+            batch = planned(next(self.batches), self.width, self.passes, self.shares)
             if self._stream is None:
                 self._waiting.append((batch, None))
                 continue

@@ -35,7 +35,10 @@ class ImageTower(nn.Module):
         return embeddings[:, 1:]
 
     def encode(self, patches: Tensor) -> Tensor:
-        """Any subset of embedded patches [B, K, D] -> features [B, K, D]."""
+        """Any subset of embedded patches [B, K, D] -> features [B, K, D]. Without an image one row of padding runs through: see
+        `with_a_row`."""
+        if len(patches) == 0:
+            return self.encode(pad_row(patches))[:0]
         for layer in self.layers:
             patches = layer(patches)
         features: Tensor = self.vit.layernorm(patches)
@@ -89,6 +92,11 @@ class TextTower(nn.Module):
             attention_mask=packing.blocks(self.bert.dtype),
         ).last_hidden_state  # fmt: skip
         return packing.unpack(features)
+
+    def embed(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """tokens [N, T] int64 -> what enters the encoder's first layer, in packed rows [R, L, D]."""
+        embedded: Tensor = self.embeddings(input_ids=packing.pack(tokens), position_ids=packing.column + self.first_position)
+        return embedded
 
     def pack(self, mask: Tensor) -> Packing:
         """mask [N, T] bool -> how the texts share rows. Every pass over them uses it."""

@@ -21,73 +21,86 @@ from mmclip_dist.model.packing import Packing
 class Plan:
     """Facts of one batch, or of one of its parts.
 
-    paired [n], unpaired [B - n]: rows with and without a report. masked [K]: places of the masked tokens among the n x T tokens
-    of the reports, laid end to end. All int64. scored: which images have attention scores. packing: how the reports share rows.
-    tokens, unscored: number of the reports' tokens, and of images without scores. parts: plans of the parts, if there are any.
+    paired [n], unpaired [B - n]: rows with and without a report. known [V]: rows with a report or a label, which the contrastive
+    loss can use. rebuilt [R]: rows whose image AttMIM rebuilds. read [m]: rows whose report EntMLM rebuilds; read_known [m]:
+    their places in `known`. masked [K]: places of the masked tokens among the m x T tokens of those reports, laid end to end.
+    All int64. scored: which images have attention scores. packing, read_packing: how the n and the m reports share rows. tokens,
+    unscored: number of the reports' tokens, and of images without scores. parts: plans of the parts, if there are any.
     """
 
     paired: Tensor
     unpaired: Tensor
+    known: Tensor
+    rebuilt: Tensor
+    read: Tensor
+    read_known: Tensor
     masked: Tensor
     scored: Literal["all", "some", "none"]
     packing: Packing
+    read_packing: Packing
     tokens: int
     unscored: int
     parts: tuple[Plan, ...] = ()
 
     @classmethod
-    def of(cls, batch: Batch, width: int) -> Plan:
-        """width: of the text encoder."""
-        has_report = batch["report_id"].cpu() >= 0
-        paired, unpaired = has_report.nonzero()[:, 0], (~has_report).nonzero()[:, 0]
-        mask, target = batch["token_mask"].cpu()[paired], batch["target_tokens"].cpu()[paired]
+    def of(cls, batch: Batch, width: int, shares: tuple[float, float]) -> Plan:
+        """width: of the text encoder. shares: of the known images, and of the reports, that are masked and rebuilt, by lot: the
+        lowest lots for images, the highest for reports, so that two small shares are of different samples. An image without
+        report and label is always rebuilt: nothing else is learned from it."""
+        has_report, lot = batch["report_id"].cpu() >= 0, batch["lot"].cpu()
+        has_anything = has_report | (batch["labels"].cpu() >= 0).any(1)
+        paired, unpaired, known = (rows.nonzero()[:, 0] for rows in (has_report, ~has_report, has_anything))
+        rebuilt = ((lot < shares[0]) | ~has_anything).nonzero()[:, 0]
+        read = (has_report & (lot >= 1 - shares[1])).nonzero()[:, 0]
+        mask, target = batch["token_mask"].cpu(), batch["target_tokens"].cpu()[read]
+        packing = Packing.of(mask[paired], width)
         unscored = int((~batch["has_attention"]).sum())
         scored: Literal["all", "some", "none"] = "some" if unscored else "all"
         return cls(
-            paired, unpaired, (target >= 0).flatten().nonzero()[:, 0], "none" if unscored == len(has_report) else scored,
-            Packing.of(mask, width), int(mask.sum()), unscored,
+            paired, unpaired, known, rebuilt, read, torch.searchsorted(known, read), (target >= 0).flatten().nonzero()[:, 0],
+            "none" if unscored == len(has_report) else scored,
+            packing, packing if len(read) == len(paired) else Packing.of(mask[read], width), int(mask[paired].sum()), unscored,
         )  # fmt: skip
 
     @property
     def counts(self) -> list[int]:
         """This rank's row of `Counts`."""
-        return [len(self.paired), len(self.unpaired), len(self.masked)]
+        return [len(self.paired), len(self.unpaired), len(self.rebuilt), len(self.masked)]
 
     @property
     def tensors(self) -> list[Tensor]:
         """All that lies on the device."""
-        packing = self.packing
-        own = [self.paired, self.unpaired, self.masked, packing.place, packing.slot, packing.segment, packing.column]
-        return own + [tensor for part in self.parts for tensor in part.tensors]
+        own = [getattr(self, name) for name in _INDICES]
+        packings = [tensor for packing in (self.packing, self.read_packing) for tensor in packing.tensors]
+        return own + packings + [tensor for part in self.parts for tensor in part.tensors]
 
     def to(self, device: torch.device) -> Plan:
+        packing = self.packing.to(device)
         return replace(
             self,
-            paired=self.paired.to(device, non_blocking=True),
-            unpaired=self.unpaired.to(device, non_blocking=True),
-            masked=self.masked.to(device, non_blocking=True),
-            packing=self.packing.to(device),
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in _INDICES},
+            packing=packing,
+            read_packing=packing if self.read_packing is self.packing else self.read_packing.to(device),
             parts=tuple(part.to(device) for part in self.parts),
         )
 
 
+_INDICES = ("paired", "unpaired", "known", "rebuilt", "read", "read_known", "masked")
+
+
 @dataclass(frozen=True)
 class Counts:
-    """Of each rank, in rank order: samples with a report, samples without, and masked tokens."""
+    """Of each rank, in rank order: samples with a report, samples without, images that are rebuilt, and masked tokens."""
 
     paired: tuple[int, ...]
     unpaired: tuple[int, ...]
+    rebuilt: tuple[int, ...]
     masked: tuple[int, ...]
 
     @classmethod
     def of(cls, plan: Plan, group: dist.ProcessGroup | None, device: torch.device) -> Counts:
         """Ask the ranks: a collective call, in which the host waits for the device."""
         return cls(*map(tuple, rank_sizes(plan.counts, group, device)))
-
-    @property
-    def samples(self) -> float:
-        """Mean number of samples of a rank."""
-        return (sum(self.paired) + sum(self.unpaired)) / len(self.paired)
 
 
 class PlannedBatch(Batch, total=False):
@@ -97,11 +110,11 @@ class PlannedBatch(Batch, total=False):
     counts: Counts
 
 
-def planned(batch: Batch, width: int, passes: int = 1) -> PlannedBatch:
-    """The batch with its plan, for a text encoder of `width`. passes: in how many parts it is computed."""
-    plan = Plan.of(batch, width)
+def planned(batch: Batch, width: int, passes: int, shares: tuple[float, float]) -> PlannedBatch:
+    """The batch with its plan. width, shares: as in `Plan.of`. passes: in how many parts it is computed."""
+    plan = Plan.of(batch, width, shares)
     if passes > 1:
-        plan = replace(plan, parts=tuple(Plan.of(part, width) for part in split_batch(batch, passes)))
+        plan = replace(plan, parts=tuple(Plan.of(part, width, shares) for part in split_batch(batch, passes)))
     return PlannedBatch(**batch, plan=plan)
 
 

@@ -3,9 +3,11 @@
 Shape letters: B samples of this rank, n of them with a report, P patches, K kept patches, T tokens, C diseases,
 D width of an encoder, E shared width.
 
-AttMIM has two modes. `feature` encodes the whole image once and hides the features of the patches that respond most to
-the report (the paper's own way). `split` knows the scores beforehand and encodes each patch at most once: the salient
-view feeds the contrastive loss, the context view must rebuild what it cannot see.
+AttMIM has three modes. `feature` encodes the whole image once and hides the features of the patches that respond most to
+the report (the paper's own way). The others hide patches from the encoder itself: what it makes of the context view must rebuild
+the rest. In `context` the contrastive loss sees the whole image; a share of the images is rebuilt, and an image without report
+and label costs its context view only. In `split` it sees the salient view, by scores that are known beforehand, so that each
+patch is encoded at most once.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from mmclip_dist.model.masking import patch_pixels, ranked_or_drawn
 class ImageFeatures:
     """What the image encoder made of a batch, and what AttMIM hid of it.
 
-    seen [B, K, D]: features of every encoded patch. embedding [B, E]: of the contrastive view.
-    query [B, P, D], masked [B, P]: the decoder's input and what it must rebuild; None without AttMIM.
+    seen [m, K, D]: features of every encoded patch, of the images whose reports EntMLM rebuilds. embedding [B, E]: of the
+    contrastive view. query [R, P, D], masked [R, P]: the decoder's input and what it must rebuild; None without AttMIM.
     """
 
     seen: Tensor
@@ -76,9 +78,9 @@ class Part:
 
 @dataclass(frozen=True)
 class TextMemory:
-    """What guides an image: its report's tokens, or its disease prompts where it has none.
+    """What guides an image: its report's tokens, or its disease prompts where it has none. Of the R images that are rebuilt.
 
-    features [B, T + 2C, D], present [B, T + 2C]: for the image decoder. evidence [B, T + 2C]: the words that may score
+    features [R, T + 2C, D], present [R, T + 2C]: for the image decoder. evidence [R, T + 2C]: the words that may score
     patches, which a negated finding never does.
     """
 
@@ -141,16 +143,15 @@ class MMCLIP(nn.Module):
         reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)  # [n, T, D]
         if embed_only:
             return self._embed(batch, reports, prompts, self._contrastive_view(batch))
-        memory = self._text_memory(batch, plan, reports, prompts)
+        memory = self._text_memory(batch, reports, prompts) if weights.image else None
         images = self._encode_images(batch, memory)
 
         losses = {}
         if weights.contrastive:
             embedded = self._embed(batch, reports, prompts, images.embedding)
             losses["contrastive"] = _along(embedded, part) if part else self.contrast(embedded, batch)
-        if images.query is not None and images.masked is not None:
-            of_batch = self._rebuild_image(batch, memory, images.query, images.masked)
-            losses["image"] = of_batch / (counts.samples / len(batch["image"]))  # its share of the mean over all samples
+        if memory and images.query is not None and images.masked is not None:
+            losses["image"] = self._rebuild_image(batch, memory, images.query, images.masked)
         elif weights.image:
             losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
         if weights.entity:
@@ -162,7 +163,7 @@ class MMCLIP(nn.Module):
         device = batch["image"].device
         ready = PlannedBatch(**batch)
         if "plan" not in ready:
-            ready["plan"] = Plan.of(batch, self.text.width).to(device)
+            ready["plan"] = Plan.of(batch, self.text.width, self.config.shares).to(device)
         if "counts" not in ready:
             ready["counts"] = Counts.of(ready["plan"], _world(), device)
         return ready
@@ -187,53 +188,80 @@ class MMCLIP(nn.Module):
         rows = (paired_rows + unpaired_rows).clamp(min=1)
         return (paired_rows * over_reports + unpaired_rows * over_prompts) / rows
 
-    def _rebuild_image(self, batch: Batch, memory: TextMemory, query: Tensor, masked: Tensor) -> Tensor:
-        """AttMIM: normalised pixels of the masked patches, from the rest and the text."""
+    def _rebuild_image(self, batch: PlannedBatch, memory: TextMemory, query: Tensor, masked: Tensor) -> Tensor:
+        """AttMIM: normalised pixels of the masked patches, from the rest and the text. The mean over the ranks is that over all
+        images that are rebuilt."""
+        rows, counts = batch["plan"].rebuilt, batch["counts"].rebuilt
         features = self.image_decoder(query, memory.features, memory.present)
-        target = patch_pixels(batch["image"], self.image.patch)
-        return masked_mean_square(self.image_decoder.head(features), target, masked)
+        pixels: Tensor = self.image_decoder.head(features)
+        if len(rows) == 0:
+            return pixels.sum() * 0.0
+        of_rank = masked_mean_square(pixels, patch_pixels(_rows(batch["image"], rows), self.image.patch), masked)
+        return of_rank / (sum(counts) / len(counts) / len(rows))
 
     def _rebuild_entities(
         self, batch: PlannedBatch, plan: Plan, images: ImageFeatures, masked_tokens: float
     ) -> Tensor:
         """EntMLM: the masked entities, from the rest of the report and the image. masked_tokens: the ranks' mean number."""
-        target = batch["target_tokens"][plan.paired].flatten()[plan.masked]
-        return masked_cross_entropy(self.rebuild_entities(batch, plan, images.seen[plan.paired]), target, masked_tokens)
+        target = batch["target_tokens"][plan.read].flatten()[plan.masked]
+        return masked_cross_entropy(self.rebuild_entities(batch, plan, images.seen), target, masked_tokens)
 
     def rebuild_entities(self, batch: Batch, plan: Plan, seen: Tensor) -> Tensor:
-        """Logits of the masked tokens [K, vocabulary], from the rest of the reports and image features seen [n, K, D]."""
-        rows, packing = plan.paired, plan.packing
-        query = packing.pack(self.text(batch["masked_tokens"][rows], batch["token_mask"][rows], packing))
+        """Logits of the masked tokens [K, vocabulary], from the rest of the reports and image features seen [m, K, D]."""
+        rows, packing = plan.read, plan.read_packing
+        if self.config.entmlm.input == "embeddings":
+            query = self.text.embed(batch["masked_tokens"][rows], packing)
+        else:
+            query = packing.pack(self.text(batch["masked_tokens"][rows], batch["token_mask"][rows], packing))
         features = packing.unpack(self.text_decoder(query, seen, None, packing))
         logits: Tensor = self.text_decoder.head(features.flatten(0, 1)[plan.masked])
         return logits
 
     # -- Encoders -------------------------------------------------------------------------------------------------
 
-    def _encode_images(self, batch: PlannedBatch, memory: TextMemory) -> ImageFeatures:
-        patches = self._patches(batch)
+    def _encode_images(self, batch: PlannedBatch, memory: TextMemory | None) -> ImageFeatures:
+        """memory: None without AttMIM."""
+        patches, plan, mode = self._patches(batch), batch["plan"], self.config.attmim.mode
         if self._splits(batch["step"]):
             return self._encode_views(batch, patches)
+        if memory and mode == "context":
+            seen = self.image.encode(_rows(patches, plan.known))
+            views = self._views(batch, _rows(patches, plan.rebuilt), self._scores_now(batch, memory, seen))
+            query = self._context(views, self.image.encode(views.context), patches.shape[1])
+            return ImageFeatures(_rows(seen, plan.read_known), self._embed_known(seen, batch), query, views.mask)
         seen = self.image.encode(patches)
-        unmasked = self.config.attmim.mode == "split"
-        if not self.config.loss.image or unmasked:
-            return ImageFeatures(seen, self._embed_image(seen.mean(1)), None, None)
+        if not memory or mode == "split":
+            return ImageFeatures(_rows(seen, plan.read), self._embed_image(seen.mean(1)), None, None)
         hidden = self._hide_patches(batch, seen, memory)
-        return ImageFeatures(seen, self._embed_image(seen.mean(1)), hidden.masked, hidden.mask)
+        return ImageFeatures(_rows(seen, plan.read), self._embed_image(seen.mean(1)), hidden.masked, hidden.mask)
 
-    def _encode_views(self, batch: Batch, patches: Tensor) -> ImageFeatures:
+    def _encode_views(self, batch: PlannedBatch, patches: Tensor) -> ImageFeatures:
         """Split mode: each patch enters the encoder at most once, in one of two views."""
         views = self._views(batch, patches)
         salient, context = self.image.encode(views.salient), self.image.encode(views.context)
-        query = self.mask_token.expand_as(patches).scatter(1, views.ids_context[:, :, None].expand_as(context), context)
-        return ImageFeatures(torch.cat([salient, context], 1), self._embed_image(salient.mean(1)), query, views.mask)
+        query, seen = self._context(views, context, patches.shape[1]), torch.cat([salient, context], 1)
+        return ImageFeatures(_rows(seen, batch["plan"].read), self._embed_image(salient.mean(1)), query, views.mask)
 
-    def _contrastive_view(self, batch: Batch) -> Tensor:
+    def _context(self, views: SplitViews, context: Tensor, patches: int) -> Tensor:
+        """Features of the context view in their places, the mask token everywhere else [R, P, D]."""
+        empty = self.mask_token.expand(len(context), patches, -1)
+        return empty.scatter(1, views.ids_context[:, :, None].expand_as(context), context)
+
+    def _contrastive_view(self, batch: PlannedBatch) -> Tensor:
         """Only the embedding for the contrastive loss [B, E], as `_encode_images` computes it."""
         patches = self._patches(batch)
         if self._splits(batch["step"]):
             patches = self._views(batch, patches).salient
+        elif self.config.loss.image and self.config.attmim.mode == "context":
+            return self._embed_known(self.image.encode(_rows(patches, batch["plan"].known)), batch)
         return self._embed_image(self.image.encode(patches).mean(1))
+
+    def _embed_known(self, seen: Tensor, batch: PlannedBatch) -> Tensor:
+        """seen [V, P, D] -> embeddings [B, E]; 0 for images without report and label, which the contrastive loss leaves out."""
+        embedding = self._embed_image(seen.mean(1))
+        if len(embedding) == len(batch["image"]):
+            return embedding
+        return embedding.new_zeros(len(batch["image"]), embedding.shape[1]).index_copy(0, batch["plan"].known, embedding)
 
     def _patches(self, batch: Batch) -> Tensor:
         return self.image.embed(batch["image"].to(self.mask_token.dtype))
@@ -244,10 +272,14 @@ class MMCLIP(nn.Module):
         masked = step < self.config.optim.steps - options.unmasked_last_steps
         return options.mode == "split" and self.config.loss.image > 0 and masked
 
-    def _views(self, batch: Batch, patches: Tensor) -> SplitViews:
-        options, noise = self.config.attmim, batch["noise"]
+    def _views(self, batch: PlannedBatch, patches: Tensor, now: Tensor | None = None) -> SplitViews:
+        """patches [R, P, D]: of the images that are rebuilt, in split mode all. now [R, P]: scores where no sidecar has any."""
+        options, rows = self.config.attmim, batch["plan"].rebuilt
         salient, context = options.views(patches.shape[1])
-        scores = noise if options.guide == "random" else ranked_or_drawn(batch["attention"].flatten(1), noise)
+        noise, scores = _rows(batch["noise"], rows), _rows(batch["attention"], rows).flatten(1)
+        if now is not None:
+            scores = torch.where(_rows(batch["has_attention"], rows)[:, None], scores, now)
+        scores = noise if options.guide == "random" else ranked_or_drawn(scores, noise)
         return attention_split_views(
             patches, salient=salient, context=context, hint=options.hint, scores=scores, noise=noise, impl=self.config.loss.impl
         )
@@ -277,6 +309,21 @@ class MMCLIP(nn.Module):
         return hide(words, memory.evidence, score_features=patches, temperature=temperature)
 
     @torch.no_grad()
+    def _scores_now(self, batch: PlannedBatch, memory: TextMemory, seen: Tensor) -> Tensor | None:
+        """Context mode: scores of this very step [R, P], from features seen [V, P, D]; all equal for an image without report and
+        label, whose whole is not encoded. None if no mask needs them."""
+        plan = batch["plan"]
+        if self.config.attmim.guide == "random":
+            return None
+        if len(seen) < len(batch["image"]):
+            seen = seen.new_zeros(len(batch["image"]), *seen.shape[1:]).index_copy(0, plan.known, seen)
+        words = self.text_head(memory.features)  # the heads on every rank: see _hide_patches
+        patches = self.image_head(_rows(seen, plan.rebuilt))
+        if plan.scored == "all":
+            return None
+        return attention_scores(patches, words, memory.evidence, temperature=self.config.attmim.score_temperature)
+
+    @torch.no_grad()
     def score_patches(self, seen: Tensor, words: Tensor, evidence: Tensor) -> Tensor:
         """seen [B, P, D], words [B, T, D], evidence [B, T] bool -> attention per patch [B, P] float32, no gradient."""
         temperature = self.config.attmim.score_temperature
@@ -298,21 +345,34 @@ class MMCLIP(nn.Module):
         self.prompt_tokens, self.prompt_mask = tokens, mask
         self._prompt_packings = [self.text.pack(of_template) for of_template in mask]
 
-    def _text_memory(self, batch: PlannedBatch, plan: Plan, reports: Tensor, prompts: Tensor) -> TextMemory:
-        rows, length = batch["tokens"].shape
-        half, paired = len(prompts) // 2, batch["report_id"] >= 0
-        report_features = reports.new_zeros(rows, length, self.text.width).index_copy(0, plan.paired, reports)
-        positive, allowed = prompt_targets(batch["labels"])
+    def _text_memory(self, batch: PlannedBatch, reports: Tensor, prompts: Tensor) -> TextMemory:
+        rows, plan, half = len(batch["tokens"]), batch["plan"], len(prompts) // 2
+        whole = reports
+        if len(reports) < rows:
+            whole = reports.new_zeros(rows, *reports.shape[1:]).index_copy(0, plan.paired, reports)
+        of_reports, labels, tokens, words, report = (
+            _rows(value, plan.rebuilt)
+            for value in (whole, batch["labels"], batch["token_mask"], batch["evidence"], batch["report_id"])
+        )
+        paired = report >= 0
+        positive, allowed = prompt_targets(labels)
         unlabelled = ~allowed.any(1, keepdim=True)
         every_disease = torch.arange(2 * half, device=positive.device) < half  # the sum over all disease prompts
         guides = torch.where(unlabelled, every_disease, positive) & ~paired[:, None]
         sick = positive[:, :half].any(1, keepdim=True)
         evidence = torch.where(sick, positive, every_disease) & every_disease & ~paired[:, None]
         return TextMemory(
-            torch.cat([report_features, prompts.expand(rows, -1, -1)], dim=1),
-            torch.cat([batch["token_mask"] & paired[:, None], guides], dim=1),
-            torch.cat([batch["evidence"] & paired[:, None], evidence], dim=1),
+            torch.cat([of_reports, prompts.expand(len(of_reports), -1, -1)], dim=1),
+            torch.cat([tokens & paired[:, None], guides], dim=1),
+            torch.cat([words & paired[:, None], evidence], dim=1),
         )
+
+    def _guides(self, batch: Batch) -> TextMemory:
+        """What guides every image of the batch, whatever share training rebuilds."""
+        plan = Plan.of(batch, self.text.width, (1.0, 1.0)).to(batch["image"].device)
+        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
+        whole = PlannedBatch(**batch | {"plan": plan})  # type: ignore[typeddict-item]
+        return self._text_memory(whole, reports, self._prompt_features(0))
 
     def _embed_image(self, features: Tensor) -> Tensor:
         return F.normalize(self.image_head(features), dim=-1)
@@ -339,10 +399,7 @@ class MMCLIP(nn.Module):
 
         masked [B, P] bool, as many in every row.
         """
-        batch = self.prepared(batch)
-        plan = batch["plan"]
-        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
-        memory = self._text_memory(batch, plan, reports, self._prompt_features(0))
+        memory = self._guides(batch)
         patches = self._patches(batch)
         if self.config.attmim.mode == "feature":
             query = torch.where(masked[:, :, None], self.mask_token, self.image.encode(patches))
@@ -355,13 +412,15 @@ class MMCLIP(nn.Module):
 
     def attention_grid(self, batch: Batch) -> Tensor:
         """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts."""
-        batch = self.prepared(batch)
-        plan = batch["plan"]
-        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
-        memory = self._text_memory(batch, plan, reports, self._prompt_features(0))
+        memory = self._guides(batch)
         seen = self.image.encode(self.image.embed(batch["image"]))
         side = self.config.model.image.grid
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))
+
+
+def _rows(values: Tensor, rows: Tensor) -> Tensor:
+    """values[rows]. A plan lists rows in order, so as many as there are need no copy, and their gradient no scatter."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _along(embedded: Embedded, part: Part) -> Tensor:

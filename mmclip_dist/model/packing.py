@@ -55,9 +55,13 @@ class Packing:
         segment, columns_of = by_row.reshape(2, rows, length)
         return cls(len(mask), mask.shape[1], rows, length, place_slot[0], place_slot[1], segment, columns_of)
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.place, self.slot, self.segment, self.column]
+
     def to(self, device: torch.device) -> Packing:
-        indices = (self.place, self.slot, self.segment, self.column)
-        return Packing(self.texts, self.columns, self.rows, self.length, *(i.to(device, non_blocking=True) for i in indices))
+        moved = (indices.to(device, non_blocking=True) for indices in self.tensors)
+        return Packing(self.texts, self.columns, self.rows, self.length, *moved)
 
     def pack(self, values: Tensor) -> Tensor:
         """Padded texts [N, T, ...] -> rows [R, L, ...], 0 where a row has room left."""

@@ -86,7 +86,7 @@ def pieces(config: Config, load: Load, number: int) -> tuple[Piece, ...]:
             work=load.images * image.grid**2 * image.width * number,
         ),
         *_image_encoder(config, load, number),
-        *([_scores(config, load)] if _rebuilds(config) and config.attmim.mode == "feature" else []),
+        *([_scores(config, load)] if _rebuilds(config) and _scores_patches(config) else []),
         _shared_space(config, load, number),
         *([_contrastive(config, load)] if weights.contrastive else []),
         *(_attmim(config, load, number) if _rebuilds(config) else ()),
@@ -103,6 +103,10 @@ def parameters(config: Config, vocabulary: int) -> float:
 
 def _rebuilds(config: Config) -> bool:
     return config.loss.image > 0
+
+
+def _scores_patches(config: Config) -> bool:
+    return config.attmim.mode == "feature" or (config.attmim.mode == "context" and config.attmim.guide == "attention")
 
 
 def _encoder_layer(name: str, rows: float, length: float, width: int, heads: int, depth: int, number: int, masked: bool) -> Piece:
@@ -145,15 +149,16 @@ def _report_encoder(name: str, text: TextEncoder, rows: float, length: float, vo
 
 def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
     image, patches = config.model.image, config.model.image.grid**2
-    views: tuple[tuple[str, float], ...] = (("image", patches),)
-    if config.attmim.mode == "split" and _rebuilds(config):
+    views: tuple[tuple[str, float, float], ...] = (("image", load.images, patches),)
+    if config.attmim.mode != "feature" and _rebuilds(config):
         kept = config.attmim.views(patches)
-        views = (("salient view", kept[0]), ("context view", kept[1]))
-    for index, (name, length) in enumerate(views):
-        layer = _encoder_layer(name, load.images, length, image.width, image.heads, image.depth, number, masked=False)
+        whole = ("salient view", load.images, kept[0]) if config.attmim.mode == "split" else views[0]
+        views = (whole, ("context view", load.images * config.shares[0], kept[1]))
+    for index, (name, rows, length) in enumerate(views):
+        layer = _encoder_layer(name, rows, length, image.width, image.heads, image.depth, number, masked=False)
         norm = Piece(
-            f"{name}: norm", parameters=2.0 * image.width, saved=load.images * length * (image.width + 2) * number,
-            work=2.0 * load.images * length * image.width * number,
+            f"{name}: norm", parameters=2.0 * image.width, saved=rows * length * (image.width + 2) * number,
+            work=2.0 * rows * length * image.width * number,
         )  # fmt: skip
         for piece in (layer, norm):
             yield piece if index == 0 else replace(piece, again=False, shares=piece.name.replace(name, views[0][0]))
@@ -162,10 +167,10 @@ def _image_encoder(config: Config, load: Load, number: int) -> Iterator[Piece]:
 def _scores(config: Config, load: Load) -> Piece:
     """Attention of every patch to every word, in float32 and without gradient. Both are embedded even if scores are known."""
     patches, words, embed = config.model.image.grid**2, load.tokens + load.prompts, config.model.embed
-    embedding = words * config.model.text.width + patches * config.model.image.width
+    embedding, rows = words * config.model.text.width + patches * config.model.image.width, load.images * config.shares[0]
     return Piece(
-        "attention scores", flops=2.0 * embed * load.images * (embedding + load.scored * patches * words), backward=0.0,
-        again=False, work=3.0 * load.images * patches * words * 4 * load.scored,
+        "attention scores", flops=2.0 * embed * rows * (embedding + load.scored * patches * words), backward=0.0,
+        again=False, work=3.0 * rows * patches * words * 4 * load.scored,
     )  # fmt: skip
 
 
@@ -192,7 +197,7 @@ def _contrastive(config: Config, load: Load) -> Piece:
 
 
 def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
-    image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images
+    image, text, decoder, rows = config.model.image, config.model.text, config.attmim.decoder, load.images * config.shares[0]
     patches, words = image.grid**2, load.tokens + load.prompts
     inputs = rows * (patches * image.width + words * text.width)
     yield Piece(
@@ -209,9 +214,10 @@ def _attmim(config: Config, load: Load, number: int) -> Iterator[Piece]:
 
 
 def _entmlm(config: Config, load: Load, number: int) -> Iterator[Piece]:
-    image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports
+    image, text, decoder, rows = config.model.image, config.model.text, config.entmlm.decoder, load.reports * config.shares[1]
     for piece in _report_encoder("masked reports", text, rows, load.tokens, load.vocabulary, number):
-        yield replace(piece, again=False)
+        if config.entmlm.input == "encoder" or piece.name.endswith("embedding"):
+            yield replace(piece, again=False)
     patches = image.grid**2
     if config.attmim.mode == "split" and _rebuilds(config):
         patches = sum(config.attmim.views(patches))

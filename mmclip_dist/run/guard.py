@@ -19,7 +19,7 @@ from mmclip_dist.run.quarantine import Quarantine
 from mmclip_dist.run.stop import StopRequest
 
 _FLAGS = ("stop", "writing", "loss", "replaced", "seen")
-_COUNTS = ("paired", "unpaired", "masked")
+_COUNTS = ("paired", "unpaired", "rebuilt", "masked")
 
 
 class _Step(NamedTuple):
@@ -70,7 +70,7 @@ class Guard:
         self._judge(self._exchange.told())
 
     def _tell(self, plan: Plan | None, **flags: float | Tensor) -> None:
-        counts = plan.counts if plan else [0, 0, 0]
+        counts = plan.counts if plan else [0] * len(_COUNTS)
         self._exchange.tell(**dict.fromkeys(_FLAGS, 0.0) | flags | dict(zip(_COUNTS, counts, strict=True)))
 
     def _judge(self, told: dict[str, list[float]]) -> None:

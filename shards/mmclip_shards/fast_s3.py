@@ -11,6 +11,7 @@ import os
 import re
 from typing import Any
 
+from mmclip_shards.credentials import share_metadata
 from mmclip_shards.faults import Stalled
 
 _TTL = datetime.timedelta(minutes=10)  # botocore renews credentials that expire sooner
@@ -36,7 +37,7 @@ class FastBucket:
         from obstore.store import S3Store
 
         _check_process()
-        session = Session()
+        session = share_metadata(Session())
         credentials = session.get_credentials()
         if credentials is None:
             raise NoCredentialsError()

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from mmclip_shards import storage
 from mmclip_shards.manifest import Manifest, Shard, save_manifest
-from mmclip_shards.schema import Record, canonical_json
+from mmclip_shards.schema import RawImage, Record, canonical_json
 from mmclip_shards.storage import Url
 from mmclip_shards.textfiles import read_rows
 from mmclip_shards.writer import Sample, index_name, shard_name, write_shard
@@ -41,8 +40,11 @@ class Done:
     images: str
 
 
-def image_mark(image: Path | bytes | np.ndarray) -> str:
-    """A text that changes with an image: of a file its size and time of change, so that it need not be read."""
+def image_mark(image: RawImage) -> str:
+    """A text that changes with an image: of a file its size and time of change, so that it need not be read. What is drawn
+    changes with the settings alone (`config_hash`)."""
+    if callable(image):
+        return "drawn"
     if isinstance(image, Path):
         try:
             status = image.stat()

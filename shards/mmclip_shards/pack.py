@@ -8,6 +8,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmclip_shards import storage
@@ -69,21 +70,22 @@ def pack(
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
     key = stored_patient_key() if patient_key is None else patient_key
     records = records if isinstance(records, Sequence) else list(records)
-    order, label_names = _check_records(records)
-    plan = _assign(records, order, splits, split_of_record, seed)
+    found = _survey(records, splits, split_of_record, seed)
+    plan = _assign(found, records, splits, split_of_record)
     full_hash = _hash_settings(
         config=config_hash,
         dataset=dataset,
-        splits=dict(splits) if splits is not None else {records[n].key: name for name in plan for n in plan[name]},
+        splits=dict(splits) if splits is not None else {found.keys[n]: name for name in plan for n in plan[name]},
         seed=seed if splits is not None else None,
         short_side=short_side,
         samples_per_shard=samples_per_shard,
         patient_key=hash_patient("fingerprint of the key", key),
     )
+    found.keys.clear()
     manifests = _load_finished(dest, full_hash)
     todo = {split: numbers for split, numbers in plan.items() if split not in manifests}
     if todo:
-        _check_images_exist(records, order, max_bad_fraction)
+        _check_images_exist(records, found.missing, max_bad_fraction)
         writers = {
             split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers))
             for split, numbers in todo.items()
@@ -95,28 +97,57 @@ def pack(
         jobs = ((split, records[n]) for split in todo for n in itertools.islice(todo[split], start[split], None))
         with closing(prepare_all(jobs, short_side, workers)) as prepared:
             for done, ((split, record), (mark, image)) in enumerate(prepared, 1):
-                files = image if isinstance(image, str) else _members(record, image, label_names, key, dataset)
+                files = image if isinstance(image, str) else _members(record, image, found.label_names, key, dataset)
                 writers[split].add(record.key, mark, files)
                 if progress is not None:
                     progress(done, total)
-        _check_left_out(dest, writers, manifests, len(order), max_bad_fraction)
-        manifests |= {split: writer.finish(dataset, split, label_names) for split, writer in writers.items()}
+        _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
+        manifests |= {split: writer.finish(dataset, split, found.label_names) for split, writer in writers.items()}
     return {split: manifests[split] for split in plan}
 
 
-def _check_records(records: Sequence[Record]) -> tuple[array[int], tuple[str, ...]]:
-    """The places of the records, sorted by key, and the names of all labels. ValueError that names the first record that cannot
-    be stored."""
+@dataclass(frozen=True)
+class _Survey:
+    """What one look at every record tells: they may be made on demand, which costs more than all that is done with them here.
+
+    splits: of each record, a number into `names`. order: the places of the records, sorted by key. missing: places of the
+    records whose image file is not there.
+    """
+
+    keys: list[str]
+    label_names: tuple[str, ...]
+    names: tuple[str, ...]
+    splits: array[int]
+    order: array[int]
+    missing: array[int]
+
+
+def _survey(
+    records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int
+) -> _Survey:
+    """ValueError that names the first record that cannot be stored, or has no split, or shares a key."""
+    if (splits is None) == (split_of_record is None):
+        raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
+    if splits is not None:
+        check_splits(splits)
     keys: list[str] = []
     label_names: set[str] = set()
+    names: dict[str, int] = {}
+    numbers, missing = array("L"), array("Q")
     for number, record in enumerate(records, 1):
         try:
             check_record(record)
             check_patient(record.patient)
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
+        split = split_of(record.patient, splits, seed) if splits is not None else (split_of_record or {}).get(record.key)
+        if split is None:
+            raise ValueError(f"record {number} has no split: give every record one, or split by fractions")
         keys.append(record.key)
         label_names.update(record.labels)
+        numbers.append(names.setdefault(split, len(names)))
+        if isinstance(record.image, Path) and not record.image.is_file():
+            missing.append(number - 1)
     if not keys:
         raise ValueError("there are no records to pack")
     order = array("Q", sorted(range(len(keys)), key=keys.__getitem__))
@@ -125,44 +156,30 @@ def _check_records(records: Sequence[Record]) -> tuple[array[int], tuple[str, ..
             raise ValueError(
                 f"records {first + 1} and {second + 1} share the key {keys[first]!r}: every image needs a key of its own"
             )
-    return order, tuple(sorted(label_names))
+    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing)
 
 
 def _assign(
-    records: Sequence[Record],
-    order: array[int],
-    splits: Mapping[str, float] | None,
-    split_of_record: Mapping[str, str] | None,
-    seed: int,
+    found: _Survey, records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None
 ) -> dict[str, array[int]]:
     """Split -> the places of its records, sorted by key. ValueError for a split that would be empty, or a patient in two."""
-    if (splits is None) == (split_of_record is None):
-        raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
-    if splits is not None:
-        check_splits(splits)
-        plan = {name: array("Q") for name, fraction in splits.items() if fraction > 0}
-        for n in order:
-            plan[split_of(records[n].patient, splits, seed)].append(n)
-        for name, numbers in plan.items():
-            if not numbers:
-                patients = len({record.patient for record in records})
-                raise ValueError(
-                    f"no patient fell in split {name!r} (fraction {splits[name]:g} of {patients} patients): "
-                    "give it a larger fraction, try another seed, or leave the split out"
-                )
-        return plan
-    assert split_of_record is not None
-    for number, record in enumerate(records, 1):
-        if record.key not in split_of_record:
-            raise ValueError(f"record {number} has no split: give every record one, or split by fractions")
-    plan = {name: array("Q") for name in sorted({split_of_record[record.key] for record in records})}
-    for name in plan:
+    for name in found.names:
         check_split_name(name)
-    for n in order:
-        plan[split_of_record[records[n].key]].append(n)
-    check_patients_stay(
-        (f"record {number}", record.patient, split_of_record[record.key]) for number, record in enumerate(records, 1)
-    )
+    wanted = sorted(found.names) if splits is None else [name for name, fraction in splits.items() if fraction > 0]
+    plan = {name: array("Q") for name in wanted}
+    for n in found.order:
+        plan[found.names[found.splits[n]]].append(n)
+    for name, numbers in plan.items():
+        if splits is not None and not numbers:
+            patients = len({record.patient for record in records})
+            raise ValueError(
+                f"no patient fell in split {name!r} (fraction {splits[name]:g} of {patients} patients): "
+                "give it a larger fraction, try another seed, or leave the split out"
+            )
+    if split_of_record is not None:
+        check_patients_stay(
+            (f"record {number}", record.patient, split_of_record[record.key]) for number, record in enumerate(records, 1)
+        )
     return plan
 
 
@@ -195,13 +212,11 @@ def _load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
     return finished
 
 
-def _check_images_exist(records: Sequence[Record], order: array[int], max_bad_fraction: float) -> None:
-    missing = [n for n in order if isinstance(image := records[n].image, Path) and not image.is_file()]
-    if len(missing) / len(order) > max_bad_fraction:
-        first = min(missing)
+def _check_images_exist(records: Sequence[Record], missing: Sequence[int], max_bad_fraction: float) -> None:
+    if len(missing) / len(records) > max_bad_fraction:
         raise ValueError(
-            f"{len(missing)} of {len(order)} images are missing, the first one of record {first + 1} "
-            f"({records[first].source}): {_mend(len(missing), len(order))}"
+            f"{len(missing)} of {len(records)} images are missing, the first one of record {missing[0] + 1} "
+            f"({records[missing[0]].source}): {_mend(len(missing), len(records))}"
         )
 
 

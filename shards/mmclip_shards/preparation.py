@@ -11,11 +11,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
-
 from mmclip_shards.images import PreparedImage, prepare_image
 from mmclip_shards.journal import image_mark
-from mmclip_shards.schema import Box, Record
+from mmclip_shards.schema import Box, RawImage, Record
 
 _WINDOW_PER_WORKER = 8
 
@@ -64,8 +62,10 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _prepare(image: Path | bytes | np.ndarray, boxes: Sequence[Box], short_side: int) -> Prepared:
+def _prepare(image: RawImage, boxes: Sequence[Box], short_side: int) -> Prepared:
     mark = image_mark(image)  # before the image is read: if it is replaced meanwhile, the mark is that of the old one
+    if callable(image):
+        image, boxes = image()
     try:
         return mark, prepare_image(image, short_side, boxes)
     except ValueError as error:

@@ -22,6 +22,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.asyn import sync as run_async
 
+from mmclip_shards.credentials import refuse, share_metadata
 from mmclip_shards.fast_s3 import FastBucket, missing
 from mmclip_shards.faults import CutFile, MissingCredentials, Patience, Stalled, Tries
 
@@ -294,7 +295,9 @@ def _diagnose(url: Url, filesystem: Any, fault: Exception) -> Exception:
         with _opening:
             if _filesystems.get(session) is filesystem:  # else another thread has replaced it already
                 del _filesystems[session]
-    if expired:  # an OSError, so that it is tried longer than other refusals: the renewal may come late
+    if expired:
+        refuse()
+        # an OSError, so that it is tried longer than other refusals: the renewal may come late
         return OSError(f"{fault} (expired credentials? they are read again at every try)")
     if missing:
         return MissingCredentials(f"{fault}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
@@ -422,10 +425,19 @@ def _open_remote(url: Url) -> tuple[Any, str]:
     with _opening:
         cached = _filesystems.get((os.getpid(), protocol))
         if cached is None:
-            options = _OPTIONS.get(protocol, {})
+            options = _OPTIONS.get(protocol, {}) | _session_of(protocol)
             cached = fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=bool(options), **options)
             if hasattr(cached, "retries"):
                 cached.retries = 1
             cached.fast_buckets = {}  # here, so that a new session brings new ones, with the credentials of the moment
             _filesystems[(os.getpid(), protocol)] = cached
     return cached, str(cached._strip_protocol(text))
+
+
+def _session_of(protocol: str) -> dict[str, Any]:
+    if protocol != "s3":
+        return {}
+    fsspec.get_filesystem_class(protocol)  # says what to install where it is missing
+    from aiobotocore.session import AioSession
+
+    return {"session": share_metadata(AioSession())}

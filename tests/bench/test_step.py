@@ -80,8 +80,10 @@ def test_tokens_and_operations_are_those_of_each_variant() -> None:
     reports = tokens["MMCLIP feature"]["text decoder tokens"]
     assert int(mask.sum()) / 8 <= reports < mask.shape[1]
     assert tokens["MMCLIP feature"]["text tokens"] == pytest.approx(tokens["contrastive only"]["text tokens"] + reports, abs=0.11)
-    operations = [value for _, value in found.values()]
-    assert operations[2] > operations[3] > operations[1] > 0 and operations[0] > 0
+    operations = {variant: value for variant, (_, value) in found.items()}
+    context, alone = operations["MMCLIP context"], operations["contrastive only"]
+    assert operations["MMCLIP feature"] > operations["MMCLIP split"] > context > alone > 0
+    assert operations[PLAIN] > 0
 
 
 def test_attention_on_the_cpu_is_counted_as_elsewhere() -> None:

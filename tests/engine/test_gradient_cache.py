@@ -52,12 +52,12 @@ def step(config: Config, tokenizer: Any, batch: Batch, dropout: float = 0.0) -> 
     return {name: value.detach() for name, value in losses.items()}, gradients, engine
 
 
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context,attmim.share=0.5,entmlm.share=0.5,entmlm.input=embeddings"])
 @pytest.mark.parametrize("micro", [1, 2, 4])
 @pytest.mark.parametrize("weights", [(), ("loss.contrastive=0",), ("loss.image=0", "loss.entity=0"), ("loss.contrastive=0.5",)])
 def test_parts_add_up_to_the_whole(sets, tokenizer, mode: str, micro: int, weights: tuple[str, ...]) -> None:
     batch = mixed_batch(sets, tokenizer)
-    options = [f"attmim.mode={mode}", *weights]
+    options = [*f"attmim.mode={mode}".split(","), *weights]
     whole_losses, whole, _ = step(sets.config(*options), tokenizer, batch)
     losses, parts, engine = step(sets.config(*options, f"optim.micro_batch={micro}"), tokenizer, batch)
     assert engine.boundaries == [False] * (8 // micro - 1) + [True]
@@ -140,14 +140,15 @@ def test_parts_add_up_on_ranks_that_mask_different_numbers_of_tokens(sets, token
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context,attmim.share=0.5,entmlm.share=0.5,entmlm.input=embeddings"])
 def test_ranks_with_unequal_shares_train_as_one_process(sets, tokenizer, tmp_path: Path, mode: str) -> None:
-    batch, config = mixed_batch(sets, tokenizer), sets.config(f"attmim.mode={mode}")
+    options = f"attmim.mode={mode}".split(",")
+    batch, config = mixed_batch(sets, tokenizer), sets.config(*options)
     losses, gradients, _ = step(config, tokenizer, batch)
     whole = {"losses": {name: float(value) for name, value in losses.items()}, "gradients": list(gradients.values())}
     torch.save(whole, tmp_path / "whole.pt")
     torch.save([taken(batch, list(range(5))), taken(batch, list(range(5, 8)))], tmp_path / "batches.pt")
-    arguments = [*sets.overrides(tmp_path), f"attmim.mode={mode}"], tmp_path
+    arguments = [*sets.overrides(tmp_path), *options], tmp_path
     code, outputs = run_ranks(two_ranks.uneven, *arguments, ranks=2, folder=tmp_path)
     assert code == 0 and all("unequal shares add up" in output for output in outputs), outputs
 

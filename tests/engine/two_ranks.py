@@ -140,7 +140,7 @@ def uneven(overrides: list[str], folder: Path) -> None:
     config = load_config("quickstart", overrides)
     for passes in (1, 2, 3):
         engine = Summing(build_model(config, load_tokenizer(str(config.model.text.tokenizer)), DISEASES))
-        losses = forward_backward(engine, planned(batch, engine.module.text.width, passes), config.loss)
+        losses = forward_backward(engine, planned(batch, engine.module.text.width, passes, config.shares), config.loss)
         gradients = [gradient / 2 for gradient in engine.gradients()]
         for name, loss in losses.items():
             mean = collective.sums(loss.device, loss=loss.detach())["loss"] / 2

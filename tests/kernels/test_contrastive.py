@@ -1,5 +1,6 @@
 """The contrastive loss of every implementation against its float64 meaning, in one process. Several ranks: test_ranks.py."""
 
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmclip_kernels import contrastive_loss, contrastive_torch, reference
 from mmclip_kernels.contrastive import contrastive_op
+from mmclip_kernels.pairs import Pairs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.contrastive_cases import IMPLS, cone, device_of, drawn_case, evaluate, features, meaning, precise_dtype
 
@@ -40,6 +43,47 @@ def test_equals_its_meaning(case: str, block: tuple[int, int], factor: float, mo
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     if case != "no positive":
         assert ours[1].abs().sum() > 0 or rows == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("angle", [0.3, 3.0])
+def test_logits_near_each_other_and_far_apart(angle: float, dtype: torch.dtype) -> None:
+    """One exponential for both directions loses nothing: texts turn away from all images, the last one to a logit of -99."""
+    turn = torch.linspace(0, angle, 6, dtype=torch.float64)
+    image = torch.nn.functional.normalize(torch.stack([torch.ones(6).double(), turn / 60], dim=1), dim=1)
+    text = torch.stack([turn.cos(), turn.sin()], dim=1)
+    given_ones = image.to(dtype), text.to(dtype), torch.tensor(100.0, dtype=dtype)
+    for found, wanted in zip(evaluate(contrastive_loss, *given_ones), meaning(*given_ones), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-5 if dtype == torch.float32 else 1e-10, atol=1e-6)
+
+
+def test_a_block_without_positives_compares_no_ids(monkeypatch) -> None:
+    """And none has a mask of what is left out, where nothing is; near logits cost one exponential a block in each direction."""
+    monkeypatch.setattr(contrastive_torch, "BLOCK", (4, 4))
+    image, text = cone(16, 8, 0, torch.float32)
+    counts: Counter[str] = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            counts[str(function).removeprefix("aten.").split(".")[0]] += getattr(result, "shape", None) == (4, 4)
+            return result
+
+    def sweeps(ids: torch.Tensor) -> Counter[str]:
+        counts.clear()
+        one, zero = torch.ones(()), torch.zeros(())
+        each = torch.full((16,), 1 / 16)
+        pairs = Pairs(ids, torch.arange(16, dtype=torch.int32), True, None, 9 * one, zero, each, each, each, each)
+        with Count():
+            part = contrastive_torch.sweep(image, text, pairs, "softmax")
+            lse = [sums.peak + sums.total.log() for sums in (part.rows, part.columns)]
+            contrastive_torch.gradient(image, text, pairs, "softmax", *lse)
+        return counts
+
+    diagonal = sweeps(torch.arange(16, dtype=torch.int32))
+    assert diagonal["mm"] == 32 and diagonal["exp_"] == 32  # 16 blocks, forward and backward
+    assert diagonal["eq"] == 8 and diagonal["masked_fill_"] == 0
+    assert sweeps((torch.arange(16) * 5 % 16).int())["eq"] == 32
 
 
 def test_gradcheck() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from mmclip_launch.quickstart import Job, Progress, check, phase_config, phase_overrides, summarise
+from mmclip_launch.quickstart import Job, Progress, check, control_steps, phase_config, phase_overrides, summarise
 from mmclip_shards.manifest import load_manifest
 
 from mmclip_dist.run.metrics import MetricsLog
@@ -72,15 +72,20 @@ def test_stages_are_remembered_and_another_job_is_refused(sets, tmp_path: Path) 
 
 
 def test_the_summary_joins_both_phases(sets, tmp_path: Path) -> None:
-    for phase, steps in (("warmup", (1, 5)), ("train", (6, 9))):
+    for phase, steps in (("warmup", (1, 5)), ("train", (6, 9)), ("control", (6, 11))):
         (tmp_path / phase).mkdir()
         log = MetricsLog(tmp_path / phase, 0)
         for step in steps:
             losses = {"contrastive": 10.0 - step} | ({"image": 1 / step} if phase == "train" else {})
-            log.write({"step": step, "samples": 8 * step, "loss": losses})
+            seconds = {"warmup": 2.5, "train": 3.0, "control": 3.1}[phase]
+            log.write({"step": step, "samples": 8 * step, "loss": losses, "processor_s": seconds})
     result = {"auc_macro": 0.7, "per_class": {"Nodule": 0.7}, "auc_macro_ci95": [0.6, 0.8], "samples": 3}
     (tmp_path / "zeroshot.json").write_text(json.dumps(result))
+    (tmp_path / "control.json").write_text(json.dumps(result | {"auc_macro": 0.65}))
     found = summarise(job(sets, tmp_path), [("pack", 1.0)])
     assert found["samples"] == 72 and found["world_size"] == 2 and found["stages"] == [{"name": "pack", "seconds": 1.0}]
     assert found["loss"] == {"contrastive": {"first": 9.0, "last": 1.0}, "image": {"first": 1 / 6, "last": 1 / 9}}
-    assert found["zero_shot"] == {key: result[key] for key in ("auc_macro", "per_class", "auc_macro_ci95")}
+    shot = {key: result[key] for key in ("auc_macro", "per_class", "auc_macro_ci95")}
+    assert found["zero_shot"] == shot and found["processor_s"] == 6.0
+    assert found["control"] == {"zero_shot": shot | {"auc_macro": 0.65}, "processor_s": 6.2, "steps": 11}
+    assert control_steps(job(sets, tmp_path)) == 11  # a step of the warm-up took a second: six of them after step 5

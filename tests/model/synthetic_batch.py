@@ -11,6 +11,7 @@ from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.batch import Batch
 from mmclip_dist.model.mmclip import MMCLIP
 from mmclip_dist.plan.cost import Load
+from tests.conftest import PAPER
 
 VOCABULARY, PROMPT_TOKENS = 900, 8
 
@@ -22,7 +23,8 @@ def config_of(*overrides: str, batch: int, precision: str = "fp32") -> Config:
             f"precision={precision}", f"optim.global_batch={batch}", f"data.streams={batch}",
             "model.image={size: 64, patch: 8, width: 96, depth: 4, heads: 4}",
             "model.text={width: 64, depth: 3, heads: 4, max_tokens: 48}",
-            "attmim.decoder={depth: 2, width: 64, heads: 4}", "entmlm.decoder={depth: 2, width: 64, heads: 4}", *overrides,
+            "attmim.decoder={depth: 2, width: 64, heads: 4}", "entmlm.decoder={depth: 2, width: 64, heads: 4}",
+            *PAPER, *overrides,
         ],
     )  # fmt: skip
 
@@ -46,7 +48,7 @@ def batch_of(config: Config, load: Load) -> Batch:
         "target_tokens": torch.where(hidden, tokens, -100), "evidence": torch.ones_like(tokens).bool(),
         "report_id": torch.arange(rows), "labels": torch.randint(-1, 2, (rows, load.prompts // 2)),
         "attention": torch.rand(rows, side, side), "has_attention": torch.full((rows,), not load.scored),
-        "noise": torch.rand(rows, side * side),
+        "noise": torch.rand(rows, side * side), "lot": (torch.arange(rows) + 0.5) / rows,
     }  # fmt: skip
     return cast(Batch, batch)
 

@@ -15,7 +15,7 @@ from mmclip_dist.model.losses import prompt_contrastive
 from tests.batches import loader, model_of
 
 
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context"])
 def test_every_parameter_learns_from_the_whole_objective(sets, tokenizer, batch: Batch, mode: str) -> None:
     model = model_of(sets.config(f"attmim.mode={mode}"), tokenizer)
     losses = model(batch)
@@ -27,7 +27,7 @@ def test_every_parameter_learns_from_the_whole_objective(sets, tokenizer, batch:
     assert set(idle) <= {"image.vit.embeddings.cls_token"}, idle
 
 
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context"])
 def test_a_few_steps_lower_every_loss(sets, tokenizer, batch: Batch, mode: str) -> None:
     model = model_of(sets.config(f"attmim.mode={mode}"), tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -42,7 +42,8 @@ def test_a_few_steps_lower_every_loss(sets, tokenizer, batch: Batch, mode: str) 
         assert history[-1][name] < 0.9 * history[0][name], (name, history[0][name], history[-1][name])
 
 
-@pytest.mark.parametrize(("mode", "sidecars"), [("split", "all"), ("feature", "all"), ("feature", "some"), ("feature", "none")])
+@pytest.mark.parametrize(("mode", "sidecars"), [("split", "all"), ("context", "all"),
+                                                ("feature", "all"), ("feature", "some"), ("feature", "none")])
 def test_losses_and_gradients_agree_between_the_kernels(sets, tokenizer, batch: Batch, mode: str, sidecars: str) -> None:
     """impl=triton (interpreted without a card) and impl=torch: the same masks, losses and gradients."""
     if sidecars != "all":
@@ -86,7 +87,7 @@ def test_contrastive_term_is_the_mean_over_reports_and_prompts(sets, tokenizer, 
 
 
 @pytest.mark.parametrize("kind", ["only reports", "only prompts"])
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context"])
 def test_a_rank_may_hold_one_kind_of_sample(sets, tokenizer, kind: str, mode: str) -> None:
     url, sidecars = (sets.paired, "paired") if kind == "only reports" else (sets.unpaired, "unpaired")
     entities = f", entities: {sets.sidecar('entities')}" if kind == "only reports" else ""
@@ -135,6 +136,79 @@ def test_the_hidden_patches_cannot_be_seen_in_split_mode(sets, tokenizer, batch:
     torch.testing.assert_close(plain["image"], changed["image"])  # the target is normalised patch by patch
 
 
+def test_context_mode_contrasts_whole_images_and_rebuilds_from_the_context_view(sets, tokenizer, batch: Batch) -> None:
+    config = sets.config("attmim.mode=context", "attmim.hint=0", "loss.entity=0")
+    model, plain = model_of(config, tokenizer), model_of(sets.config("loss.image=0", "loss.entity=0"), tokenizer)
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    flat = torch.arange(16.0).reshape(1, 4, 4).expand(8, 4, 4)
+    losses = model(Batch(**(batch | {"attention": flat})))
+    torch.testing.assert_close(losses["contrastive"], plain(batch)["contrastive"])
+    context = batch["noise"][:, :8].argsort(1)[:, :4]  # drawn from the half that responds less
+    is_mask = (queries[0] == model.mask_token.detach()).all(2)
+    assert torch.equal(is_mask, torch.ones(8, 16, dtype=torch.bool).scatter(1, context, False))
+
+
+def test_context_mode_scores_patches_where_no_sidecar_is(sets, tokenizer, batch: Batch) -> None:
+    """Images with a report or a label: none of the patches that respond most is in the context view. Others: by lot."""
+    model = model_of(sets.config("attmim.mode=context", "attmim.hint=0", "loss.entity=0"), tokenizer)
+    nothing = torch.arange(8) == 3
+    missing = Batch(**(batch | {
+        "has_attention": torch.zeros(8, dtype=torch.bool), "attention": torch.zeros(8, 4, 4),
+        "report_id": torch.where(nothing, -1, batch["report_id"]), "labels": torch.where(nothing[:, None], -1, batch["labels"]),
+    }))  # fmt: skip
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    assert all(loss.isfinite() for loss in model(missing).values())
+    with torch.no_grad():
+        scores = model.attention_grid(missing).flatten(1)
+    scores[3] = batch["noise"][3]
+    top = scores.argsort(1, descending=True)[:, :8]
+    assert (queries[0] == model.mask_token.detach()).all(2).gather(1, top).all()
+
+
+def test_masked_terms_on_shares_of_the_batch_are_those_of_the_chosen_samples(sets, tokenizer, batch: Batch) -> None:
+    """The lowest lots are rebuilt as images and the highest as reports: the losses are those of these samples alone."""
+    batch["lot"] = torch.tensor([0.1, 0.9, 0.3, 0.7, 0.2, 0.6, 0.95, 0.4])
+    terms = ("attmim.mode=context", "loss.contrastive=0", "entmlm.input=embeddings")
+    on_shares = model_of(sets.config(*terms, "attmim.share=0.5", "entmlm.share=0.5"), tokenizer)(batch)
+    whole = model_of(sets.config(*terms), tokenizer)
+    for name, chosen in (("image", batch["lot"] < 0.5), ("entity", batch["lot"] >= 0.5)):
+        alone = {key: value[chosen] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        torch.testing.assert_close(on_shares[name], whole(alone)[name])
+        assert on_shares[name] > 0
+
+
+def test_an_unlabelled_image_costs_its_context_view_only(sets, tokenizer, batch: Batch) -> None:
+    """It is always rebuilt, whatever the share, and the contrastive loss is the one without it."""
+    nothing = torch.arange(8) % 4 == 1
+    labels = torch.where(nothing[:, None], -1, batch["labels"])
+    some = Batch(**(batch | {"report_id": torch.where(nothing, -1, batch["report_id"]), "labels": labels}))
+    some["target_tokens"] = torch.where(nothing[:, None], -100, some["target_tokens"])
+    some["lot"] = torch.full((8,), 0.5)
+    model = model_of(sets.config("attmim.mode=context", "attmim.share=0.1"), tokenizer)
+    encoded: list[torch.Size] = []
+    model.image.layers[0].register_forward_pre_hook(lambda _, args: encoded.append(args[0].shape))
+    losses = model(some)
+    assert [tuple(shape[:2]) for shape in encoded] == [(6, 16), (2, 4)]
+    kept = {key: value[~nothing] if isinstance(value, Tensor) else value for key, value in some.items()}
+    without = model_of(sets.config("loss.image=0"), tokenizer)(kept)
+    torch.testing.assert_close(losses["contrastive"], without["contrastive"])
+    torch.testing.assert_close(losses["entity"], without["entity"])
+
+
+def test_no_sample_may_be_chosen(sets, tokenizer, batch: Batch) -> None:
+    """The terms are then 0, and every parameter still has a gradient: ranks that reduce different ones hang."""
+    batch["lot"] = torch.full((8,), 0.5)
+    model = model_of(sets.config("attmim.mode=context", "attmim.share=0.1", "entmlm.share=0.1"), tokenizer)
+    losses = model(batch)
+    torch.stack(list(losses.values())).sum().backward()
+    assert losses["image"] == losses["entity"] == 0 and losses["contrastive"].isfinite()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert set(without) <= {"image.vit.embeddings.cls_token"}
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
 def brighter(image: Tensor, patches: Tensor) -> Tensor:
     """image [B, 1, 32, 32] with the pixels of patches [B, K] (of 8 pixels) raised."""
     changed = image.clone()
@@ -155,7 +229,7 @@ def test_feature_mode_hides_the_patches_of_highest_score(sets, tokenizer, batch:
     assert is_mask.tolist() == [[False] * 8 + [True] * 8] * 8
 
 
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context"])
 def test_random_masks_ignore_the_scores_and_hide_as_many(sets, tokenizer, batch: Batch, mode: str) -> None:
     model = model_of(sets.config(f"attmim.mode={mode}", "attmim.guide=random"), tokenizer)
     queries: list[Tensor] = []

@@ -51,12 +51,14 @@ def on_meta(model: nn.Module, batch: PlannedBatch) -> PlannedBatch:
 @pytest.mark.usefixtures("three_ranks")
 @pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize(("mode", "known"), [("feature", [True] * 4), ("feature", [True, False] * 2), ("feature", [False] * 4),
-                                             ("split", [True] * 4)])  # fmt: skip
+                                             ("split", [True] * 4), ("context", [True] * 4)])  # fmt: skip
 def test_a_step_reads_nothing_from_the_device(mode: str, known: list[bool], passes: int) -> None:
     load, batch = mixed(scored=not all(known), known=known)
-    config = config_of(f"attmim.mode={mode}", batch=12)
+    shares = ("attmim.share=0.5", "entmlm.share=0.5", "entmlm.input=embeddings") if mode == "context" else ()
+    config = config_of(f"attmim.mode={mode}", *shares, batch=12)
+    batch["lot"] = torch.tensor([0.1, 0.2, 0.9, 0.8])
     model = model_of(config, load.prompts // 2)
-    ready = on_meta(model, planned(batch, model.text.width, passes))
+    ready = on_meta(model, planned(batch, model.text.width, passes, config.shares))
     losses = forward_backward(PlainEngine(model, passes), ready, config.loss)
     assert {name: (loss.shape, loss.device) for name, loss in losses.items()} == {
         name: (torch.Size([]), META) for name in ("contrastive", "image", "entity")

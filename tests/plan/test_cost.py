@@ -31,6 +31,8 @@ def one_rank(tmp_path: Path):
         ([], {}, 4),
         ([], {"scored": True}, 4),
         (["attmim.mode=split"], {}, 4),
+        (["attmim.mode=context", "attmim.share=0.5", "entmlm.share=0.25", "entmlm.input=embeddings"], {}, 4),
+        (["attmim.mode=context", "attmim.share=0.5"], {"scored": True}, 4),
         (["loss.image=0", "loss.entity=0"], {"tokens": 20}, 8),
         (["loss.contrastive=0", "loss.entity=0"], {"diseases": 20}, 3),
         (["model.image={size: 96, patch: 16, width: 64, depth: 2, heads: 2}"], {"tokens": 48, "masked": 3}, 2),
@@ -50,7 +52,7 @@ def test_flops_are_those_that_torch_counts(one_rank: None, overrides: list[str],
     assert cost.training_flops(found) == pytest.approx(total, rel=0.005)
 
 
-@pytest.mark.parametrize("mode", ["feature", "split"])
+@pytest.mark.parametrize("mode", ["feature", "split", "context"])
 def test_what_gradient_caching_computes_twice(one_rank: None, mode: str) -> None:
     config = config_of(f"attmim.mode={mode}", batch=4)
     load = load_of(config)
@@ -91,6 +93,7 @@ def kept_bytes(config: Config, load: cost.Load) -> int:
     [
         ([], {}, 8),
         (["attmim.mode=split"], {}, 5),
+        (["attmim.mode=context", "attmim.share=0.25", "entmlm.share=0.5", "entmlm.input=embeddings"], {}, 8),
         (["loss.image=0", "loss.entity=0"], {"tokens": 12}, 8),
         (["model.image={size: 96, patch: 16, width: 64, depth: 6, heads: 2}"], {"tokens": 48, "masked": 30}, 3),
     ],

@@ -18,6 +18,7 @@ from mmclip_dist.config import load_config
 from mmclip_dist.plan.cards import card_named, card_of_device
 from mmclip_dist.plan.layouts import communication, largest, layouts, links, memory, plan, recommend
 from mmclip_dist.plan.setup import Choice, Corpus, Setup, configured, setup_of
+from tests.conftest import PAPER
 from tests.model.synthetic_batch import PROMPT_TOKENS, VOCABULARY, config_of, load_of
 from tests.plan import measure_memory
 from tests.plan.measure_memory import BUCKET
@@ -98,7 +99,7 @@ BIG = ("optim.global_batch=4096", "data.streams=4096")
 
 
 def vit_b16(*overrides: str, gpus: int = 64, card: str = "h100", **options: Any) -> Setup:
-    return setup_of(load_config("mmclip_vit_b16", [*BIG, *overrides]), card_named(card), gpus, **options)
+    return setup_of(load_config("mmclip_vit_b16", [*BIG, *PAPER, *overrides]), card_named(card), gpus, **options)
 
 
 def test_what_each_stage_shards() -> None:

@@ -83,11 +83,11 @@ def test_every_batch_comes_with_its_own_counts(guard: Guard) -> None:
             made["report_id"][: step % 4] = -1
             yield made
 
-    counted = guard.counted(Feed(batches(), 64, 1, CPU))
+    counted = guard.counted(Feed(batches(), 64, 1, (1.0, 1.0), CPU))
     for step in range(6):
         found = next(counted)
         assert (found["counts"].paired, found["counts"].unpaired) == ((4 - step % 4,), (step % 4,))
-        assert found["counts"].masked == (len(found["plan"].masked),) and found["counts"].samples == 4
+        assert found["counts"].masked == (len(found["plan"].masked),) and found["counts"].rebuilt == (4,)
         guard.after_step(step + 1, found, torch.tensor(2.0), applied=True, writing=False)
     guard.finish()
     assert guard.quarantine.seen == 24

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import uuid
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -425,8 +426,9 @@ def test_a_split_without_a_usable_image_is_refused(tmp_path: Path) -> None:
         pack_to(tmp_path / "set", max_bad_fraction=2)
 
 
-def test_records_that_are_made_on_demand_are_not_held(tmp_path: Path) -> None:
+def test_records_that_are_made_on_demand_are_not_held_and_made_twice(tmp_path: Path) -> None:
     alive: weakref.WeakSet[Record] = weakref.WeakSet()
+    made_of: Counter[int] = Counter()
     most = 0
 
     class OnDemand(Sequence[Record]):
@@ -437,6 +439,7 @@ def test_records_that_are_made_on_demand_are_not_held(tmp_path: Path) -> None:
             nonlocal most
             made = Hashed(**vars(records()[number]))
             alive.add(made)
+            made_of[number] += 1
             most = max(most, len(alive))
             return made
 
@@ -444,6 +447,7 @@ def test_records_that_are_made_on_demand_are_not_held(tmp_path: Path) -> None:
     pack_to(tmp_path / "list")
     assert files_in(tmp_path / "set") == files_in(tmp_path / "list")
     assert most <= 3
+    assert set(made_of.values()) == {2}, "each is made once to be checked and once to be packed"
 
 
 class Hashed(Record):

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmclip_shards.datasets import synthetic
 from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
 from mmclip_shards.datasets.synthetic.drawing import draw
 from mmclip_shards.datasets.synthetic.reports import write_report
-from mmclip_shards.datasets.synthetic.set import pack_synthetic
+from mmclip_shards.datasets.synthetic.set import _PATIENT_KEY, pack_synthetic
 from mmclip_shards.datasets.synthetic.studies import Finding, Pose, Study, sample_study
+from mmclip_shards.pack import pack
 from mmclip_shards.schema import KEY_PATTERN, Box, Record
 
 SIZE = 128
@@ -354,3 +356,40 @@ def test_a_change_of_the_drawing_code_is_another_set(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "lesions.py"))
     with pytest.raises(ValueError, match="holds another set"):
         packed()
+
+
+def test_images_are_drawn_as_they_are_packed_and_not_again_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(synthetic, "draw", lambda study, size: drawn.append(size) or draw(study, size))
+    ahead = []
+
+    def pack_to(folder: Path, stop: int = -1) -> None:
+        def progress(done: int, total: int) -> None:
+            ahead.append(len(drawn) - done)
+            if done == stop:
+                raise KeyboardInterrupt
+
+        pack_synthetic(folder, 8, seed=1, size=32, splits={"train": 1.0}, samples_per_shard=2, progress=progress)
+
+    pack_to(tmp_path / "whole")
+    assert len(drawn) == 8 and set(ahead) == {0}
+    with pytest.raises(KeyboardInterrupt):
+        pack_to(tmp_path / "set", stop=5)
+    drawn.clear()
+    pack_to(tmp_path / "set")
+    assert len(drawn) == 4
+    for path in (tmp_path / "whole" / "train").iterdir():
+        assert path.read_bytes() == (tmp_path / "set" / "train" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_is_packed_are_the_records_with_their_boxes(tmp_path: Path, workers: int) -> None:
+    whole = {"train": 1.0}
+    pack_synthetic(tmp_path / "set", 6, seed=1, size=32, splits=whole, samples_per_shard=4, workers=workers)
+    pack(
+        list(synthetic_records(6, seed=1, size=32)), tmp_path / "records", dataset="synthetic", splits=whole, seed=1,
+        short_side=32, samples_per_shard=4, config_hash="x", patient_key=_PATIENT_KEY,
+    )  # fmt: skip
+    for number in range(2):
+        tars = [tmp_path / name / "train" / f"{number:06d}.tar" for name in ("set", "records")]
+        assert tars[0].read_bytes() == tars[1].read_bytes()

@@ -229,7 +229,7 @@ def masked_entities(model: MMCLIP, held: HeldOut, padding: int) -> dict[str, np.
     """Masked tokens of each report [N], and how many of them are guessed right with its image, another one's and none [N, 3]."""
     total, right = [], []
     for batch in held.batches(padding):
-        plan = Plan.of(batch, model.text.width)
+        plan = Plan.of(batch, model.text.width, (1.0, 1.0))
         counts = (batch["target_tokens"] >= 0).sum(1)
         seen = model.image.encode(model.image.embed(batch["image"]))
         columns = []

@@ -125,12 +125,18 @@ def key_figures(job: Job) -> list[KeyFigure]:
     optim = job.phases[-1].settings.get("optim") or {}
     planned = optim.get("steps")
     staged = sum(seconds for _, seconds in job.stages)
+    control = []
+    if job.control:
+        of_control, steps = job.control
+        told = f"same processor time: {numbers.count(steps)} steps; 95% interval {numbers.interval(of_control.auc_macro_ci95)}"
+        control = [KeyFigure("Macro AUC, contrastive training alone", numbers.fixed(of_control.auc_macro, 3), told)]
     return [
         KeyFigure(
             "Macro AUC, zero-shot",
             numbers.fixed(result.auc_macro if result else None, 3),
             f"95% interval {numbers.interval(result.auc_macro_ci95)}" if result else "no zeroshot.json",
         ),
+        *control,
         KeyFigure(
             "Steps",
             numbers.count(last["step"]) if last else numbers.NOT_MEASURED,

@@ -42,13 +42,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a report shows. stages: (name, seconds); missing: sub-folders of a quick start that hold no run yet."""
+    """All that a report shows. stages: (name, seconds); missing: sub-folders of a quick start that hold no run yet. control: the
+    result of contrastive training alone for the same processor time, which a quick start makes, and its number of steps."""
 
     folder: Path
     phases: tuple[Phase, ...]
     missing: tuple[str, ...]
     result: ZeroShot | None
     stages: tuple[tuple[str, float], ...]
+    control: tuple[ZeroShot, int] | None
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -83,7 +85,7 @@ def read_job(folder: Path, stages: Sequence[tuple[str, float]] = ()) -> Job:
         )
     return Job(
         folder, tuple(phases), tuple(missing), _read_result(folder / "zeroshot.json"),
-        tuple(stages) or _read_stages(folder / "summary.json"),
+        tuple(stages) or _read_stages(folder / "summary.json"), _read_control(folder),
     )  # fmt: skip
 
 
@@ -132,6 +134,11 @@ def _read_result(path: Path) -> ZeroShot | None:
         return load_result(path)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no result of `mmclip evaluate zeroshot` ({error}); run that again") from error
+
+
+def _read_control(folder: Path) -> tuple[ZeroShot, int] | None:
+    result, rows = _read_result(folder / "control.json"), read_metrics(folder / "control")
+    return (result, rows[-1]["step"]) if result and rows else None
 
 
 def _read_stages(path: Path) -> tuple[tuple[str, float], ...]:

@@ -38,6 +38,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def last(self) -> int:
+        """The number of the last row; there must be one."""
+        return self._numbers[-1]
+
     def __iter__(self) -> Iterator[Row]:
         with self.table.open("rb") as file:
             for place in range(len(self)):
@@ -104,7 +109,7 @@ class Rows:
         raw = file.read(self._lengths[place])
         if xxhash.xxh3_64_intdigest(raw) != self._hashes[place]:
             raise ValueError(f"{self.table} was changed while it was read: start again")
-        (cells,) = csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=self._delimiter, strict=True)
+        (cells,) = csv.reader([raw.decode()], delimiter=self._delimiter, strict=True)
         return self._numbers[place], {name: cell.strip() for name, cell in zip(self._columns, cells, strict=True)}
 
 

@@ -6,15 +6,18 @@ import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Literal, get_args, overload
+from typing import Literal, Protocol, TypeVar, get_args, overload
 
-from mmclip_shards.datasets.rows import Rows
+from mmclip_shards.datasets.rows import Row, Rows
 from mmclip_shards.schema import Record, canonical_json, make_key
 from mmclip_shards.split import check_patients_stay
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 EmptyReports = Literal["error", "drop", "unpaired"]
 
@@ -57,29 +60,27 @@ def read_table(
         rows = _settle_empty_reports(rows, text_column, empty_reports)
     if not rows:
         raise ValueError(f"{table} has no rows to pack")
-    _check_filled(rows, [column for column in (image_column, patient_column, split_column, key_column) if column])
-    for number, row in rows:
-        _check_inside(number, row[image_column], table)
+    _check_cells(rows, [column for column in (image_column, patient_column, split_column, key_column) if column], image_column)
     key_of = _keys(rows, image_column, key_column)
     path_of = _find_images(rows, image_column, images)
-    names = _label_names(rows, labels_column, labels_separator)
+    absent: dict[str, int | None] = dict.fromkeys(_label_names(rows, labels_column, labels_separator), 0)
     if split_column is not None:
         check_patients_stay((f"row {number}", row[patient_column], row[split_column]) for number, row in rows)
 
-    def record(place: int) -> Record:
-        _, row = rows[place]
+    def record(numbered: Row) -> Record:
+        number, row = numbered
         return Record(
             key=key_of(row),
-            image=path_of(place, row),
+            image=path_of(number, row),
             patient=row[patient_column],
             source=str(PurePosixPath(row[image_column])),
             report=row[text_column] if text_column is not None else "",
-            labels=_labels(row[labels_column], names, labels_separator) if labels_column is not None else {},
+            labels=_labels(row[labels_column], absent, labels_separator) if labels_column is not None else {},
             view=(row[view_column] or None) if view_column is not None else None,
             split=row[split_column] if split_column is not None else None,
         )
 
-    return Records(len(rows), record)
+    return Records(rows, record)
 
 
 def table_hash(table: Path | str, **options: object) -> str:
@@ -101,14 +102,26 @@ def splits_of(records: Sequence[Record]) -> dict[str, str]:
     return splits
 
 
-class Records(Sequence[Record]):
-    """Records that are made when they are asked for. make(place), from 0."""
+class Source(Protocol[T_co]):
+    """What records are made of: it can be counted, gone through, and asked for one."""
 
-    def __init__(self, count: int, make: Callable[[int], Record]) -> None:
-        self._places, self._make = range(count), make
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[T_co]: ...
+    def __getitem__(self, place: int, /) -> T_co: ...
+
+
+class Records(Sequence[Record]):
+    """Records that are made of the items of `source` when they are asked for."""
+
+    def __init__(self, source: Source[T], make: Callable[[T], Record]) -> None:
+        self._source, self._make = source, make
+        self._places = range(len(source))
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(self._make, self._source)
 
     @overload
     def __getitem__(self, place: int) -> Record: ...
@@ -116,8 +129,8 @@ class Records(Sequence[Record]):
     def __getitem__(self, place: slice) -> list[Record]: ...
     def __getitem__(self, place: int | slice) -> Record | list[Record]:
         if isinstance(place, slice):
-            return [self._make(one) for one in self._places[place]]
-        return self._make(self._places[place])
+            return [self._make(self._source[one]) for one in self._places[place]]
+        return self._make(self._source[self._places[place]])
 
 
 def _read_bytes(table: Path) -> bytes:
@@ -141,38 +154,39 @@ def _settle_empty_reports(rows: Rows, column: str, empty_reports: EmptyReports) 
     return rows
 
 
-def _check_filled(rows: Rows, columns: list[str]) -> None:
-    empty: dict[str, list[int]] = {column: [] for column in columns}
+def _check_cells(rows: Rows, filled: list[str], image_column: str) -> None:
+    """ValueError for an empty cell in the columns `filled`, or an image that is not below the image folder."""
+    empty: dict[str, list[int]] = {column: [] for column in filled}
+    outside: list[int] = []
     for number, row in rows:
-        for column in columns:
+        for column in filled:
             if not row[column]:
                 empty[column].append(number)
+        value = row[image_column]
+        if value.startswith("/") or "\0" in value or (".." in value and ".." in PurePosixPath(value).parts):
+            outside.append(number)
     for column, numbers in empty.items():
         if numbers:
             raise ValueError(
                 f"{len(numbers)} rows of {rows.table} have no {column!r}, the first is row {numbers[0]}: fill it in"
             )
-
-
-def _check_inside(number: int, value: str, table: Path) -> None:
-    path = PurePosixPath(value)
-    if path.is_absolute() or ".." in path.parts or "\0" in value:
-        raise ValueError(f"{table}: row {number} names an image outside the image folder: use paths below it")
+    if outside:
+        raise ValueError(f"{rows.table}: row {outside[0]} names an image outside the image folder: use paths below it")
 
 
 def _find_images(rows: Rows, column: str, images: Path) -> Callable[[int, Mapping[str, str]], Path]:
-    """(place, row) -> the path of its image."""
+    """(number, row) -> the path of its image."""
     if not images.is_dir():
         raise ValueError(f"there is no image folder {images}")
     own_name = images.resolve().name
-    shortened = bytearray(len(rows))  # whether the row's path starts with the folder's own name
+    shortened = bytearray(rows.last + 1)  # by number, whether the row's path starts with the folder's own name
     missing: list[int] = []
-    for place, (number, row) in enumerate(rows):
+    for number, row in rows:
         source = PurePosixPath(row[column])
         if (images / source).is_file():
             continue
         if len(source.parts) > 1 and source.parts[0] == own_name and images.joinpath(*source.parts[1:]).is_file():
-            shortened[place] = True
+            shortened[number] = True
         else:
             missing.append(number)
     if len(missing) == len(rows):
@@ -184,7 +198,7 @@ def _find_images(rows: Rows, column: str, images: Path) -> Callable[[int, Mappin
             "%d of %d images of %s are not in %s, the first is of row %d",
             len(missing), len(rows), rows.table, images, missing[0],
         )  # fmt: skip
-    return lambda place, row: images.joinpath(*PurePosixPath(row[column]).parts[shortened[place] :])
+    return lambda number, row: images.joinpath(*PurePosixPath(row[column]).parts[shortened[number] :])
 
 
 def _keys(rows: Rows, image_column: str, key_column: str | None) -> Callable[[Mapping[str, str]], str]:
@@ -199,18 +213,17 @@ def _keys(rows: Rows, image_column: str, key_column: str | None) -> Callable[[Ma
     def of_path(row: Mapping[str, str]) -> str:
         return make_key(str(PurePosixPath(row[image_column])))
 
-    key_of = of_stem if key_column is None else of_cell
-    if key_column is None and len({of_stem(row) for _, row in rows}) < len(rows):
-        key_of = of_path
-    first: dict[str, int] = {}
-    for number, row in rows:
-        key = key_of(row)
-        if first.setdefault(key, number) != number:
-            what = f"the same {key_column!r}" if key_column is not None else "the same image"
-            raise ValueError(
-                f"rows {first[key]} and {number} of {rows.table} have {what}: a table needs one row per image"
-            )
-    return key_of
+    twins = 0, 0
+    for key_of in (of_stem, of_path) if key_column is None else (of_cell,):
+        first: dict[str, int] = {}
+        for number, row in rows:
+            if (known := first.setdefault(key_of(row), number)) != number:
+                twins = known, number
+                break
+        else:
+            return key_of
+    what = f"the same {key_column!r}" if key_column is not None else "the same image"
+    raise ValueError(f"rows {twins[0]} and {twins[1]} of {rows.table} have {what}: a table needs one row per image")
 
 
 def _label_names(rows: Rows, column: str | None, separator: str) -> list[str]:
@@ -226,10 +239,12 @@ def _label_names(rows: Rows, column: str | None, separator: str) -> list[str]:
     return diseases
 
 
-def _labels(cell: str, names: list[str], separator: str) -> dict[str, int | None]:
-    """A row's labels: a value for each name that any row lists."""
+def _labels(cell: str, absent: Mapping[str, int | None], separator: str) -> dict[str, int | None]:
+    """A row's labels: a value for each name that any row lists. absent: all of them, 0."""
     present = _listed(cell, separator)
-    return {name: int(name in present) if present else None for name in names}
+    if not present:
+        return dict.fromkeys(absent)
+    return {**absent, **dict.fromkeys(present & absent.keys(), 1)}
 
 
 def _listed(cell: str, separator: str) -> set[str]:
