@@ -199,14 +199,16 @@ def test_a_learned_sigmoid_keeps_its_small_rest(impl: str) -> None:
     torch.testing.assert_close(image_grad.double(), meant[1], rtol=1e-5, atol=0)
 
 
-def test_float32_gradients_do_not_carry_the_rounding_of_log_sum_exps() -> None:
+@every_impl
+def test_float32_gradients_do_not_carry_the_rounding_of_log_sum_exps(impl: str) -> None:
     """The reference in float32 holds a log-sum-exp as one number: at a scale of 100, its rounding is half of the error."""
-    given_ones = *cone(256, 256, 0, torch.float32), torch.tensor(100.0)
+    given_ones = *cone(192, 256, 0, torch.float32), torch.tensor(100.0)
     meant = meaning(*given_ones)
-    ours, rounded = (evaluate(loss_of, *given_ones) for loss_of in (contrastive_loss, reference.contrastive_loss))
+    ours = evaluate(partial(contrastive_loss, impl=impl), *given_ones, device_of(impl))
+    rounded = evaluate(reference.contrastive_loss, *given_ones)
     for index in (1, 2):
         errors = [(found[index] - meant[index]).norm().item() for found in (ours, rounded)]
-        assert errors[0] < 0.7 * errors[1]
+        assert errors[0] < 0.5 * errors[1]
 
 
 @every_impl
@@ -240,6 +242,40 @@ def test_features_with_nan_give_nan(impl: str) -> None:
 
 
 @every_impl
+@pytest.mark.parametrize(
+    ("mode", "scale", "bias"),
+    [("softmax", torch.nan, None), ("softmax", torch.inf, None), ("sigmoid", torch.nan, 0.0), ("sigmoid", 1.0, -torch.inf)],
+)
+def test_a_scale_or_bias_that_is_not_finite_gives_nan(mode: str, scale: float, bias: float | None, impl: str) -> None:
+    """An error would be better, but to raise it the host would have to wait for the device."""
+    options = {} if bias is None else {"bias": torch.tensor(bias)}
+    loss_of = partial(contrastive_loss, impl=impl, mode=mode)
+    loss, image_grad, *_ = evaluate(loss_of, torch.eye(4), torch.eye(4), torch.tensor(scale), device_of(impl), **options)
+    assert loss.isnan() and image_grad.isnan().all()
+
+
+@every_impl
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_ids_may_be_any_number_of_64_bits(mode: str, impl: str) -> None:
+    least, most = -(2**63), 2**63 - 1
+    ids = {
+        "image_ids": torch.tensor([least, most, 0, -1, most - 1]), "text_ids": torch.tensor([most, least, most, 0, most - 1]),
+    }  # fmt: skip
+    given_ones = features(5, 8, 0, torch.float32), features(5, 8, 1, torch.float32), torch.tensor(10.0)
+    found = evaluate(partial(contrastive_loss, impl=impl, mode=mode), *given_ones, device_of(impl), **ids)
+    for ours, wanted in zip(found, meaning(*given_ones, mode=mode, **ids), strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@every_impl
+def test_a_weight_that_is_nan_gives_nan(impl: str) -> None:
+    weights = {"row_weight": torch.tensor([1.0, torch.nan, 1.0, 1.0]), "col_weight": torch.ones(4)}
+    given_ones = features(4, 8, 0, torch.float32), features(4, 8, 1, torch.float32), torch.tensor(10.0)
+    loss, image_grad, *_ = evaluate(partial(contrastive_loss, impl=impl), *given_ones, device_of(impl), **weights)
+    assert loss.isnan() and image_grad.isnan().any()
+
+
+@every_impl
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 def test_empty_batch_is_zero(mode: str, impl: str) -> None:
     loss_of, empty = partial(contrastive_loss, impl=impl, mode=mode), torch.zeros(0, 8)
@@ -259,9 +295,6 @@ def test_empty_batch_is_zero(mode: str, impl: str) -> None:
         ),
         ({"scale": torch.ones(2)}, "one number"),
         ({"impl": "cuda"}, "not available"),
-        ({"scale": torch.tensor(torch.nan)}, "scale must be finite"),
-        ({"scale": torch.tensor(torch.inf)}, "scale must be finite"),
-        ({"bias": torch.tensor(-torch.inf), "mode": "sigmoid"}, "bias must be finite"),
         ({"scale": torch.ones(1, device="meta")}, "on one device"),
         ({"exclude": torch.ones(1, 1, dtype=torch.bool, device="meta")}, "on one device"),
         ({"image": torch.zeros(4, 8).double(), "text": torch.zeros(4, 8).double(), "impl": "triton"}, "for float64"),
