@@ -67,6 +67,7 @@ WINGS = {
     "plan": {"config"},
     "engine": {"errors", "launcher", "config", "data", "model"},
     "checkpoint": {"config", "data", "model", "engine"},
+    "inference": {"data", "model", "checkpoint"},
     "run": {"launcher", "config", "data", "model", "engine", "plan"},
     "evaluate": {"config", "data", "model", "engine", "checkpoint", "run"},
     "offline": {"config", "data", "checkpoint"},

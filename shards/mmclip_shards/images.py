@@ -53,13 +53,22 @@ class ImageFacts(NamedTuple):
     height: int
 
 
-def decode_image(data: bytes | Path) -> Image.Image:
-    """A JPEG or PNG, as a file or its bytes -> an 8-bit image of mode "L", upright. Everything that reads pixels uses this.
+def decode_image(data: bytes | Path | Image.Image | np.ndarray) -> Image.Image:
+    """A JPEG or PNG, as a file or its bytes, a Pillow image or an array [height, width] -> an 8-bit image of mode "L", upright.
+    Everything that reads pixels uses this.
 
     EXIF orientation is applied, colour becomes luma, transparent pixels become black, and anything deeper than 8 bits
     is rescaled (`rescale_to_8_bit`). The image carries no metadata: it can name the patient. ValueError that names the
     file when it cannot be used.
     """
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(_array_to_8_bit(data))
+    if isinstance(data, Image.Image):
+        try:
+            _check_pixels(data.size)
+            return _grey(data.copy())
+        except _DECODE_ERRORS as error:
+            raise ValueError(f"the Pillow image cannot be used: {_reason(error)}") from error
     return _decode(data)[0]
 
 
@@ -118,12 +127,17 @@ def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
         with source:
             _check_pixels(source.size)
             suffix = _suffix(source)
-            ImageOps.exif_transpose(source, in_place=True)
-            image = _to_8_bit(source)
-            image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
-            return image, suffix
+            return _grey(source), suffix
     except _DECODE_ERRORS as error:
         raise ValueError(f"{_name(data)} is not a usable JPEG or PNG: {_reason(error)}") from error
+
+
+def _grey(source: Image.Image) -> Image.Image:
+    """The upright 8-bit image. Changes its argument."""
+    ImageOps.exif_transpose(source, in_place=True)
+    image = _to_8_bit(source)
+    image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
+    return image
 
 
 def _name(image: object) -> str:
