@@ -13,7 +13,7 @@ from mmclip_dist import errors
 from mmclip_dist.commands import evaluate, offline, pack, plan, sets, training
 
 app = typer.Typer(
-    name="mmclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="mmclip", no_args_is_help=True, pretty_exceptions_enable=False,
     help="Pretrain MMCLIP models: masked medical contrastive language-image pretraining.",
 )  # fmt: skip
 app.add_typer(pack.pack_app, name="pack")
