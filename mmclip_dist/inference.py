@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from mmclip_shards import decode_image
+from mmclip_shards.dicom import decode_dicom, is_dicom
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,9 +22,9 @@ from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.transforms import WHOLE, crop_image
 from mmclip_dist.model.mmclip import MMCLIP
 
-ImageInput = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
-"""A JPEG or PNG (a path or the bytes of the file), a Pillow image, an array of grey values [height, width], or a tensor
-[1, size, size] of normalised pixels (`crop_image`)."""
+ImageInput = Any
+"""A JPEG, PNG or DICOM file (a path or its bytes), a Pillow image, an array of grey values [height, width], a pydicom data set,
+or a tensor [1, size, size] of normalised pixels (`crop_image`)."""
 
 _BATCH = 32
 
@@ -143,7 +144,7 @@ class MMCLIPModel:
             if image.shape != (1, self.size, self.size):
                 raise ValueError(f"an image tensor has shape {list(image.shape)}; the model takes [1, {self.size}, {self.size}]")
             return image.float(), (self.size, self.size)
-        decoded = decode_image(Path(image) if isinstance(image, str | os.PathLike) else image)
+        decoded = _decoded(image)
         return torch.from_numpy(crop_image(decoded, WHOLE, self.size)), (decoded.height, decoded.width)
 
     @torch.no_grad()
@@ -155,6 +156,17 @@ class MMCLIPModel:
 def _each(images: ImageInput | Sequence[ImageInput]) -> Sequence[ImageInput]:
     if isinstance(images, Tensor) and images.ndim == 4:
         return list(images)
-    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray | Tensor):
-        return [images]
-    return images
+    return images if isinstance(images, list | tuple) else [images]
+
+
+def _decoded(image: ImageInput) -> Image.Image:
+    """An image of any accepted kind, in mode "L". ValueError for what is none."""
+    if isinstance(image, str | os.PathLike):
+        image = Path(image)
+    if isinstance(image, Path | bytes):
+        return decode_dicom(image) if is_dicom(image) else decode_image(image)
+    if isinstance(image, Image.Image | np.ndarray):
+        return decode_image(image)
+    if hasattr(image, "PhotometricInterpretation"):
+        return decode_dicom(image)
+    raise ValueError(f"{type(image).__name__} is no image: give a file, a Pillow image, an array [height, width] or DICOM data")

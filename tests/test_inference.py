@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmclip_shards import decode_image, load_manifest
+from mmclip_shards.dicom import decode_dicom
 from PIL import Image
 
 from mmclip_dist import MMCLIPModel, class_directions, crop_image, load_prompts, tokenize_prompts
@@ -170,3 +173,59 @@ def test_the_example_of_the_readme_runs(run: Path, tmp_path: Path, monkeypatch: 
     exec(compile(code, str(README), "exec"), names)
     assert tuple(names["heat"].shape) == (40, 60)  # type: ignore[attr-defined]
     assert "('Effusion',)" in capsys.readouterr().out
+
+
+# -- DICOM ------------------------------------------------------------------------------------------------------------
+
+
+RAMP = np.random.default_rng(0).integers(0, 4096, (30, 50)).astype(np.uint16)
+
+
+def dicom(values: np.ndarray, **fields: object):
+    pydicom = pytest.importorskip("pydicom", reason='DICOM is not tested: pip install "mmclip-dist[dicom]"')
+    found = pydicom.Dataset()
+    found.file_meta = pydicom.dataset.FileMetaDataset()
+    found.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    found.file_meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    found.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    found.Rows, found.Columns = values.shape
+    found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
+    found.BitsAllocated, found.BitsStored, found.HighBit, found.PixelRepresentation = 16, 12, 11, 0
+    found.PixelData = values.tobytes()
+    for name, value in fields.items():
+        setattr(found, name, value)
+    return found
+
+
+def test_dicom_is_read_as_its_pixels(model: MMCLIPModel, tmp_path: Path) -> None:
+    plain, inverted = dicom(RAMP), dicom(4095 - RAMP, PhotometricInterpretation="MONOCHROME1")
+    plain.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    scaled = dicom(RAMP, RescaleSlope="2", RescaleIntercept="-100", RescaleType="US")
+    images = [plain, tmp_path / "a.dcm", (tmp_path / "a.dcm").read_bytes(), inverted, scaled]
+    assert torch.equal(model.encode_image(images), model.encode_image([RAMP] * 5))
+
+
+def test_a_window_of_dicom_is_applied(model: MMCLIPModel) -> None:
+    windowed = dicom(RAMP, WindowCenter="1000", WindowWidth="500")
+    expected = decode_image(np.clip(RAMP.astype(float), 750, 1250))
+    np.testing.assert_allclose(np.asarray(decode_dicom(windowed), int), np.asarray(expected, int), atol=2)
+    assert model.encode_image(windowed).shape == (1, 16)
+
+
+def test_colour_frames_and_damage_in_dicom_are_one_line(model: MMCLIPModel) -> None:
+    for bad, says in (
+        (3, "int is no image"),
+        (dicom(RAMP, SamplesPerPixel=3), "one grey frame is needed"),
+        (dicom(RAMP, NumberOfFrames="2"), "one grey frame is needed"),
+        (dicom(RAMP, PixelData=b"12"), "not a usable DICOM radiograph"),
+        (b"\0" * 128 + b"DICM", "not a usable DICOM radiograph"),
+    ):
+        with pytest.raises(ValueError, match=says) as found:
+            model.encode_image(bad)
+        assert "\n" not in str(found.value)
+
+
+def test_without_pydicom_the_error_says_what_to_install(model: MMCLIPModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ValueError, match=re.escape('pip install "mmclip-dist[dicom]"')):
+        model.encode_image(b"\0" * 128 + b"DICM")

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 
 def is_dicom(data: Path | bytes) -> bool:
-    """Whether a file or its bytes carry DICOM's mark. FileNotFoundError if there is no such file."""
+    """Whether a file or its bytes carry DICOM's mark."""
     if isinstance(data, bytes):
         return data[128:132] == b"DICM"
+    if not data.is_file():
+        return False
     with data.open("rb") as handle:
         return handle.read(132)[128:] == b"DICM"
 
@@ -31,7 +33,8 @@ def decode_dicom(data: Path | bytes | Dataset) -> Image.Image:
     """
     pydicom = _pydicom()
     try:
-        found = data if isinstance(data, pydicom.Dataset) else pydicom.dcmread(io.BytesIO(data) if isinstance(data, bytes) else data)
+        source = io.BytesIO(data) if isinstance(data, bytes) else data
+        found = source if isinstance(source, pydicom.Dataset) else pydicom.dcmread(source)
         if int(found.get("NumberOfFrames") or 1) != 1 or found.get("SamplesPerPixel", 1) != 1:
             raise ValueError("it holds colours or several frames; one grey frame is needed")
         values = pydicom.pixels.apply_modality_lut(found.pixel_array, found)

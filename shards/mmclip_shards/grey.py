@@ -10,10 +10,10 @@ _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 
 def grey_image(image: Image.Image) -> Image.Image:
     """A Pillow image of any mode -> a new one of mode "L", upright by its EXIF orientation."""
-    return to_8_bit(ImageOps.exif_transpose(image))
+    return _to_8_bit(ImageOps.exif_transpose(image))
 
 
-def to_8_bit(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image) -> Image.Image:
     """A loaded image in mode "L". Returns the same object if it has that mode already."""
     if image.mode in _DEEP_MODES:
         return Image.fromarray(rescale_to_8_bit(np.asarray(image)))

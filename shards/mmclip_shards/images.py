@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from mmclip_shards.grey import grey_image, rescale_to_8_bit, to_8_bit
+from mmclip_shards.grey import grey_image, rescale_to_8_bit
 from mmclip_shards.schema import Box
 
 MAX_PIXELS = 100_000_000
@@ -66,12 +66,10 @@ def decode_image(data: bytes | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(data, Image.Image):
         try:
             _check_pixels(data.size)
-            return _grey(data.copy())
+            return _grey(data)
         except _DECODE_ERRORS as error:
             raise ValueError(f"the Pillow image cannot be used: {_reason(error)}") from error
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(_array_to_8_bit(data))
-    return _grey(data) if isinstance(data, Image.Image) else _decode(data)[0]
+    return _decode(data)[0]
 
 
 def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
@@ -122,21 +120,10 @@ def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
 
 
 def _grey(source: Image.Image) -> Image.Image:
-    """The upright 8-bit image. Changes its argument."""
-    ImageOps.exif_transpose(source, in_place=True)
-    image = to_8_bit(source)
+    """The upright 8-bit image, without metadata."""
+    image = grey_image(source)
     image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
     return image
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    try:
-        _check_pixels(image.size)
-        grey = grey_image(image)
-    except _DECODE_ERRORS as error:
-        raise ValueError(f"the image cannot be used: {_reason(error)}") from error
-    grey.info = {}
-    return grey
 
 
 def _name(image: object) -> str:

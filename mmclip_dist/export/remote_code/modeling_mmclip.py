@@ -57,7 +57,7 @@ class MMCLIPDualEncoder(PreTrainedModel):
         return self.get_patch_features(pixel_values).mean(1)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """input_ids, attention_mask [M, T] -> features of whole texts [M, E], not normalised. Other tokenizer outputs are unused."""
+        """input_ids, attention_mask [M, T] -> features of whole texts [M, E], not normalised."""
         words = self.get_word_features(input_ids, attention_mask)
         weight = attention_mask[:, :, None].to(words.dtype)
         return (words * weight).sum(1) / weight.sum(1).clamp(min=1)
