@@ -22,7 +22,7 @@ _PARTS = ("layer_norm1", "layer_norm2", "fc1", "fc2", "q_proj", "k_proj", "v_pro
 def dual_encoder(model: MMCLIP) -> MMCLIPDualEncoder:
     """The same embeddings by transformers' own classes, in float32 on the CPU, in evaluation mode. The weights are copies."""
     vit: Any = model.image.vit.config
-    config = model.config
+    config, text = model.config, model.text.bert.config.to_dict()
     made = MMCLIPDualEncoder(
         MMCLIPConfig(
             vision_config=SiglipVisionConfig(
@@ -30,7 +30,8 @@ def dual_encoder(model: MMCLIP) -> MMCLIPDualEncoder:
                 num_attention_heads=vit.num_attention_heads, num_channels=vit.num_channels, image_size=vit.image_size,
                 patch_size=vit.patch_size, hidden_act=vit.hidden_act, layer_norm_eps=vit.layer_norm_eps, vision_use_head=False,
             ),
-            text_config=model.text.bert.config.to_dict(), projection_dim=config.model.embed,
+            text_config={name: value for name, value in text.items() if name != "_name_or_path"},  # it may name a person's folder
+            projection_dim=config.model.embed,
             max_tokens=config.model.text.max_tokens, attention_temperature=config.attmim.score_temperature,
             format_version=FORMAT_VERSION,
         )
