@@ -29,8 +29,9 @@ os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
 import torch
 import triton
-from mmclip_kernels import contrastive_triton, tiles
-from mmclip_kernels.pairs import Pairs
+from mmclip_kernels import contrastive_triton, tiles, topk_mask_triton, weights_triton
+from mmclip_kernels.pairs import LogSums, Pairs
+from mmclip_kernels.patches import Plan
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -95,7 +96,8 @@ def compiling(architecture: int) -> Iterator[list[tuple[str, Any]]]:
 @dataclass(frozen=True)
 class Code:
     """Of one kernel. loop: instructions of the loop of products; products, copies: how many those are; usual: of the shortest way
-    from its end to the program's; rest: of all code behind it. programs: that fit an SM at once."""
+    from its end to the program's; rest: of all code behind it. Without tiles of logits, rest is the whole kernel, and loop and
+    usual are 0. programs: that fit an SM at once."""
 
     kernel: str
     registers: int
@@ -123,15 +125,15 @@ def code_of(name: str, kernel: Any, architecture: int) -> Code:
     limits = SM[architecture]
     whole = -(-registers // 8) * 8 * 32 * warps
     programs = min(limits[0] // whole, limits[1] // max(shared + 1024, 1), limits[2] // (32 * warps), 32)
-    return Code(name, registers, spilled, shared, warps, programs, **_paths(text))
+    return Code(name, registers, spilled, shared, warps, programs, **_paths(text, name.endswith("_tile")))
 
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _paths(text: str) -> dict[str, int]:
-    """Instructions of the loop that holds the products, and behind it."""
+def _paths(text: str, of_logits: bool) -> dict[str, Any]:
+    """Instructions of the loop of products and behind it; of a kernel without tiles of logits, of all its code."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
@@ -139,6 +141,10 @@ def _paths(text: str) -> dict[str, int]:
             labels[label[1]] = len(lines)
         elif instruction := INSTRUCTION.match(line):
             lines.append(instruction[2])
+    copies = sum(bool(COPY.search(line)) for line in lines)
+    if not of_logits:
+        products = sum(bool(TENSOR.search(line)) for line in lines)
+        return {"loop": 0, "products": products, "copies": copies, "usual": 0, "rest": len(lines)}
     jumps = {at: labels[found[1]] for at, line in enumerate(lines) if (found := BRANCH.search(line))}
     loops = [(to, at) for at, to in jumps.items() if to < at and not any("EXIT" in line for line in lines[to:at])]
     kind = TENSOR if any(TENSOR.search(line) for line in lines) else PLAIN
@@ -147,7 +153,7 @@ def _paths(text: str) -> dict[str, int]:
     last = max(at for at, line in enumerate(lines) if "EXIT" in line)
     return {
         "loop": len(body), "products": sum(bool(kind.search(line)) for line in body),
-        "copies": sum(bool(COPY.search(line)) for line in lines), "usual": _shortest(lines, jumps, end + 1), "rest": last - end,
+        "copies": copies, "usual": _shortest(lines, jumps, end + 1), "rest": last - end,
     }  # fmt: skip
 
 
@@ -184,6 +190,7 @@ def pairs_of(rows: int, columns: int, *, some_out: bool, excluded: bool) -> Pair
         row_ids=torch.zeros(rows, dtype=torch.int32), column_ids=torch.zeros(columns, dtype=torch.int32), some_out=some_out,
         exclude=torch.zeros(rows, columns, dtype=torch.bool) if excluded else None, factor=one, bias=one,
         row_mean=torch.ones(rows), column_mean=torch.ones(columns), row_share=torch.ones(rows), column_share=torch.ones(columns),
+        unit=torch.ones(2),
     )  # fmt: skip
 
 
@@ -193,13 +200,38 @@ def contrastive(
     """Both sweeps over images [rows, width] and texts [columns, width]. out: whether rows may be left out, as ids allow."""
     image, text = torch.zeros(rows, width, dtype=dtype), torch.zeros(columns, width, dtype=dtype)
     pairs = pairs_of(rows, columns, some_out=out, excluded=excluded)
-    contrastive_triton._product = _no_product  # the products are cuBLAS's: not ours to count
+    contrastive_triton._add_product = _no_product  # the products are cuBLAS's: not ours to count
     contrastive_triton.sweep(image, text, pairs, mode)
     contrastive_triton.gradient(image, text, pairs, mode, torch.zeros(rows), torch.zeros(columns))
 
 
-def _no_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return left.new_zeros((), dtype=torch.float32)
+def _no_product(*_: torch.Tensor, new: bool) -> None:
+    pass
+
+
+def vectors(rows: int, columns: int, mode: Any = "softmax", *, weighted: bool = False, counted: bool = False) -> None:
+    """The steps between the sweeps. counted: the positives are counted already, as for exclusions and the diagonal."""
+    row_ids, column_ids, one = torch.zeros(rows, dtype=torch.int64), torch.zeros(columns, dtype=torch.int64), torch.ones(2)
+    weight = (torch.ones(rows), torch.ones(columns)) if weighted else (None, None)
+    every, counts = (None, (row_ids, column_ids)) if counted else (row_ids, None)
+    weights = weights_triton.relate(row_ids, column_ids, every, counts, *weight, mode, FP32)
+    sums = (LogSums(*torch.zeros(2, count)) for count in (rows, columns))
+    lse, means = weights_triton.log_sums(*sums, weights.mean)
+    weights_triton.slopes(one, one, means, one[0], lse, weights, rows, mode)
+
+
+def masking(count: int, dtype: torch.dtype, source: str, *, replace: bool = False, split: bool = False, width: int = 768) -> None:
+    """Forward and backward of two images of `count` patches. source: "scores", one text "vector", or "tokens"."""
+    patches, token = torch.zeros(2, count, width, dtype=dtype), torch.zeros(width, dtype=dtype) if replace else None
+    words = torch.zeros(2, 64, width, dtype=dtype)
+    text = {"scores": None, "vector": words[:, 0], "tokens": words}[source]
+    scores = torch.zeros(2, count) if text is None else None
+    mask = torch.ones(2, 64, dtype=torch.bool) if source == "tokens" else None
+    noise = torch.zeros(2, count) if split or mask is not None else None
+    second = count // 4 if split else 0
+    plan = Plan(count // 2, 0, count // 2, second, True, False, 0.1)
+    first_view, second_view, restore, *_ = topk_mask_triton.forward(patches, token, None, text, mask, scores, noise, plan)
+    topk_mask_triton.backward(first_view, second_view, restore, plan.first, second, replace)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -217,6 +249,18 @@ CASES: dict[str, Callable[[], None]] = {
     "bf16, one row": partial(contrastive, 1, 256, 512, BF16),
     "bf16, one column": partial(contrastive, 256, 1, 512, BF16),
     "bf16, width 1": partial(contrastive, 256, 256, 1, BF16),
+    "vectors": partial(vectors, 256, 256),
+    "vectors, weighted": partial(vectors, 257, 255, weighted=True),
+    "vectors, counted": partial(vectors, 256, 256, weighted=True, counted=True),
+    "vectors, one row, sigmoid": partial(vectors, 1, 1, "sigmoid"),
+    "masking, bf16, 196 scores": partial(masking, 196, BF16, "scores"),
+    "masking, bf16, 196 scores, split": partial(masking, 196, BF16, "scores", split=True),
+    "masking, bf16, 196 scores, replace": partial(masking, 196, BF16, "scores", replace=True),
+    "masking, bf16, 196 vector": partial(masking, 196, BF16, "vector"),
+    "masking, bf16, 196 tokens": partial(masking, 196, BF16, "tokens"),
+    "masking, fp32, 196 tokens": partial(masking, 196, FP32, "tokens"),
+    "masking, bf16, 1024 scores": partial(masking, 1024, BF16, "scores"),
+    "masking, bf16, 1024 tokens": partial(masking, 1024, BF16, "tokens"),
 }
 
 
@@ -238,19 +282,24 @@ def rows_of(architecture: int, cases: dict[str, Callable[[], None]]) -> list[Row
         for name, kernel in dict(launched).items():
             code = code_of(name, kernel, architecture)
             tile = tile_of(name, case)
-            logits = tile.rows * tile.columns / (32 * code.warps)
-            rows.append(Row(case, architecture, code, round(code.usual / logits, 1)))
+            per_logit = None if tile is None else round(code.usual / (tile.rows * tile.columns / (32 * code.warps)), 1)
+            rows.append(Row(case, architecture, code, per_logit))
     return rows
 
 
-def tile_of(kernel: str, case: str) -> tiles.Tile:
+def tile_of(kernel: str, case: str) -> tiles.Tile | None:
+    """None: the kernel has no tiles of logits."""
+    if not kernel.endswith("_tile"):
+        return None
     dtype, masked = FP32 if case.startswith("fp32") else BF16, "excluded" in case or "sigmoid" in case
     return (tiles.gradient_tile if kernel == "_gradient_tile" else tiles.sweep_tile)(dtype, masked)
 
 
-def issue_ms(row: Row, size: int, width: int) -> float:
+def issue_ms(row: Row, size: int, width: int) -> float | None:
     """Milliseconds of issue slots that all programs of a size x size sweep need on the card, if every scheduler always issued."""
     tile, (_, _, _, processors, clock) = tile_of(row.code.kernel, row.case), SM[row.architecture]
+    if tile is None:
+        return None
     programs = (size / tile.rows) * (size / tile.columns)
     turns = width / tile.depth * row.code.loop
     return 1e3 * programs * row.code.warps * (turns + row.code.usual) / (processors * SCHEDULERS * clock * 1e9)
@@ -267,7 +316,7 @@ def main(words: Sequence[str]) -> None:
         "usual", "per logit", "all", "issue ms",
     )  # fmt: skip
     lines = [
-        "# Machine code of the contrastive kernels", "",
+        "# Machine code of the kernels", "",
         f"{datetime.date.today()}, Triton {triton.__version__}, torch {torch.__version__}, no card. Command:",
         f"`python kernels/bench/machine_code.py {' '.join(words)}`".replace(" `", "`"), "",
         "usual: instructions of the shortest way from the loop of products to the end; per logit: for each logit of a thread;",
@@ -278,9 +327,10 @@ def main(words: Sequence[str]) -> None:
         code = row.code
         cells = (
             row.case, row.architecture, code.kernel, code.registers, code.spilled, code.shared // 1024, code.warps, code.programs,
-            code.loop, code.products, code.copies, code.usual, row.per_logit, code.rest, f"{issue_ms(row, 32768, 512):.2f}",
+            code.loop, code.products, code.copies, code.usual, row.per_logit, code.rest, issue_ms(row, 32768, 512),
         )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        shown = ("" if cell is None else f"{cell:.2f}" if cell is cells[-1] else str(cell) for cell in cells)
+        lines.append(f"| {' | '.join(shown)} |")
     print("\n".join(lines))
     if not options.print_only:
         (RESULTS / "machine_code.md").write_text("\n".join(lines) + "\n")

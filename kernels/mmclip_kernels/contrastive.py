@@ -18,9 +18,9 @@ partial gradients of the texts are summed.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -28,8 +28,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmclip_kernels.implementation import Impl, implementation
-from mmclip_kernels.pairs import LogSums, Mode, Pairs, finite
-from mmclip_kernels.ranks import Group, Shards, all_reduce, gather_rows, rank_sizes
+from mmclip_kernels.pairs import LogSums, Mode, Pairs, Slopes, Weights, finite
+from mmclip_kernels.ranks import Group, Shards, all_reduce, rank_sizes
+
+Power = Callable[[Tensor], Tensor]
+# Losses [2], 1 / sums of weights [2], log-sum-exps [N + M], and the parts of `Weights`.
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def contrastive_loss(
@@ -66,8 +70,8 @@ def contrastive_loss(
     sizes: (N of each rank, M of each rank), where the caller knows them. None: gathered, and the host waits for the device once.
 
     -> float32 (float64 for float64 features). Without any positive pair the loss and all gradients are 0. NaN or infinite
-    features give NaN, and so does a scale or bias that is not finite (on a CPU, where reading it costs nothing, ValueError).
-    ValueError for arguments that do not fit. Weights are passed on all ranks or on none.
+    features give NaN, and so does a scale or bias that is not finite. ValueError for arguments that do not fit. Weights are
+    passed on all ranks or on none.
     """
     diagonal = image_ids is None and text_ids is None
     _check(image, text, scale, bias, image_ids, text_ids, mode, impl)
@@ -155,194 +159,152 @@ def _forward(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
     group: Group, row_sizes: Sequence[int], column_sizes: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> losses [2] of rows and columns; log-sum-exps [2, N] of this rank's rows and [2, M] of all ranks' columns."""
-    kernels = implementation("contrastive", impl, image.device)
-    for name, value in (("scale", scale), ("bias", bias)):
-        if value.device.type == "cpu" and not math.isfinite(float(value)):  # on a card this would wait for it
-            raise ValueError(f"{name} must be finite, found {float(value)}")
+) -> Saved:  # fmt: skip
+    """-> losses [2] of rows and columns, and what the backward pass needs. Columns: those of all ranks, as `Shards` has them."""
+    kernels, vectors = (implementation(name, impl, image.device) for name in ("contrastive", "weights"))
     if not diagonal:
         image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
-    pairs, shards = _relate(
-        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group, row_sizes,
-        column_sizes,
-    )  # fmt: skip
-    precise = pairs.factor.dtype
-    everything = len(pairs.column_ids)
-    columns = LogSums.empty(everything + 1, precise, image.device)  # the last place is for padding
-    rows = LogSums.empty(len(image), precise, image.device)
+    precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64: gradcheck needs it
+    shards = Shards(column_sizes, group)
+    column_ids, all_row_ids, counts = shards.spread(text_ids, -1), None, None
+    if exclude is not None:
+        counts = _positives(image_ids, column_ids, exclude, shards)
+    elif diagonal:
+        counts = image_ids >= 0, column_ids >= 0
+    else:
+        all_row_ids = Shards(row_sizes, group).spread(image_ids, -1)
+    column_weight = None if col_weight is None else shards.spread(col_weight.to(precise), 0)
+    weights: Weights = vectors.relate(image_ids, column_ids, all_row_ids, counts, row_weight, column_weight, mode, precise)
+    pairs = _pairs(scale, bias, exclude, diagonal, shards, precise, len(image), *weights[:3])
+    parts = [
+        kernels.sweep(image, texts, _piece(pairs, shards, number), mode) for number, texts in enumerate(shards.gather(text))
+    ]  # fmt: skip
     # float64, because the loss is a small difference of two large means: of the log-sum-exps and of the positives' logits.
-    total = (_poison(image, text, torch.float64) + 0 * (pairs.factor + pairs.bias)).repeat(2)
-    for texts, place in zip(shards.gather(text), shards.columns, strict=True):
-        part = kernels.sweep(image, texts, _columns(pairs, place), mode)
-        total += part.total
-        if mode == "softmax":
-            rows.merge(slice(None), part.rows.peak, part.rows.total)
-            columns.merge(place, part.columns.peak, part.columns.total)
+    total = reduce(torch.add, [part.total for part in parts]) + _poison(image, text, pairs.factor, pairs.bias)
+    sums = weights.sums
+    if mode == "softmax":
+        rows = _together([part.rows for part in parts], vectors.power)
+        columns = _over_ranks([part.columns for part in parts], vectors.power, group)
+        lse, means = vectors.log_sums(rows, columns, weights.mean)
+        if group is not None and dist.get_rank(group) > 0:  # every rank has summed all columns: the first one's sum counts
+            means[1], sums[1] = 0, 0
+        total = total + means
+    if group is not None:
+        total, sums = all_reduce(torch.stack([total, sums]), group)
     if mode == "sigmoid":
-        total = all_reduce(total, group).to(precise)
-        return total, rows.peak.new_zeros(2, len(image)), rows.peak.new_zeros(2, everything)
-    column_peak, column_total = columns.peak[:everything], columns.total[:everything]
-    peak = all_reduce(column_peak, group, dist.ReduceOp.MAX)
-    column_lse = _log_sum(peak, all_reduce(column_total * (column_peak - finite(peak)).exp(), group))
-    row_lse = _log_sum(rows.peak, rows.total)
-    total[0] += _dot(pairs.row_mean, row_lse)
-    total = all_reduce(total, group)
-    total[1] += _dot(pairs.column_mean, column_lse)
-    return total.to(precise), row_lse, column_lse
+        lse, sums = total.new_zeros(len(weights.mean)), sums[:1].expand(2)
+    normalizer = sums.reciprocal().nan_to_num(nan=torch.nan, posinf=0)  # without a positive, the loss is 0
+    return (total * normalizer).to(precise), normalizer, lse, *weights
 
 
 def _backward(
-    upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
+    upstream: Tensor, losses: Tensor, normalizer: Tensor, lse: Tensor,
+    place: Tensor, mean: Tensor, share: Tensor, sums: Tensor, largest: Tensor,
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
     group: Group, row_sizes: Sequence[int], column_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """upstream [2] -> gradients of image, text, scale and bias. Computes the logits again: only log-sum-exps were saved."""
-    kernels = implementation("contrastive", impl, image.device)
+    kernels, vectors = (implementation(name, impl, image.device) for name in ("contrastive", "weights"))
     kept = image, text
     if not diagonal:
         image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
-    pairs, shards = _relate(
-        image, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal, mode, group, row_sizes,
-        column_sizes,
+    precise, count = losses.dtype, len(image)
+    if group is not None:  # the engine averages over the ranks
+        upstream = upstream * dist.get_world_size(group)
+    weights = Weights(place, mean, share, sums, largest)
+    slopes: Slopes = vectors.slopes(upstream, losses, normalizer, scale.detach().to(precise), lse, weights, count, mode)
+    shards = Shards(column_sizes, group)
+    pairs = replace(
+        _pairs(scale, bias, exclude, diagonal, shards, precise, count, place, slopes.mean, slopes.share), unit=slopes.unit
     )  # fmt: skip
-    world = dist.get_world_size(group) if group is not None else 1
-    precise = pairs.factor.dtype
-    rows, columns = world * (upstream.to(precise) + 0 * losses)  # a loss of NaN makes all gradients NaN
-    (row_lse, row_rest), (column_lse, column_rest) = row_lse, column_lse
-    if mode == "sigmoid":
-        pairs = replace(pairs, row_mean=(rows + columns) * pairs.row_mean)
-    else:
-        pairs = replace(
-            pairs,
-            row_mean=rows * pairs.row_mean * (-row_rest).exp(), row_share=rows * pairs.row_share,
-            column_mean=columns * pairs.column_mean * (-column_rest).exp(), column_share=columns * pairs.column_share,
-        )  # fmt: skip
-    # Rows without any pair have a log-sum-exp of -inf. With +inf instead, exp(s - inf) is 0, and the fused kernel keeps its
-    # common branch.
-    row_lse = row_lse.masked_fill(row_lse == -torch.inf, torch.inf)
-    column_lse = torch.cat([column_lse.masked_fill(column_lse == -torch.inf, torch.inf), column_lse.new_zeros(1)])
-    image_grad: Tensor | None = None
-    factor_grad, bias_grad = torch.zeros(2, dtype=precise, device=image.device)
+    row_lse, column_lse = slopes.lse[:count], slopes.lse[count:]
+    image_grads: list[Tensor] = []
+    scalar_grads: list[tuple[Tensor, Tensor]] = []
 
     def text_gradients() -> Iterator[Tensor]:
-        nonlocal image_grad, factor_grad, bias_grad
-        for texts, place in zip(shards.gather(text), shards.columns, strict=True):
-            piece = _columns(pairs, place)
-            lse = column_lse[place]
-            of_image, of_text, of_factor, of_bias = kernels.gradient(image, texts, piece, mode, row_lse, lse)
-            image_grad = of_image if image_grad is None else image_grad.add_(of_image)
-            del of_image
-            factor_grad, bias_grad = factor_grad + of_factor, bias_grad + of_bias
+        for number, texts in enumerate(shards.gather(text)):
+            lse = column_lse[shards.columns[number]]
+            of_image, of_text, *of_scalars = kernels.gradient(
+                image, texts, _piece(pairs, shards, number), mode, row_lse, lse
+            )  # fmt: skip
+            image_grads[:] = [image_grads[0].add_(of_image) if image_grads else of_image]
+            scalar_grads.append(tuple(of_scalars))
             yield of_text
 
     text_grad = shards.reduce(text_gradients())
-    assert image_grad is not None
+    factor_grad, bias_grad = (reduce(torch.add, parts) for parts in zip(*scalar_grads, strict=True))
     return (
-        image_grad.to(kept[0].dtype), text_grad.to(kept[1].dtype),
-        factor_grad.reshape(scale.shape).to(scale.dtype), bias_grad.reshape(bias.shape).to(bias.dtype),
+        image_grads[0].to(kept[0].dtype), text_grad.to(kept[1].dtype),
+        factor_grad.reshape(scale.shape).to(scale.dtype),
+        bias_grad.reshape(bias.shape).to(bias.dtype, copy=True),  # the outputs of an operator must not share memory
     )  # fmt: skip
 
 
-def _relate(
-    image: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
-    row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, group: Group,
-    row_sizes: Sequence[int], column_sizes: Sequence[int],
-) -> tuple[Pairs, Shards]:  # fmt: skip
-    """-> the pairs of this rank's rows and all ranks' columns, and how the columns are spread over the ranks."""
-    precise = torch.promote_types(torch.float32, image.dtype)  # float64 stays float64: gradcheck needs it
-    column_ids = gather_rows(text_ids, group, column_sizes)
-    weight = torch.ones(len(image_ids), dtype=precise, device=image.device) if row_weight is None else row_weight
-    column_weight = torch.ones_like(column_ids, dtype=precise)
-    if col_weight is not None:
-        column_weight = gather_rows(col_weight.to(precise), group, column_sizes)
-    if mode == "sigmoid":
-        row_use, column_mean = weight.to(precise) * (image_ids >= 0), column_weight
-        counts = row_use, column_mean
-    else:
-        counts = _positives(image_ids, column_ids, exclude, diagonal, precise, group, row_sizes)
-        row_use = weight.to(precise) * (counts[0] > 0)
-        column_mean = _share(column_weight * (counts[1] > 0), None)
-    row_mean = _share(row_use, group)
-    shards = Shards(column_sizes, group, image.device)
-    row_places, column_places = _places(image_ids, column_ids)
-    pairs = Pairs(
-        row_ids=row_places, column_ids=column_places, some_out=not diagonal or shards.padded, exclude=exclude,
+def _pairs(
+    scale: Tensor, bias: Tensor, exclude: Tensor | None, diagonal: bool, shards: Shards, precise: torch.dtype,
+    rows: int, place: Tensor, mean: Tensor, share: Tensor,
+) -> Pairs:  # fmt: skip
+    """The pairs of this rank's rows and all ranks' columns, whose vectors lie end to end."""
+    return Pairs(
+        row_ids=place[:rows], column_ids=place[rows:], some_out=not diagonal or shards.padded, exclude=exclude,
         factor=scale.detach().reshape(()).to(precise), bias=bias.detach().reshape(()).to(precise),
-        row_mean=row_mean, column_mean=column_mean,
-        row_share=row_mean / counts[0].clamp(min=1), column_share=column_mean / counts[1].clamp(min=1),
+        row_mean=mean[:rows], column_mean=mean[rows:], row_share=share[:rows], column_share=share[rows:],
     )  # fmt: skip
-    return pairs, shards
 
 
-def _share(weight: Tensor, group: Group) -> Tensor:
-    """Each row's share of the sum of weights over all ranks. All 0 if that sum is 0."""
-    total = all_reduce(weight.sum(), group)
-    return torch.where(total > 0, weight / total, 0)
+def _piece(pairs: Pairs, shards: Shards, number: int) -> Pairs:
+    """The pairs of one piece's columns."""
+    place = shards.columns[number]
+    return replace(
+        pairs, column_ids=pairs.column_ids[place], column_mean=pairs.column_mean[place],
+        column_share=pairs.column_share[place], exclude=_excluded(pairs.exclude, shards, number),
+    )  # fmt: skip
 
 
-def _positives(
-    row_ids: Tensor, column_ids: Tensor, exclude: Tensor | None, diagonal: bool, precise: torch.dtype, group: Group,
-    row_sizes: Sequence[int],
-) -> tuple[Tensor, Tensor]:
+def _excluded(exclude: Tensor | None, shards: Shards, number: int) -> Tensor | None:
+    """The columns of one piece, of exclusions whose columns are in rank order. Those of padding hold anything."""
+    if exclude is None or shards.group is None:
+        return exclude
+    if not exclude.shape[1]:
+        return None
+    one = exclude[:1] if exclude.stride(0) == 0 else exclude  # a broadcast row stays one row in memory
+    return one[:, shards.places(number, exclude.device).clamp(max=exclude.shape[1] - 1)].expand(len(exclude), -1)
+
+
+def _positives(row_ids: Tensor, column_ids: Tensor, exclude: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
     """-> how many positives each of this rank's rows has among all columns, and each column among all rows."""
-    if exclude is not None:
-        of_rows = torch.zeros(len(row_ids), dtype=precise, device=row_ids.device)
-        of_columns = torch.zeros(len(column_ids), dtype=precise, device=row_ids.device)
-        step = max(1, (1 << 24) // max(len(column_ids), 1))  # at most 16 MiB of pairs at once
+    of_rows, of_columns = torch.zeros_like(row_ids), torch.zeros_like(column_ids)
+    for number, place in enumerate(shards.columns):
+        ids, excluded = column_ids[place], _excluded(exclude, shards, number)
+        if excluded is None:  # there is no column
+            continue
+        step = max(1, (1 << 24) // max(len(ids), 1))  # at most 16 MiB of pairs at once
         for start in range(0, len(row_ids), step):
             here = slice(start, start + step)
-            positive = (row_ids[here, None] == column_ids) & (column_ids >= 0) & ~exclude[here]
-            of_rows[here] = positive.sum(1).to(precise)
-            of_columns += positive.sum(0)
-        return of_rows, all_reduce(of_columns, group)
-    if diagonal:
-        return torch.ones_like(row_ids, dtype=precise), torch.ones_like(column_ids, dtype=precise)
-    all_row_ids = gather_rows(row_ids, group, row_sizes)
-    return _occurrences(row_ids, column_ids).to(precise), _occurrences(column_ids, all_row_ids).to(precise)
+            positive = (row_ids[here, None] == ids) & (ids >= 0) & ~excluded[here]
+            of_rows[here] += positive.sum(1)
+            of_columns[place] += positive.sum(0)
+    return of_rows, all_reduce(of_columns, shards.group)
 
 
-def _places(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids as int32 of the same meaning: the place of the first column with an id; a place of its own behind all columns where
-    no column has it. Ids < 0 become -1. Does not wait for the device.
-
-    Where texts lie in the order of their images, a block of logits away from the diagonal then shows by the least and greatest
-    id of its rows and columns that it holds no positive.
-    """
-    count = len(column_ids)
-    ordered, order = column_ids.sort(stable=True)
-    columns = order[torch.searchsorted(ordered, column_ids)] if count else order
-    rows = torch.arange(count, count + len(row_ids), device=row_ids.device)
-    if count:
-        found = torch.searchsorted(ordered, row_ids).clamp(max=count - 1)
-        rows = torch.where(ordered[found] == row_ids, order[found], rows)
-    return tuple(torch.where(ids < 0, -1, place).int() for ids, place in ((row_ids, rows), (column_ids, columns)))  # type: ignore[return-value]
+def _together(parts: list[LogSums], power: Power) -> LogSums:
+    """The log-sum-exps of the same rows over the columns of several pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    peak, total = (torch.stack(values) for values in zip(*((part.peak, part.total) for part in parts), strict=True))
+    highest = peak.amax(0)
+    return LogSums(highest, (total * power(peak - finite(highest))).sum(0))
 
 
-def _occurrences(wanted: Tensor, among: Tensor) -> Tensor:
-    """How often each id of `wanted` [n] occurs in `among` [m] -> [n]; 0 for an id < 0. Does not wait for the device."""
-    ordered = among.sort().values
-    count = torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
-    return torch.where(wanted >= 0, count, 0)
-
-
-def _columns(pairs: Pairs, place: Tensor | slice) -> Pairs:
-    """The pairs of the columns at `place`. The place after the last column is padding and belongs to no pair."""
-
-    def pick(values: Tensor, padding: int) -> Tensor:
-        return torch.cat([values, values.new_full((1,), padding)])[place]
-
-    exclude = pairs.exclude
-    if isinstance(place, slice):
-        exclude = None if exclude is None else exclude[:, place]
-    elif exclude is not None:
-        one = exclude[:1] if exclude.stride(0) == 0 else exclude  # a broadcast row stays one row in memory
-        exclude = one[:, place.clamp(max=exclude.shape[1] - 1)].expand(len(exclude), -1) if exclude.shape[1] else None
-    return replace(
-        pairs, column_ids=pick(pairs.column_ids, -1), column_mean=pick(pairs.column_mean, 0),
-        column_share=pick(pairs.column_share, 0), exclude=exclude,
-    )  # fmt: skip
+def _over_ranks(parts: list[LogSums], power: Power, group: Group) -> LogSums:
+    """The log-sum-exps of all pieces' columns over the rows of all ranks."""
+    if group is None:
+        return parts[0]
+    peak = torch.cat([part.peak for part in parts])
+    highest = all_reduce(peak, group, dist.ReduceOp.MAX)
+    total = torch.cat([part.total for part in parts]) * power(peak - finite(highest))
+    return LogSums(highest, all_reduce(total, group))
 
 
 def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
@@ -350,28 +312,11 @@ def _taking_part(features: Tensor, ids: Tensor) -> Tensor:
     return features.masked_fill((ids < 0)[:, None], 0)
 
 
-def _poison(image: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
-    """NaN if any feature is not finite, else 0. Without this, a row whose logits are all -inf would vanish from the sums."""
-    # The largest absolute value needs no copy of the features, as `isfinite` would; 0 times infinity is NaN.
-    largest = [torch.linalg.vector_norm(features, torch.inf) for features in (image, text) if features.numel()]
-    return sum((0 * size.to(dtype) for size in largest), image.new_zeros((), dtype=dtype))
-
-
-def _log_sum(peak: Tensor, total: Tensor) -> Tensor:
-    """peak + log(total) -> [2, n]: the rounded sum, and its rounding error.
-
-    Without the error term, float32 gradients at a scale of 100 would be three times less exact than open_clip's.
-    """
-    log = total.log()
-    whole = peak + log
-    part = whole - peak
-    rest = (peak - (whole - part)) + (log - part)  # exact, by Knuth's two-sum
-    return torch.stack([whole, torch.where(whole.isfinite(), rest, 0)])
-
-
-def _dot(weight: Tensor, sums: Tensor) -> Tensor:
-    """Weighted sum of `_log_sum`s [2, n], in float64. Weight 0 also drops infinite ones (rows without any pair)."""
-    return torch.where(weight > 0, weight.double() * sums.double().sum(0), 0).sum()
+def _poison(image: Tensor, text: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    """NaN if any of these is not finite, else 0. Without this, a row whose logits are all -inf would vanish from the sums."""
+    # The extremes need no copy of the features, as `isfinite` would; 0 times infinity is NaN.
+    extremes = [extreme for features in (image, text) if features.numel() for extreme in features.aminmax()]
+    return 0 * torch.cat([value.reshape(1) for value in (*extremes, factor, bias)]).sum()
 
 
 # -- Autograd: a custom operator for one process, an autograd function around the collectives for several --------------------
@@ -381,7 +326,7 @@ def _dot(weight: Tensor, sums: Tensor) -> Tensor:
 def contrastive_op(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: str, impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _forward(
         image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal,
         cast(Mode, mode), cast(Impl, impl), None, [len(image)], [len(text)],
@@ -389,29 +334,31 @@ def contrastive_op(
 
 
 @contrastive_op.register_fake
-def _(image: Tensor, text: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(image: Tensor, text: Tensor, *_: Any) -> Saved:
     precise = torch.promote_types(torch.float32, image.dtype)
-    return tuple(image.new_empty(size, dtype=precise) for size in (2, (2, len(image)), (2, len(text))))  # type: ignore[return-value]
+    both, exact = len(image) + len(text), torch.float64
+    weights = (both, torch.int32), (both, precise), (both, precise), (2, exact), (2, exact)
+    made = ((2, precise), (2, exact), (both, exact), *weights)
+    return tuple(image.new_empty(size, dtype=dtype) for size, dtype in made)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("mmclip::contrastive_loss_backward", mutates_args=())
 def contrastive_backward_op(
-    upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
+    upstream: Tensor, losses: Tensor, normalizer: Tensor, lse: Tensor,
+    place: Tensor, mean: Tensor, share: Tensor, sums: Tensor, largest: Tensor,
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _backward(
-        upstream, losses, row_lse, column_lse, image, text, scale, bias, image_ids, text_ids,
+        upstream, losses, normalizer, lse, place, mean, share, sums, largest,
+        image, text, scale, bias, image_ids, text_ids,
         row_weight, col_weight, exclude, diagonal, cast(Mode, mode), cast(Impl, impl), None, [len(image)], [len(text)],
     )  # fmt: skip
 
 
 @contrastive_backward_op.register_fake
-def _(
-    upstream: Tensor, losses: Tensor, row_lse: Tensor, column_lse: Tensor,
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return tuple(value.new_empty(value.shape) for value in (image, text, scale, bias))  # type: ignore[return-value]
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(value.new_empty(value.shape) for value in arguments[9:13])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import triton
@@ -19,85 +18,81 @@ import triton.language as tl
 from torch import Tensor
 
 from mmclip_kernels import tiles
-from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
+from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials
 
 # About 2^-86. A sum of exponentials below this is computed again around its own maximum: float32 ends at 1e-38, so the terms of
 # such a small sum may have lost digits.
 FAINT = tl.constexpr(1e-26)
 # The kernels compute powers of 2.
-LOG2E, LN2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
+LOG2E = tl.constexpr(math.log2(math.e))
 # If a log-sum-exp (in base 2) lies this far below the highest of its tile, rows and columns get separate exponentials. 2^86 does
 # not overflow.
 SPREAD = tl.constexpr(86.0)
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
-    """-> log-sum-exp partials of every row and column, and the loss's sums over positives. See `Partials`."""
+    """-> log-sum-exp partials of every row and column, in base 2, and the loss's sums over positives. See `Partials`."""
     device = image.device
-    rows, columns = (LogSums.empty(len(x), torch.float32, device) for x in (image, text))
-    total = torch.zeros(2, dtype=torch.float64, device=device)
     tile = tiles.sweep_tile(image.dtype, pairs.exclude is not None or mode == "sigmoid")
     image, text, options = _whole(image, tile), _whole(text, tile), _options(tile, pairs)
-    for here, there in _blocks(len(image), len(text), tiles.SWEEP_BLOCK):
+    blocks = list(_blocks(len(image), len(text), tiles.SWEEP_BLOCK))
+    counts = [triton.cdiv(len(image[here]), tile.rows) * triton.cdiv(len(text[there]), tile.columns) for here, there in blocks]
+    if blocks:
+        rows, columns = (LogSums(*torch.empty(2, len(x), device=device)) for x in (image, text))
+    else:
+        rows, columns = (LogSums.empty(len(x), torch.float32, device) for x in (image, text))
+    by_tile = torch.empty(sum(counts), 1 if mode == "sigmoid" else 3, dtype=torch.float64, device=device)
+    for (here, there), count, own in zip(blocks, counts, by_tile.split(counts), strict=True):
         high, wide = here.stop - here.start, there.stop - there.start
-        down, across = triton.cdiv(high, tile.rows), triton.cdiv(wide, tile.columns)
         exclude, row_step, column_step = _exclusions(pairs, here, there)
         features = image[here], text[there], pairs.row_ids[here], pairs.column_ids[there], exclude, pairs.factor
         sizes = high, wide, image.shape[1], row_step, column_step
         if mode == "sigmoid":
-            by_tile = torch.empty(down * across, device=device)
             weights = pairs.bias, pairs.row_mean[here], pairs.column_mean[there]
-            _sigmoid_tile[(down * across,)](*features, *weights, by_tile, *sizes, **options)
-            total += by_tile.sum(dtype=torch.float64)
+            _sigmoid_tile[(count,)](*features, *weights, own, *sizes, **options)
             continue
+        down, across = triton.cdiv(high, tile.rows), triton.cdiv(wide, tile.columns)
         by_row, by_column = torch.empty(2, across, high, device=device), torch.empty(2, down, wide, device=device)
-        by_tile = torch.empty(down * across, 3, device=device)
         shares = pairs.row_share[here], pairs.column_share[there]
-        _sweep_tile[(down * across,)](*features, *shares, by_row, by_column, by_tile, *sizes, **options)
-        _faint_tile[(down * across,)](*features, by_row, by_column, by_tile, *sizes, **options)
-        total += by_tile[:, :2].sum(0, dtype=torch.float64) * math.log(2)
-        rows.merge(here, *_together(*by_row))
-        columns.merge(there, *_together(*by_column))
-    return Partials(rows, columns, total)
+        _sweep_tile[(count,)](*features, by_row, by_column, own, *sizes, **options)
+        _rare_tile[(count,)](*features, *shares, by_row, by_column, own, *sizes, **options | {"num_warps": tiles.RARE_WARPS})
+        _merge_tiles[(triton.cdiv(high, tiles.MERGED) + triton.cdiv(wide, tiles.MERGED),)](
+            by_row, by_column, rows.peak[here], rows.total[here], columns.peak[there], columns.total[there], high, wide,
+            NEW_ROWS=there.start == 0, NEW_COLUMNS=here.start == 0, ROWS=tile.rows, COLUMNS=tile.columns, SIZE=tiles.MERGED,
+        )  # fmt: skip
+    if mode == "sigmoid":
+        return Partials(rows, columns, by_tile.sum().expand(2))
+    return Partials(rows, columns, by_tile[:, :2].sum(0) * math.log(2))
 
 
 def gradient(
     image: Tensor, text: Tensor, pairs: Pairs, mode: Mode, row_lse: Tensor, column_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> d(loss)/d(image [N, E], text [M, E], factor [], bias []). The weights in `pairs` already hold the upstream gradient."""
+    """-> d(loss)/d(image [N, E], text [M, E], factor [], bias []). The weights in `pairs` already hold the upstream gradient, and
+    are in `pairs.unit`; log-sum-exps are in base 2."""
+    assert pairs.unit is not None
     width, tile = image.shape[1], tiles.gradient_tile(image.dtype, pairs.exclude is not None or mode == "sigmoid")
     image, text = _whole(image, tile), _whole(text, tile)
-    image_grad, text_grad = (torch.zeros(x.shape, device=x.device) for x in (image, text))
-    scalars = torch.zeros(2, device=image.device)
-    # dL/ds is stored in the features' type. `unit` scales its largest possible value to 2^14: float16 holds 2^-24 to 2^16.
-    if mode == "softmax":
-        unit = _largest(pairs.row_mean) + _largest(pairs.column_mean)
-    else:
-        unit = _largest(pairs.row_mean) * _largest(pairs.column_mean)
-    unit = torch.where(unit == 0, 1, unit) * 2.0**-14
-    if mode == "softmax":
-        row_lse, row_mean = _in_base_2(row_lse, pairs.row_mean)
-        column_lse, column_mean = _in_base_2(column_lse, pairs.column_mean)
-        pairs = replace(pairs, row_mean=row_mean, column_mean=column_mean)
     wide = tiles.GRADIENT_BLOCK[1] * 2 // image.element_size()
-    for here, there in _blocks(len(image), len(text), (tiles.GRADIENT_BLOCK[0], wide)):
+    blocks = list(_blocks(len(image), len(text), (tiles.GRADIENT_BLOCK[0], wide)))
+    counts = [triton.cdiv(len(image[here]), tile.rows) * triton.cdiv(len(text[there]), tile.columns) for here, there in blocks]
+    image_grad, text_grad = ((torch.empty if blocks else torch.zeros)(x.shape, device=x.device) for x in (image, text))
+    by_tile = torch.empty(sum(counts), 2, device=image.device)
+    for (here, there), count, own in zip(blocks, counts, by_tile.split(counts), strict=True):
         images, texts = image[here], text[there]
-        count = triton.cdiv(len(images), tile.rows) * triton.cdiv(len(texts), tile.columns)
         slope = torch.empty(len(images), len(texts), dtype=image.dtype, device=image.device)
-        by_tile = torch.zeros(count, 2, device=image.device)
         exclude, row_step, column_step = _exclusions(pairs, here, there)
         _gradient_tile[(count,)](
             images, texts, pairs.row_ids[here], pairs.column_ids[there], exclude, pairs.factor, pairs.bias,
             pairs.row_mean[here], pairs.column_mean[there], pairs.row_share[here], pairs.column_share[there],
-            row_lse[here], column_lse[there], unit, slope, by_tile,
+            row_lse[here], column_lse[there], pairs.unit, slope, own,
             len(images), len(texts), image.shape[1], row_step, column_step,
             SIGMOID=mode == "sigmoid", **_options(tile, pairs),
         )  # fmt: skip
-        scalars += by_tile.sum(0)
-        image_grad[here] += _product(slope, texts)
-        text_grad[there] += _product(slope.T, images)
-    of_unit = pairs.factor * unit
-    return image_grad.mul_(of_unit)[:, :width], text_grad.mul_(of_unit)[:, :width], scalars[0], scalars[1]
+        _add_product(image_grad[here], slope, texts, new=there.start == 0)
+        _add_product(text_grad[there], slope.T, images, new=here.start == 0)
+    of_factor = pairs.unit[1]
+    return image_grad.mul_(of_factor)[:, :width], text_grad.mul_(of_factor)[:, :width], *by_tile.sum(0)
 
 
 def _blocks(rows: int, columns: int, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
@@ -128,29 +123,12 @@ def _options(tile: tiles.Tile, pairs: Pairs) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def _together(peak: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine the (maximum, sum) of each tile [tiles, n] -> of all tiles [n]."""
-    highest = peak.amax(0)
-    return highest, (peak.sub_(finite(highest)).exp_() * total).sum(0)
-
-
-def _in_base_2(lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps [n] in base 2, and the weights e^-lse is multiplied by, which take up their rounding."""
-    exact = lse.double() * math.log2(math.e)
-    rounded = exact.float()
-    rest = torch.where(rounded.isfinite(), rounded - exact, 0).float()
-    return rounded, weight * rest.exp2()
-
-
-def _largest(weight: Tensor) -> Tensor:
-    return torch.cat([weight.abs(), weight.new_zeros(1)]).amax()
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product that is summed and returned in float32, whatever the type of its factors."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, new: bool) -> None:
+    """Add a matrix product, which is summed in float32 whatever the type of its factors, to `total`; new: put it there."""
     if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+        torch.addmm(total, left, right, beta=0 if new else 1, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, left.float(), right.float(), beta=0 if new else 1, out=total)
 
 
 # -- Kernels ------------------------------------------------------------------------------------------------------------
@@ -213,15 +191,6 @@ def _may_match(row_id, column_id):
 
 
 @triton.jit
-def _natural(peak):
-    """2^peak as e^base times a factor near 1, which holds the rounding of the base: at a scale of 100 it would be the largest
-    error of the loss."""
-    base = peak * LN2
-    rest = peak.to(tl.float64) - base.to(tl.float64) * LOG2E
-    return base, tl.exp2(rest.to(tl.float32))
-
-
-@triton.jit
 def _logits(
     image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
     SOME_OUT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -247,39 +216,33 @@ def _logits(
 
 @triton.jit
 def _store_sums(
-    by_row, by_column, down, across, rows, columns, high, wide, row_base, row_total, column_base, column_total,
+    by_row, by_column, down, across, rows, columns, high, wide, row_peak, row_sum, column_peak, column_sum,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # 64 bits come from the tile's place, which is never a constant: of one row or column, Triton makes the sizes constants.
     row_tile, column_tile = across.to(tl.int64), down.to(tl.int64)
     row_in, column_in = rows < high, columns < wide
-    tl.store(by_row + row_tile * high + rows, row_base, row_in)
-    tl.store(by_row + (row_tile + tl.cdiv(wide, COLUMNS)) * high + rows, row_total, row_in)
-    tl.store(by_column + column_tile * wide + columns, column_base, column_in)
-    tl.store(by_column + (column_tile + tl.cdiv(high, ROWS)) * wide + columns, column_total, column_in)
+    tl.store(by_row + row_tile * high + rows, row_peak, row_in)
+    tl.store(by_row + (row_tile + tl.cdiv(wide, COLUMNS)) * high + rows, row_sum, row_in)
+    tl.store(by_column + column_tile * wide + columns, column_peak, column_in)
+    tl.store(by_column + (column_tile + tl.cdiv(high, ROWS)) * wide + columns, column_sum, column_in)
 
 
 @triton.jit
 def _sweep_tile(
-    image, text, row_ids, column_ids, exclude, factor, row_share, column_share,
-    by_row, by_column, by_tile, high, wide, width, row_step, column_step,
+    image, text, row_ids, column_ids, exclude, factor, by_row, by_column, by_tile, high, wide, width, row_step, column_step,
     SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Writes by_row [2, tiles across, high] and by_column [2, tiles down, wide]: (maximum, sum of exp) of each tile's rows and
-    columns; and by_tile [tiles, 3]: the tile's part of the loss outside the log-sum-exps, in base 2, for rows and for columns,
-    and 1 if `_faint_tile` must compute its sums again."""
+    """Writes by_row [2, tiles across, high] and by_column [2, tiles down, wide]: (maximum, sum of powers) of each tile's rows and
+    columns; and by_tile [tiles, 3]: the tile's part of the loss outside the log-sum-exps, in base 2, for rows and for columns, so
+    far 0, and what `_rare_tile` has to do: 1 to compute its sums again, 2 if it may hold positives, 3 both, else 0."""
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     logits, _, row_id, column_id, row_takes, column_takes = _logits(
         image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
         SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
-    row_pull, column_pull = 0.0, 0.0
-    if _may_match(row_id, column_id):
-        pull = tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), logits, 0.0)
-        row_pull -= tl.sum(tl.sum(pull, 1) * tl.load(row_share + rows, rows < high, 0.0), 0)
-        column_pull -= tl.sum(tl.sum(pull * tl.load(column_share + columns, columns < wide, 0.0)[None, :], 1), 0)
     # Usually one exponential, around the tile's maximum, serves the sums of rows and columns.
     highest = tl.max(tl.max(logits, 1), 0)
     highest = tl.where(highest == -float("inf"), 0.0, highest)
@@ -288,43 +251,83 @@ def _sweep_tile(
     # A row or column that takes part may lie so far below it that its sum is lost.
     faintest = tl.minimum(tl.min(tl.where(row_takes, row_sum, 1.0), 0), tl.min(tl.where(column_takes, column_sum, 1.0), 0))
     tile = by_tile + 3 * tl.program_id(0)
-    tl.store(tile, row_pull)
-    tl.store(tile + 1, column_pull)
-    tl.store(tile + 2, tl.where(faintest < FAINT, 1.0, 0.0))
-    base, rest = _natural(highest)
-    row_base, column_base = tl.full((ROWS,), base, tl.float32), tl.full((COLUMNS,), base, tl.float32)
+    tl.store(tile, 0.0)
+    tl.store(tile + 1, 0.0)
+    tl.store(tile + 2, tl.where(faintest < FAINT, 1.0, 0.0) + tl.where(_may_match(row_id, column_id), 2.0, 0.0))
+    row_peak, column_peak = tl.full((ROWS,), highest, tl.float32), tl.full((COLUMNS,), highest, tl.float32)
     _store_sums(
-        by_row, by_column, down, across, rows, columns, high, wide, row_base, row_sum * rest, column_base, column_sum * rest,
-        ROWS, COLUMNS,
+        by_row, by_column, down, across, rows, columns, high, wide, row_peak, row_sum, column_peak, column_sum, ROWS, COLUMNS
     )  # fmt: skip
 
 
 @triton.jit
-def _faint_tile(
-    image, text, row_ids, column_ids, exclude, factor, by_row, by_column, by_tile, high, wide, width, row_step, column_step,
+def _rare_tile(
+    image, text, row_ids, column_ids, exclude, factor, row_share, column_share,
+    by_row, by_column, by_tile, high, wide, width, row_step, column_step,
     SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile that `_sweep_tile` marked, each around its own maximum. In a kernel of its own, because its code would
-    take registers of every tile."""
-    if tl.load(by_tile + 3 * tl.program_id(0) + 2) > 0:
+    """What `_sweep_tile` marked: a tile's sums, each around its own maximum; its positives. In a kernel of its own, because this
+    code would take registers of every tile."""
+    tile = by_tile + 3 * tl.program_id(0)
+    task = tl.load(tile + 2)
+    if task > 0:
         down, across = _place(high, wide, ROWS, COLUMNS)
         rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
-        logits, _, _, _, _, _ = _logits(
+        logits, _, row_id, column_id, _, _ = _logits(
             image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
             SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        row_peak, column_peak = tl.max(logits, 1), tl.max(logits, 0)
-        row_peak = tl.where(row_peak == -float("inf"), 0.0, row_peak)
-        column_peak = tl.where(column_peak == -float("inf"), 0.0, column_peak)
-        row_base, row_rest = _natural(row_peak)
-        column_base, column_rest = _natural(column_peak)
-        row_total = row_rest * tl.sum(tl.exp2(logits - row_peak[:, None]), 1)
-        column_total = column_rest * tl.sum(tl.exp2(logits - column_peak[None, :]), 0)
-        _store_sums(
-            by_row, by_column, down, across, rows, columns, high, wide, row_base, row_total, column_base, column_total,
-            ROWS, COLUMNS,
-        )  # fmt: skip
+        if task >= 2:  # in float64: the loss is a small difference of these and the log-sum-exps
+            pull = tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), logits, 0.0)
+            of_rows = tl.sum(pull, 1) * tl.load(row_share + rows, rows < high, 0.0)
+            of_columns = tl.sum(pull * tl.load(column_share + columns, columns < wide, 0.0)[None, :], 1)
+            tl.store(tile, -tl.sum(of_rows.to(tl.float64), 0))
+            tl.store(tile + 1, -tl.sum(of_columns.to(tl.float64), 0))
+        if (task == 1) | (task == 3):
+            row_peak, column_peak = tl.max(logits, 1), tl.max(logits, 0)
+            row_peak = tl.where(row_peak == -float("inf"), 0.0, row_peak)
+            column_peak = tl.where(column_peak == -float("inf"), 0.0, column_peak)
+            row_sum = tl.sum(tl.exp2(logits - row_peak[:, None]), 1)
+            column_sum = tl.sum(tl.exp2(logits - column_peak[None, :]), 0)
+            _store_sums(
+                by_row, by_column, down, across, rows, columns, high, wide, row_peak, row_sum, column_peak, column_sum,
+                ROWS, COLUMNS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge(partials, peak, total, block, tiles, count, NEW: tl.constexpr, SIZE: tl.constexpr):
+    """Add the (maximum, sum) of each tile, partials [2, tiles, count], to those of `SIZE` rows or columns."""
+    TILES: tl.constexpr = 32
+    at = block * SIZE + tl.arange(0, SIZE)
+    inside = at < count
+    highest, whole = tl.full((SIZE,), -float("inf"), tl.float32), tl.zeros((SIZE,), tl.float32)
+    if not NEW:
+        highest, whole = tl.load(peak + at, inside, 0.0), tl.load(total + at, inside, 0.0)
+    for start in range(0, tiles, TILES):
+        tile = start + tl.arange(0, TILES).to(tl.int64)
+        taken = (tile < tiles)[:, None] & inside[None, :]
+        base = tl.load(partials + tile[:, None] * count + at[None, :], taken, -float("inf"))
+        sums = tl.load(partials + (tile + tiles)[:, None] * count + at[None, :], taken, 0.0)
+        above = tl.maximum(highest, tl.max(base, 0))
+        whole = whole * tl.exp2(highest - above) + tl.sum(sums * tl.exp2(base - above[None, :]), 0)
+        highest = above
+    tl.store(peak + at, highest, inside)
+    tl.store(total + at, whole, inside)
+
+
+@triton.jit
+def _merge_tiles(
+    by_row, by_column, row_peak, row_total, column_peak, column_total, high, wide,
+    NEW_ROWS: tl.constexpr, NEW_COLUMNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The (maximum, sum) of a block's rows and columns, of all its tiles, together with those of the blocks before."""
+    block, of_rows = tl.program_id(0), tl.cdiv(high, SIZE)
+    if block < of_rows:
+        _merge(by_row, row_peak, row_total, block, tl.cdiv(wide, COLUMNS), high, NEW_ROWS, SIZE)
+    else:
+        _merge(by_column, column_peak, column_total, block - of_rows, tl.cdiv(high, ROWS), wide, NEW_COLUMNS, SIZE)
 
 
 @triton.jit
@@ -360,7 +363,8 @@ def _gradient_tile(
     SIGMOID: tl.constexpr, SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Writes slopes [high, wide]: dL/ds divided by `unit`; and by_tile [tiles, 2]: the sums of dL/ds x cosine and of dL/ds."""
+    """Writes slopes [high, wide]: dL/ds in the unit of the weights; and by_tile [tiles, 2]: the sums of dL/ds x cosine and of
+    dL/ds, in no unit."""
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     logits, cosine, row_id, column_id, _, _ = _logits(
@@ -393,11 +397,10 @@ def _gradient_tile(
     if SIGMOID:  # in softmax mode 2^-inf is 0
         slope = tl.where(logits > -float("inf"), slope, 0.0)
     tile = by_tile + 2 * tl.program_id(0)
-    tl.store(tile, tl.sum(tl.sum(slope * cosine, 1), 0))
-    if SIGMOID:
-        tl.store(tile + 1, tl.sum(tl.sum(slope, 1), 0))
+    tl.store(tile, tl.sum(tl.sum(slope * cosine, 1), 0) * tl.load(unit))
+    tl.store(tile + 1, tl.sum(tl.sum(slope, 1), 0) * tl.load(unit) if SIGMOID else 0.0)
     at = slopes + rows[:, None].to(tl.int64) * wide + columns[None, :]
-    tl.store(at, slope / tl.load(unit), row_in[:, None] & column_in[None, :])
+    tl.store(at, slope, row_in[:, None] & column_in[None, :])
 
 
 # With TRITON_INTERPRET=1 at import, Triton runs the kernels in Python, on any device. For tests.

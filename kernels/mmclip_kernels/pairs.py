@@ -20,6 +20,7 @@ class Pairs:
     factor [], bias []: logits are factor * cosine (+ bias). They and all weights are float32 or float64.
     Softmax mode: row_mean [N] and column_mean [M] are the weights of the log-sum-exps; row_share [N] and column_share [M] are
     those of one positive pair. Sigmoid mode: the weight of a pair is row_mean * column_mean.
+    unit [2]: where weights are in a unit of their own, that unit, and the factor times it. None: they are not.
     """
 
     row_ids: Tensor
@@ -32,6 +33,31 @@ class Pairs:
     column_mean: Tensor
     row_share: Tensor
     column_share: Tensor
+    unit: Tensor | None = None
+
+
+class Weights(NamedTuple):
+    """What rows and columns weigh, rows first and columns behind them, end to end [N + M]; before division by the sums.
+
+    place: int32, see `Pairs`. mean: weight of a log-sum-exp, 0 where there is no positive. share: weight of one positive pair.
+    sums [2], float64, and largest [2]: of `mean`, of rows and of columns.
+    """
+
+    place: Tensor
+    mean: Tensor
+    share: Tensor
+    sums: Tensor
+    largest: Tensor
+
+
+class Slopes(NamedTuple):
+    """What the backward sweep needs of rows and columns, end to end [N + M]: log-sum-exps (+inf where there is no pair), and
+    weights that hold the upstream gradient. unit: see `Pairs`."""
+
+    lse: Tensor
+    mean: Tensor
+    share: Tensor
+    unit: Tensor | None
 
 
 @dataclass

@@ -21,10 +21,11 @@ PIECE_ROWS = 512
 
 
 def all_reduce(value: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """The sum (or what `op` says) over the ranks of the group, as a new tensor."""
+    """The sum (or what `op` says) over the ranks of the group, as a new tensor; without a group, the value itself."""
+    if group is None:
+        return value
     value = value.clone()
-    if group is not None:
-        dist.all_reduce(value, op, group)
+    dist.all_reduce(value, op, group)
     return value
 
 
@@ -73,10 +74,10 @@ def _extents(sizes: tuple[int, ...]) -> Tensor:
     return torch.stack([length, length.cumsum(0) - length])
 
 
-def _padded(rows: Tensor, length: int) -> Tensor:
+def _padded(rows: Tensor, length: int, padding: int = 0) -> Tensor:
     if len(rows) == length:
         return rows.contiguous()
-    return torch.cat([rows, rows.new_zeros((length - len(rows), *rows.shape[1:]))])
+    return torch.cat([rows, rows.new_full((length - len(rows), *rows.shape[1:]), padding)])
 
 
 def own_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
@@ -88,27 +89,38 @@ def own_rows(rows: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
 class Shards:
     """The rows of all ranks, cut into pieces. A piece holds equally many rows of every rank, padded where a rank has fewer.
 
-    sizes: number of rows of each rank. columns: for each piece, the places of its rows among all rows in rank order; padding has
-    the place `sum(sizes)`, one past the last. padded: whether there is any. Without a group there is one piece: all rows in their
-    order.
+    sizes: number of rows of each rank. columns: for each piece, its places among the rows of all pieces. padded: whether there is
+    padding. Without a group there is one piece: all rows in their order.
     """
 
-    def __init__(self, sizes: Sequence[int], group: Group, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[int], group: Group) -> None:
         self.sizes, self.group = sizes, group
-        self.columns: list[Tensor | slice] = [slice(0, sizes[0])]
-        self.padded = False
-        if group is None:
-            return
-        longest = max(sizes)
-        pieces = min(max(longest // PIECE_ROWS, 1), 4)
-        self._length = -(-longest // pieces)
+        self._length, pieces = sizes[0], 1
+        if group is not None:
+            longest = max(sizes)
+            self._length = -(-longest // min(max(longest // PIECE_ROWS, 1), 4))
+            pieces = max(-(-longest // max(self._length, 1)), 1)
+        wide = len(sizes) * self._length
+        self.columns = [slice(number * wide, (number + 1) * wide) for number in range(pieces)]
+        self.padded = min(sizes) < pieces * self._length
+
+    def spread(self, rows: Tensor, padding: int) -> Tensor:
+        """rows [n] of this rank -> those of all ranks, piece by piece. No gradient."""
+        if self.group is None:
+            return rows
+        pieces = len(self.columns)
+        own = _padded(rows.detach(), pieces * self._length, padding)
+        whole = own.new_empty(len(self.sizes) * len(own))
+        if len(own):
+            all_gather_single(whole, own, self.group)
+        return whole.view(-1, pieces, self._length).transpose(0, 1).flatten()
+
+    def places(self, number: int, device: torch.device) -> Tensor:
+        """Where the rows of a piece lie among those of all ranks in rank order; padding, at `sum(sizes)`."""
         # Of all ranks at once: the work of the host must not grow with their number.
-        size, start = _extents(tuple(sizes))[..., None].to(device, non_blocking=True)
-        self.columns = []
-        for first in range(0, max(longest, 1), max(self._length, 1)):
-            row = torch.arange(first, first + self._length, device=device)
-            self.columns.append(torch.where(row < size, row + start, sum(sizes)).flatten())
-        self.padded = min(sizes) < len(self.columns) * self._length
+        size, start = _extents(tuple(self.sizes))[..., None].to(device, non_blocking=True)
+        row = torch.arange(number * self._length, (number + 1) * self._length, device=device)
+        return torch.where(row < size, row + start, sum(self.sizes)).flatten()
 
     def gather(self, rows: Tensor) -> Iterator[Tensor]:
         """rows [n, E] of this rank -> the pieces, each [W x length, E]. Later pieces are sent while one is used."""

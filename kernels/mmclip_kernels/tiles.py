@@ -20,22 +20,30 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Rows x columns of logits whose per-tile partials are in memory at once: at most 25 MB.
-SWEEP_BLOCK = 8192, 16384
-# Rows x columns of dL/ds in memory at once: 96 MiB in two-byte types; below 128 MiB together with the products of a block.
-GRADIENT_BLOCK = 8192, 6144
+# Rows x columns of logits whose per-tile partials are in memory at once: at most 34 MB in two-byte types, 67 MB in float32.
+SWEEP_BLOCK = 16384, 16384
+# Rows x columns of dL/ds in memory at once: 128 MiB. Each block costs three launches.
+GRADIENT_BLOCK = 8192, 8192
+# Rows or columns whose partials one program merges.
+MERGED = 64
 
 
 def sweep_tile(dtype: torch.dtype, masked: bool) -> Tile:
     """For the forward sweep of the contrastive loss. masked: with exclusions or the sigmoid, whose code takes more registers."""
     if dtype == torch.float32:  # exact float32 products run without tensor cores and hold their operands in registers
         return Tile(64, 64, 32, 4, 2)
-    return Tile(64, 128, 64, 8 if masked else 4, 3)
+    return Tile(64, 128, 64, 8, 3) if masked else Tile(128, 128, 64, 4, 3)
+
+
+# Of a tile that few programs compute again, with more code: no register is spilled.
+RARE_WARPS = 8
 
 
 def gradient_tile(dtype: torch.dtype, masked: bool) -> Tile:
     """For the backward sweep, which holds cosines and dL/ds at once."""
-    return sweep_tile(dtype, masked)
+    if dtype == torch.float32:
+        return sweep_tile(dtype, masked)
+    return Tile(64, 128, 64, 8 if masked else 4, 3)
 
 
 # One program scores, selects and copies an image of up to this many patches. Larger images are scored in blocks of this many.
@@ -45,12 +53,15 @@ COPY_WARPS = 8
 
 
 class MaskTile(NamedTuple):
-    """patches: all of an image, rounded up to a power of two. tokens, token_depth: block of words and step along the features
-    when patches are scored against words. rows, depth: the same when rows are copied, or scored against one vector."""
+    """patches: all of an image, rounded up to a power of two. token_patches, tokens, token_depth, token_warps: block of patches
+    and of words, step along the features, and warps when patches are scored against words. rows, depth, warps: the same when rows
+    are copied, or scored against one vector."""
 
     patches: int
+    token_patches: int
     tokens: int
     token_depth: int
+    token_warps: int
     rows: int
     depth: int
     warps: int
@@ -59,4 +70,8 @@ class MaskTile(NamedTuple):
 def mask_tile(count: int, dtype: torch.dtype) -> MaskTile:
     """For images of `count` patches."""
     patches = max(16, 1 << (count - 1).bit_length())
-    return MaskTile(patches, 32, 16 if dtype == torch.float32 else 32, 32, 128, min(max(patches // 32, 4), 8))
+    warps = min(max(patches // 32, 4), 8)
+    # So small that two programs, or one of 16 warps, fit an SM: larger blocks hold their operands in 172 to 204 registers.
+    token_patches = patches if patches <= FUSED_PATCHES else FUSED_PATCHES // 2
+    token_warps = 2 * warps if dtype == torch.float32 else warps
+    return MaskTile(patches, token_patches, 32, 16, token_warps, 32, 128, warps)

@@ -45,8 +45,8 @@ def forward(
         count, width, features.shape[2], text.shape[1] if source == _TOKENS and text is not None else 1,
         plan.chosen, plan.swap, plan.first, plan.second, 1.0 / plan.temperature,
         SOURCE=source, CHOSEN_FIRST=plan.chosen_first, LOW=plan.low, SWAP=plan.swap > 0, COPY=fused, UPCAST=INTERPRETED,
-        PATCHES=tile.patches, TOKEN_PATCHES=min(tile.patches, tiles.FUSED_PATCHES), TOKENS=tile.tokens,
-        TOKEN_DEPTH=tile.token_depth, num_warps=tile.warps, **how,
+        PATCHES=tile.patches, TOKEN_PATCHES=tile.token_patches, TOKENS=tile.tokens, TOKEN_DEPTH=tile.token_depth,
+        num_warps=tile.token_warps if source == _TOKENS else tile.warps, **how,
     )  # fmt: skip
     if not fused:
         _copy[rows, max(triton.cdiv(first.shape[1] + plan.second, tile.rows), 1)](

@@ -78,9 +78,9 @@ class Part:
 
 @dataclass(frozen=True)
 class TextMemory:
-    """What guides an image: its report's tokens, or its disease prompts where it has none.
+    """What guides an image: its report's tokens, or its disease prompts where it has none. Of the R images that are rebuilt.
 
-    features [B, T + 2C, D], present [B, T + 2C]: for the image decoder. evidence [B, T + 2C]: the words that may score
+    features [R, T + 2C, D], present [R, T + 2C]: for the image decoder. evidence [R, T + 2C]: the words that may score
     patches, which a negated finding never does.
     """
 
@@ -143,14 +143,14 @@ class MMCLIP(nn.Module):
         reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)  # [n, T, D]
         if embed_only:
             return self._embed(batch, reports, prompts, self._contrastive_view(batch))
-        memory = self._text_memory(batch, plan, reports, prompts)
+        memory = self._text_memory(batch, reports, prompts) if weights.image else None
         images = self._encode_images(batch, memory)
 
         losses = {}
         if weights.contrastive:
             embedded = self._embed(batch, reports, prompts, images.embedding)
             losses["contrastive"] = _along(embedded, part) if part else self.contrast(embedded, batch)
-        if images.query is not None and images.masked is not None:
+        if memory and images.query is not None and images.masked is not None:
             losses["image"] = self._rebuild_image(batch, memory, images.query, images.masked)
         elif weights.image:
             losses["image"] = images.embedding.sum() * 0.0  # unmasked steps at the end: nothing to rebuild
@@ -192,7 +192,7 @@ class MMCLIP(nn.Module):
         """AttMIM: normalised pixels of the masked patches, from the rest and the text. The mean over the ranks is that over all
         images that are rebuilt."""
         rows, counts = batch["plan"].rebuilt, batch["counts"].rebuilt
-        features = self.image_decoder(query, _rows(memory.features, rows), _rows(memory.present, rows))
+        features = self.image_decoder(query, memory.features, memory.present)
         pixels: Tensor = self.image_decoder.head(features)
         if len(rows) == 0:
             return pixels.sum() * 0.0
@@ -219,17 +219,18 @@ class MMCLIP(nn.Module):
 
     # -- Encoders -------------------------------------------------------------------------------------------------
 
-    def _encode_images(self, batch: PlannedBatch, memory: TextMemory) -> ImageFeatures:
+    def _encode_images(self, batch: PlannedBatch, memory: TextMemory | None) -> ImageFeatures:
+        """memory: None without AttMIM."""
         patches, plan, mode = self._patches(batch), batch["plan"], self.config.attmim.mode
         if self._splits(batch["step"]):
             return self._encode_views(batch, patches)
-        if self.config.loss.image and mode == "context":
+        if memory and mode == "context":
             seen = self.image.encode(_rows(patches, plan.known))
             views = self._views(batch, _rows(patches, plan.rebuilt), self._scores_now(batch, memory, seen))
             query = self._context(views, self.image.encode(views.context), patches.shape[1])
             return ImageFeatures(_rows(seen, plan.read_known), self._embed_known(seen, batch), query, views.mask)
         seen = self.image.encode(patches)
-        if not self.config.loss.image or mode == "split":
+        if not memory or mode == "split":
             return ImageFeatures(_rows(seen, plan.read), self._embed_image(seen.mean(1)), None, None)
         hidden = self._hide_patches(batch, seen, memory)
         return ImageFeatures(_rows(seen, plan.read), self._embed_image(seen.mean(1)), hidden.masked, hidden.mask)
@@ -316,11 +317,11 @@ class MMCLIP(nn.Module):
             return None
         if len(seen) < len(batch["image"]):
             seen = seen.new_zeros(len(batch["image"]), *seen.shape[1:]).index_copy(0, plan.known, seen)
-        features, evidence = _rows(memory.features, plan.rebuilt), _rows(memory.evidence, plan.rebuilt)
-        words, patches = self.text_head(features), self.image_head(_rows(seen, plan.rebuilt))  # on every rank: see _hide_patches
+        words = self.text_head(memory.features)  # the heads on every rank: see _hide_patches
+        patches = self.image_head(_rows(seen, plan.rebuilt))
         if plan.scored == "all":
             return None
-        return attention_scores(patches, words, evidence, temperature=self.config.attmim.score_temperature)
+        return attention_scores(patches, words, memory.evidence, temperature=self.config.attmim.score_temperature)
 
     @torch.no_grad()
     def score_patches(self, seen: Tensor, words: Tensor, evidence: Tensor) -> Tensor:
@@ -344,21 +345,34 @@ class MMCLIP(nn.Module):
         self.prompt_tokens, self.prompt_mask = tokens, mask
         self._prompt_packings = [self.text.pack(of_template) for of_template in mask]
 
-    def _text_memory(self, batch: PlannedBatch, plan: Plan, reports: Tensor, prompts: Tensor) -> TextMemory:
-        rows, length = batch["tokens"].shape
-        half, paired = len(prompts) // 2, batch["report_id"] >= 0
-        report_features = reports.new_zeros(rows, length, self.text.width).index_copy(0, plan.paired, reports)
-        positive, allowed = prompt_targets(batch["labels"])
+    def _text_memory(self, batch: PlannedBatch, reports: Tensor, prompts: Tensor) -> TextMemory:
+        rows, plan, half = len(batch["tokens"]), batch["plan"], len(prompts) // 2
+        whole = reports
+        if len(reports) < rows:
+            whole = reports.new_zeros(rows, *reports.shape[1:]).index_copy(0, plan.paired, reports)
+        of_reports, labels, tokens, words, report = (
+            _rows(value, plan.rebuilt)
+            for value in (whole, batch["labels"], batch["token_mask"], batch["evidence"], batch["report_id"])
+        )
+        paired = report >= 0
+        positive, allowed = prompt_targets(labels)
         unlabelled = ~allowed.any(1, keepdim=True)
         every_disease = torch.arange(2 * half, device=positive.device) < half  # the sum over all disease prompts
         guides = torch.where(unlabelled, every_disease, positive) & ~paired[:, None]
         sick = positive[:, :half].any(1, keepdim=True)
         evidence = torch.where(sick, positive, every_disease) & every_disease & ~paired[:, None]
         return TextMemory(
-            torch.cat([report_features, prompts.expand(rows, -1, -1)], dim=1),
-            torch.cat([batch["token_mask"] & paired[:, None], guides], dim=1),
-            torch.cat([batch["evidence"] & paired[:, None], evidence], dim=1),
+            torch.cat([of_reports, prompts.expand(len(of_reports), -1, -1)], dim=1),
+            torch.cat([tokens & paired[:, None], guides], dim=1),
+            torch.cat([words & paired[:, None], evidence], dim=1),
         )
+
+    def _guides(self, batch: Batch) -> TextMemory:
+        """What guides every image of the batch, whatever share training rebuilds."""
+        plan = Plan.of(batch, self.text.width, (1.0, 1.0)).to(batch["image"].device)
+        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
+        whole = PlannedBatch(**batch | {"plan": plan})  # type: ignore[typeddict-item]
+        return self._text_memory(whole, reports, self._prompt_features(0))
 
     def _embed_image(self, features: Tensor) -> Tensor:
         return F.normalize(self.image_head(features), dim=-1)
@@ -385,10 +399,7 @@ class MMCLIP(nn.Module):
 
         masked [B, P] bool, as many in every row.
         """
-        batch = self.prepared(batch)
-        plan = batch["plan"]
-        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
-        memory = self._text_memory(batch, plan, reports, self._prompt_features(0))
+        memory = self._guides(batch)
         patches = self._patches(batch)
         if self.config.attmim.mode == "feature":
             query = torch.where(masked[:, :, None], self.mask_token, self.image.encode(patches))
@@ -401,10 +412,7 @@ class MMCLIP(nn.Module):
 
     def attention_grid(self, batch: Batch) -> Tensor:
         """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts."""
-        batch = self.prepared(batch)
-        plan = batch["plan"]
-        reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
-        memory = self._text_memory(batch, plan, reports, self._prompt_features(0))
+        memory = self._guides(batch)
         seen = self.image.encode(self.image.embed(batch["image"]))
         side = self.config.model.image.grid
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))

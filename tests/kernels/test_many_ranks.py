@@ -46,4 +46,4 @@ def test_neither_calls_nor_reads_grow_with_the_number_of_ranks() -> None:
     few, *more = json.loads(found.stdout).values()
     assert more == [few, few]
     assert few["collectives"] <= 14
-    assert few["reads"] == 2  # scale and bias, on a CPU alone
+    assert few["reads"] <= 18  # on a CPU alone: what impl="torch" looks at before it computes a block

@@ -15,12 +15,9 @@ from mmclip_kernels import (
     attention_topk_mask,
     reference,
     tiles,
-    topk_mask_triton,
 )
 from mmclip_kernels.topk_mask import TopkMask, seeded_noise, topk_mask_op
 from torch import Tensor
-
-from tests.ahead_of_time import NAMED, Resources, compile_all, resources
 
 IMPLS = ("torch", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,48 +164,6 @@ def test_real_sizes_on_a_card(dtype: torch.dtype, patches: int, source: str) -> 
     check("triton", case)
     replace = {"mode": "replace", "mask_token": normal(768, seed=3, dtype=dtype), "patches": case["patches"].detach()}
     check("triton", case | replace)
-
-
-def _compile(architecture: int, dtype_name: str, patches: int, source: str, mode: str) -> list[Resources]:
-    """The kernels that an image of so many patches needs, forward and backward."""
-    dtype = NAMED[dtype_name]
-    tile, split = tiles.mask_tile(patches, dtype), mode == "split"
-    fused = tile.patches <= tiles.FUSED_PATCHES
-    constants: dict[str, Any] = {
-        "SOURCE": ("scores", "vector", "tokens").index(source), "CHOSEN_FIRST": split, "LOW": False, "SWAP": split,
-        "SECOND": int(split), "REPLACE": mode == "replace", "COPY": fused, "UPCAST": False, "PATCHES": tile.patches,
-        "TOKEN_PATCHES": min(tile.patches, tiles.FUSED_PATCHES), "TOKENS": tile.tokens, "TOKEN_DEPTH": tile.token_depth,
-        "ROWS": tile.rows, "DEPTH": tile.depth,
-    }  # fmt: skip
-    unused = {"token": mode != "replace", "text": source == "scores", "token_mask": source != "tokens",
-              "scores": source != "scores", "noise": not split and source != "tokens"}  # fmt: skip
-    absent = {name: None for name, gone in unused.items() if gone}
-    features = ("patches", "features", "first_view", "second_view", "text", "token", "of_first", "of_second", "of_patches")
-    types = dict.fromkeys(features, f"*{dtype_name}") | dict.fromkeys(("restore", "ids"), "*i64")
-    types |= {"token_mask": "*i1", "sharpness": "fp32"}
-    numbers = ("batch_step", "row_step", "feature_batch_step", "feature_row_step", "count", "width", "feature_width", "tokens",
-               "chosen_count", "swap", "first", "second")  # fmt: skip
-    types |= dict.fromkeys(numbers, "i32")
-    found = []
-    kernels = [(topk_mask_triton._select, tile.warps), (topk_mask_triton._gather_gradient, tiles.COPY_WARPS)]
-    for kernel, warps in kernels if fused else [*kernels, (topk_mask_triton._copy, tiles.COPY_WARPS)]:
-        given_constants = {name: value for name, value in (constants | absent).items() if name in kernel.arg_names}
-        found.append(resources(
-            kernel, types, given_constants, architecture, num_warps=warps,
-            unaligned=("count", "tokens", "chosen_count", "swap", "first", "second"),
-        ))  # fmt: skip
-    return found
-
-
-@pytest.mark.slow
-def test_compiles_for_cards_without_spilling(compiler: Executor) -> None:
-    cases = [
-        (90, "bf16", 196, "scores", "split"), (90, "bf16", 196, "tokens", "replace"), (80, "fp32", 196, "vector", "gather"),
-        (90, "bf16", 1024, "tokens", "replace"), (80, "fp16", 1024, "scores", "gather"),
-    ]  # fmt: skip
-    for case, kernels in zip(cases, compile_all(compiler, _compile, cases), strict=True):
-        for kernel in kernels:
-            assert kernel.spilled == 0, (case, kernel)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
