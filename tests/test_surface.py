@@ -74,13 +74,6 @@ def test_the_shell_completes_commands() -> None:
     assert found.stdout.split() == ["quickstart"]
 
 
-def test_the_shell_completes_commands() -> None:
-    code = "import sys; sys.argv = ['mmclip']; from mmclip_launch.cli import main; main()"
-    asked = {"_MMCLIP_COMPLETE": "complete_bash", "COMP_WORDS": "mmclip ver", "COMP_CWORD": "1"}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked)
-    assert found.stdout.split() == ["verify"]
-
-
 def test_a_checkpoint_embeds_images_and_texts(sets, tokenizer, tmp_path: Path) -> None:
     """As the package's docstring shows: a file becomes the same embedding as evaluation makes of a packed sample."""
     diseases = load_manifest(sets.test).labels

@@ -19,7 +19,8 @@ def export(
         str | None, typer.Option("--license", help="Licence of the weights for the card, once you know that the data allow it.")
     ] = None,
     metrics: Annotated[
-        Path | None, typer.Option(parser=local_folder, metavar="FILE", help="What `mmclip evaluate zeroshot --out` wrote, for the card.")
+        Path | None,
+        typer.Option(parser=local_folder, metavar="FILE", help="Result of `mmclip evaluate zeroshot --out`, for the card."),
     ] = None,
 ) -> None:
     """Write a checkpoint in a form that other programs load: safetensors or ONNX, with a model card."""

@@ -59,20 +59,22 @@ def card(
     return "\n".join([
         "---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", "# A model pretrained by MMCLIP", "",
         f"Two encoders with a shared space, for images of {image_size} x {image_size} pixels in one grey channel and English "
-        f"reports of up to {config.model.text.max_tokens} tokens; {meta.step} training steps. sha256 of the trained weights: `{weights}`.",
+        f"reports of up to {config.model.text.max_tokens} tokens; {meta.step} training steps. "
+        f"sha256 of the trained weights: `{weights}`.",
         "", "## Use", "", *_use(formats), "", "## Training data", "",
         "| set | samples | sha256 of its shards |", "|---|---|---|", *rows, "",
         "Manifests state no licence or access terms: look them up where each set came from.", "", "## Terms", "", terms, "",
         "## Results", "", *_results(result), "", "## Intended use", "",
-        "Research on medical vision-language models. **Not a medical device**: not for diagnosis, triage or any decision about a patient.",
+        "Research on medical vision-language models. **Not a medical device**: not for diagnosis, triage or any decision about a "
+        "patient.",
         "", "## Limits", "",
         "- Scores are not calibrated; choose thresholds on data of your own site.",
         "- Performance on other sites, scanners, views, ages and sexes than those of the training data is unknown.",
         "- Laterality, devices and \"no finding\" are known weak points of contrastive models.",
         "- Images are squashed to a square and scaled to 8 bits; what a text has beyond the token limit is cut off.", "",
         "## How to cite", "",
-        "*MMCLIP: Cross-modal Attention Masked Modelling for Medical Language-Image Pre-Training* (arXiv 2407.19546) for the method, "
-        "and mmclip-dist for the implementation. These weights are not those of the paper's authors.", "",
+        "*MMCLIP: Cross-modal Attention Masked Modelling for Medical Language-Image Pre-Training* (arXiv 2407.19546) for the "
+        "method, and mmclip-dist for the implementation. These weights are not those of the paper's authors.", "",
     ])  # fmt: skip
 
 
@@ -90,12 +92,13 @@ def _use(formats: Sequence[str]) -> list[str]:
             "print(model(**inputs).logits_per_image)", "```", "",
         ],
         "siglip-tower": [
-            "`siglip-tower/`: the image encoder as `transformers.SiglipVisionModel`; `pooler_output` is the mean over patches. Its own "
-            "processor takes 8-bit images.", "",
+            "`siglip-tower/`: the image encoder as `transformers.SiglipVisionModel`; `pooler_output` is the mean over patches. "
+            "Its own processor takes 8-bit images.", "",
         ],
         "open_clip": ['`open_clip/`: `open_clip.create_model_from_pretrained("local-dir:FOLDER/open_clip")`.', ""],
         "onnx": [
-            "`onnx/`: `model.onnx` gives embeddings of length 1; `vision_model.onnx` and `text_model.onnx` give them before that.", "",
+            "`onnx/`: `model.onnx` gives embeddings of length 1; `vision_model.onnx` and `text_model.onnx` give them before "
+            "that.", "",
         ],
     }  # fmt: skip
     return [line for name in formats for line in lines[name]][:-1]

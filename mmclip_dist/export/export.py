@@ -31,9 +31,9 @@ def export(
     """Write a checkpoint (or a run's or a mirror's newest) in one of FORMATS, or `all` of them. -> lines that say what was written.
 
     hf lies in the folder itself, the others in subfolders of their names. average: the exponential average of the weights.
-    license: of the weights, for the card. result: of an evaluation of these weights, for the card. ValueError if the destination
-    holds something, for an unknown form, for one that the model does not fit (`all` leaves it out and says so), or if the result
-    is of other weights.
+    license: of the weights, for the card. result: of an evaluation of these weights, for the card. ValueError if the
+    destination holds something, for an unknown form, for one that the model does not fit (`all` leaves it out and says so), or
+    if the result is of other weights.
     """
     if format not in (*FORMATS, "all"):
         raise ValueError(f"the form {format!r} is unknown: choose one of {', '.join(FORMATS)} or all")
@@ -67,9 +67,12 @@ def export(
             {"step": meta.step, "weights": weights, "average": average, "sets": [vars(one) for one in sets]},
         )
         (made / "README.md").write_text(
-            card(config, meta, sets, weights=weights, license=license, result=result, formats=formats, image_size=model.config.model.image.size),
+            card(
+                config, meta, sets, weights=weights, license=license, result=result, formats=formats,
+                image_size=model.config.model.image.size,
+            ),
             encoding="utf-8",
-        )
+        )  # fmt: skip
         made.chmod(0o755)
         if destination.exists():
             destination.rmdir()

@@ -29,8 +29,9 @@ def unfit(encoder: MMCLIPDualEncoder) -> str | None:
     vision, text = encoder.config.vision_config, encoder.config.text_config
     if _shape(encoder) not in _NAMES or vision.hidden_act != "gelu":
         return (
-            f"no ViT without a class token that it can name is {vision.hidden_size} wide, {vision.num_hidden_layers} deep, with patches "
-            f"of {vision.patch_size} and images of {vision.image_size} pixels; ViT-B/16 at 224, 256 and 384 and ViT-L/16 at 256 and 384 are"
+            f"no ViT without a class token that it can name is {vision.hidden_size} wide, {vision.num_hidden_layers} deep, with "
+            f"patches of {vision.patch_size} and images of {vision.image_size} pixels; ViT-B/16 at 224, 256 and 384 and "
+            "ViT-L/16 at 256 and 384 are"
         )
     return None if text.model_type in _TEXTS else f"its text encoders have no mean pooling for {text.model_type}"
 

@@ -16,8 +16,8 @@ from mmclip_dist.export.remote_code.modeling_mmclip import MMCLIPDualEncoder
 def siglip_tower(encoder: MMCLIPDualEncoder) -> SiglipVisionModel:
     """The image encoder with three equal channels and a pooler that is the mean over patches [N, 3, S, S] -> [N, D].
 
-    A SiglipVisionModel pools by attention. Queries and keys of 0 make that uniform, identities elsewhere make it the mean, and the
-    MLP after it adds 0. The features are those before the projection to the space that images and texts share.
+    A SiglipVisionModel pools by attention. Queries and keys of 0 make that uniform, identities elsewhere make it the mean, and
+    the MLP after it adds 0. The features are those before the projection to the space that images and texts share.
     """
     values = encoder.config.vision_config.to_dict() | {"num_channels": 3, "vision_use_head": True}
     tower = SiglipVisionModel(SiglipVisionConfig(**values))

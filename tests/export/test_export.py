@@ -39,7 +39,8 @@ processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 with torch.inference_mode():
     found = model(**processor(images=[image], text=texts))
 assert not [name for name in sys.modules if name.startswith("mmclip")], "the folder needs the package that wrote it"
-print(json.dumps({"image": found.image_embeds.tolist(), "text": found.text_embeds.tolist(), "logits": found.logits_per_image.tolist()}))
+print(json.dumps({"image": found.image_embeds.tolist(), "text": found.text_embeds.tolist(),
+                  "logits": found.logits_per_image.tolist()}))
 """
 
 
@@ -74,8 +75,8 @@ def test_transformers_alone_gives_the_models_embeddings(run: Path, exported: Pat
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run(
-        [sys.executable, "-c", LOADED, str(exported), str(radiograph), json.dumps(TEXTS)], env=env, cwd=tmp_path, capture_output=True,
-        text=True, check=False,
+        [sys.executable, "-c", LOADED, str(exported), str(radiograph), json.dumps(TEXTS)], env=env, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
     values = json.loads(found.stdout.splitlines()[-1])
@@ -103,7 +104,8 @@ def test_onnx_files_give_the_models_embeddings(run: Path, radiograph: Path, tmp_
         pytest.importorskip(name, reason=f"ONNX EXPORT NOT TESTED: {name} is missing; pip install mmclip-dist[export]")
     lines = export(str(run), tmp_path / "out", "all")
     assert any(line.startswith("onnx: at most ") for line in lines)
-    assert {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")} == {"model.onnx", "vision_model.onnx", "text_model.onnx"}
+    written = {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")}
+    assert written == {"model.onnx", "vision_model.onnx", "text_model.onnx"}
 
 
 def test_the_folder_holds_safetensors_and_a_card(run: Path, exported: Path, sets) -> None:
