@@ -32,8 +32,8 @@ def export(
 
     hf lies in the folder itself, the others in subfolders of their names. average: the exponential average of the weights.
     license: of the weights, for the card. result: of an evaluation of these weights, for the card. ValueError if the
-    destination holds something, for an unknown form, for one that the model does not fit (`all` leaves it out and says so), or
-    if the result is of other weights.
+    destination holds something, for an unknown form, for one that the model does not fit (`all` leaves it out and says so),
+    or if the result is of other weights.
     """
     if format not in (*FORMATS, "all"):
         raise ValueError(f"the form {format!r} is unknown: choose one of {', '.join(FORMATS)} or all")
