@@ -2,19 +2,13 @@
 
 Embed images and texts with a checkpoint:
 
-    import torch
-    from mmclip_dist import WHOLE, crop_image, load_model, resolve_checkpoint
-    from mmclip_shards import decode_image
+    from mmclip_dist import MMCLIPModel
 
-    model, tokenizer, config, _ = load_model(resolve_checkpoint("runs/train"))  # a run, or one of its checkpoints
-    pixels = crop_image(decode_image(Path("chest.png")), WHOLE, config.model.image.size)
-    words = tokenizer(
-        ["There is effusion."], truncation=True, max_length=config.model.text.max_tokens, padding=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        image = model.embed_images(torch.from_numpy(pixels)[None])                         # [1, E]
-        text = model.embed_texts(words["input_ids"], words["attention_mask"].bool())      # [1, E]
-    similarity = image @ text.T
+    model = MMCLIPModel.from_pretrained("runs/train")                        # a run, or one of its checkpoints
+    images = model.encode_image(["chest.png", "other.jpg"])                 # [2, E]
+    similarity = images @ model.encode_text(["There is effusion."]).T       # [2, 1]
+
+`load_model`, `crop_image` and the others are the parts that it is made of.
 
 Each name is imported when it is first used: `import mmclip_dist` and `mmclip --help` do not wait for torch.
 """
@@ -40,6 +34,8 @@ if TYPE_CHECKING:
     from mmclip_dist.evaluate.zeroshot import ZeroShot as ZeroShot
     from mmclip_dist.evaluate.zeroshot import class_directions as class_directions
     from mmclip_dist.evaluate.zeroshot import zero_shot as zero_shot
+    from mmclip_dist.inference import Findings as Findings
+    from mmclip_dist.inference import MMCLIPModel as MMCLIPModel
     from mmclip_dist.model.build import build_model as build_model
     from mmclip_dist.model.mmclip import MMCLIP as MMCLIP
 
@@ -52,13 +48,14 @@ _HOMES = {
     "load_tokenizer": "data.tokenizer", "load_prompts": "data.prompts", "tokenize_prompts": "data.prompts",
     "WHOLE": "data.transforms", "crop_image": "data.transforms",
     "JoinedSet": "data.join", "ExampleMaker": "data.example", "collate": "data.batch",
+    "Findings": "inference", "MMCLIPModel": "inference",
     "ZeroShot": "evaluate.zeroshot", "class_directions": "evaluate.zeroshot", "zero_shot": "evaluate.zeroshot",
 }  # fmt: skip
 
 __all__ = [
-    "MMCLIP", "WHOLE", "Config", "ExampleMaker", "JoinedSet", "Meta", "Source", "ZeroShot", "__version__", "build_model",
-    "class_directions", "collate", "crop_image", "load_config", "load_model", "load_prompts", "load_tokenizer",
-    "resolve_checkpoint", "tokenize_prompts", "zero_shot",
+    "MMCLIP", "WHOLE", "Config", "ExampleMaker", "Findings", "JoinedSet", "MMCLIPModel", "Meta", "Source", "ZeroShot",
+    "__version__", "build_model", "class_directions", "collate", "crop_image", "load_config", "load_model", "load_prompts",
+    "load_tokenizer", "resolve_checkpoint", "tokenize_prompts", "zero_shot",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours

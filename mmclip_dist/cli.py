@@ -10,17 +10,17 @@ import typer
 
 import mmclip_dist
 from mmclip_dist import errors
-from mmclip_dist.commands import evaluate, offline, pack, plan, sets, training
+from mmclip_dist.commands import evaluate, export, offline, pack, plan, sets, training
 
 app = typer.Typer(
-    name="mmclip", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="mmclip", no_args_is_help=True, pretty_exceptions_enable=False,
     help="Pretrain MMCLIP models: masked medical contrastive language-image pretraining.",
 )  # fmt: skip
 app.add_typer(pack.pack_app, name="pack")
 app.add_typer(evaluate.evaluate_app, name="evaluate")
 for command in (
     sets.verify, sets.stats, sets.index, training.tokenizer, training.config, offline.entities, offline.attention, plan.plan,
-    evaluate.report,
+    evaluate.report, export.export,
 ):  # fmt: skip
     app.command()(command)
 app.command("bench-loader")(sets.bench_loader)

@@ -69,9 +69,11 @@ WINGS = {
     "checkpoint": {"config", "data", "model", "engine"},
     "run": {"launcher", "config", "data", "model", "engine", "plan"},
     "evaluate": {"config", "data", "model", "engine", "checkpoint", "run"},
+    "export": {"config", "data", "model", "checkpoint", "evaluate"},
+    "inference": {"data", "model", "checkpoint", "export"},
     "offline": {"config", "data", "checkpoint"},
     "bench": {"config", "data", "model", "engine", "checkpoint", "run", "evaluate", "offline"},
-    "commands": {"config", "data", "plan", "evaluate", "offline", "bench"},
+    "commands": {"config", "data", "plan", "evaluate", "export", "offline", "bench"},
     "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "evaluate"},
     "cli": {"errors", "commands"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -64,6 +65,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_the_command_tells_its_version(module: str) -> None:
     found = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert found.stdout == f"mmclip-dist {mmclip_dist.__version__}\n"
+
+
+def test_the_shell_completes_commands() -> None:
+    code = "import sys; sys.argv = ['mmclip']; from mmclip_launch.cli import main; sys.exit(main())"
+    environment = os.environ | {"_MMCLIP_COMPLETE": "complete_bash", "COMP_WORDS": "mmclip qui", "COMP_CWORD": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["quickstart"]
 
 
 def test_a_checkpoint_embeds_images_and_texts(sets, tokenizer, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from mmclip_shards.grey import grey_image, rescale_to_8_bit
 from mmclip_shards.schema import Box
 
 MAX_PIXELS = 100_000_000
@@ -21,7 +22,6 @@ million pixels."""
 
 JPEG_QUALITY = 95
 
-_DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,  # Pillow raises it for a broken PNG
@@ -53,13 +53,22 @@ class ImageFacts(NamedTuple):
     height: int
 
 
-def decode_image(data: bytes | Path) -> Image.Image:
-    """A JPEG or PNG, as a file or its bytes -> an 8-bit image of mode "L", upright. Everything that reads pixels uses this.
+def decode_image(data: bytes | Path | Image.Image | np.ndarray) -> Image.Image:
+    """A JPEG or PNG, as a file or its bytes, a Pillow image or an array [height, width] -> an 8-bit image of mode "L", upright.
+    Everything that reads pixels uses this.
 
     EXIF orientation is applied, colour becomes luma, transparent pixels become black, and anything deeper than 8 bits
     is rescaled (`rescale_to_8_bit`). The image carries no metadata: it can name the patient. ValueError that names the
     file when it cannot be used.
     """
+    if isinstance(data, np.ndarray):
+        return Image.fromarray(_array_to_8_bit(data))
+    if isinstance(data, Image.Image):
+        try:
+            _check_pixels(data.size)
+            return _grey(data)
+        except _DECODE_ERRORS as error:
+            raise ValueError(f"the Pillow image cannot be used: {_reason(error)}") from error
     return _decode(data)[0]
 
 
@@ -97,19 +106,6 @@ def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
         raise ValueError(f"not a usable JPEG or PNG: {_reason(error)}") from error
 
 
-def rescale_to_8_bit(values: np.ndarray) -> np.ndarray:
-    """Scale linearly, minimum to 0 and maximum to 255; a constant image becomes 0. values [height, width] -> uint8.
-
-    Pillow's `.convert("L")` clips at 255 instead, which turns a 16-bit radiograph white.
-    """
-    low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError("it holds pixels that are not finite numbers")
-    if low == high:
-        return np.zeros(values.shape, np.uint8)
-    return np.rint((values.astype(np.float64) - low) * (255.0 / (high - low))).astype(np.uint8)
-
-
 def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
     """The upright 8-bit image, and the suffix to store it under."""
     try:
@@ -118,12 +114,16 @@ def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
         with source:
             _check_pixels(source.size)
             suffix = _suffix(source)
-            ImageOps.exif_transpose(source, in_place=True)
-            image = _to_8_bit(source)
-            image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
-            return image, suffix
+            return _grey(source), suffix
     except _DECODE_ERRORS as error:
         raise ValueError(f"{_name(data)} is not a usable JPEG or PNG: {_reason(error)}") from error
+
+
+def _grey(source: Image.Image) -> Image.Image:
+    """The upright 8-bit image, without metadata."""
+    image = grey_image(source)
+    image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
+    return image
 
 
 def _name(image: object) -> str:
@@ -132,20 +132,6 @@ def _name(image: object) -> str:
 
 def _suffix(source: Image.Image) -> str:
     return "jpg" if source.format in ("JPEG", "MPO") else "png"
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """A loaded image in mode "L". Returns the same object if it has that mode already."""
-    if image.mode in _DEEP_MODES:
-        return Image.fromarray(rescale_to_8_bit(np.asarray(image)))
-    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, "black")  # the background of a radiograph
-        image = Image.alpha_composite(opaque, image.convert("RGBA"))
-    if image.mode == "L":
-        return image
-    if image.mode != "1":
-        image = image.convert("RGB")  # Pillow does not convert palettes and CMYK to luma directly
-    return image.convert("L")
 
 
 def _array_to_8_bit(array: np.ndarray) -> np.ndarray:

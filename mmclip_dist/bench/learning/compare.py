@@ -45,6 +45,8 @@ def _probe(share: str) -> Statistic:
 
 def _recall(name: str, column: int) -> Statistic:
     def statistic(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
+        if name not in arrays:
+            return np.full(len(weights), np.nan)
         return np.asarray(weights @ arrays[name][:, column].astype(float) / weights.sum(1))
 
     return statistic
@@ -56,6 +58,8 @@ def _pointed(name: str) -> Statistic:
     def statistic(arrays: Arrays, weights: np.ndarray) -> np.ndarray:
         own = weights[:, arrays["pointed_sample"].astype(int)]
         disease = arrays["pointed_disease"]
+        if not len(disease):  # a set without boxes
+            return np.full(len(weights), np.nan)
         means = [own[:, disease == d] @ arrays[name][disease == d] / own[:, disease == d].sum(1) for d in np.unique(disease)]
         return np.asarray(np.mean(means, 0))
 

@@ -152,7 +152,10 @@ def _decide(model: LogisticRegression | None, features: np.ndarray) -> np.ndarra
 
 
 def retrieval(model: MMCLIP, held: HeldOut, images: Tensor, padding: int) -> dict[str, np.ndarray]:
-    """Whether the report is among the first k for an image, and the other way round; an identical report is a hit. [N, 3]."""
+    """Whether the report is among the first k for an image, and the other way round; an identical report is a hit. [N, 3].
+    Nothing for a set in which a sample has no report."""
+    if any(example["report_id"] < 0 for example in held.examples):
+        return {}
     texts = torch.cat([model.embed_texts(batch["tokens"], batch["token_mask"]) for batch in held.batches(padding)])
     ids = torch.tensor([example["report_id"] for example in held.examples])
     same, similar = ids[:, None] == ids[None], images @ texts.T

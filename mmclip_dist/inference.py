@@ -1,0 +1,172 @@
+"""A trained model in a few lines: embed images and texts, score findings, and see where a text points in an image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmclip_shards import decode_image
+from mmclip_shards.dicom import decode_dicom, is_dicom
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from mmclip_dist.checkpoint.mirror import local_checkpoint
+from mmclip_dist.checkpoint.model_files import load_model
+from mmclip_dist.data.transforms import WHOLE, crop_image
+from mmclip_dist.model.mmclip import MMCLIP
+
+ImageInput = Any
+"""A JPEG, PNG or DICOM file (a path or its bytes), a Pillow image, an array of grey values [height, width], a pydicom data set,
+or a tensor [1, size, size] of normalised pixels (`crop_image`)."""
+
+_BATCH = 32
+
+
+class Findings(NamedTuple):
+    """What `MMCLIPModel.zero_shot` found, one row an image and one column a class.
+
+    scores [N, C]: mean cosine with the prompts that state the finding, minus that with those that deny it, where there are any.
+    probabilities [N, C]: softmax over the two kinds of prompt at the model's temperature; None without prompts that deny. They
+    are not calibrated.
+    """
+
+    classes: tuple[str, ...]
+    scores: Tensor
+    probabilities: Tensor | None
+
+
+class MMCLIPModel:
+    """A trained model with its tokenizer, for inference. All results are float32 on the CPU."""
+
+    def __init__(self, model: MMCLIP, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.size, self.max_tokens = model.config.model.image.size, model.config.model.text.max_tokens
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, average: bool = False, device: str | torch.device | None = None
+    ) -> MMCLIPModel:
+        """Load a run folder's newest checkpoint, one of its checkpoints, or the URL of a mirror.
+
+        average: the exponential average of the weights. device: by default a GPU if there is one. ValueError if there is no
+        checkpoint, if another version of this package wrote it, or if the run kept no average.
+        """
+        with local_checkpoint(os.fspath(path)) as folder:
+            model, tokenizer, _, _ = load_model(folder, average=average)
+        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+
+    def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
+        """Images -> embeddings [N, E], L2-normalised. One image gives one row; a tensor may also be a batch [N, 1, size, size].
+
+        Files, Pillow images and arrays are decoded as for training: upright, 8-bit grey, deeper pixels rescaled from their
+        minimum to their maximum. ValueError that names a file which cannot be used.
+        """
+        rows = iter(_each(images))
+        parts = []
+        while batch := [self._pixels(image)[0] for image in islice(rows, _BATCH)]:  # decoded images do not pile up
+            parts.append(self._run(self.model.embed_images, torch.stack(batch)))
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.model.embed)
+
+    def encode_text(self, texts: str | Sequence[str]) -> Tensor:
+        """Texts -> embeddings [N, E], L2-normalised. What a text has beyond the model's window of tokens does not count."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        parts = []
+        for start in range(0, len(texts), _BATCH):
+            words = self.tokenizer(
+                texts[start : start + _BATCH], truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
+            )
+            parts.append(self._run(self.model.embed_texts, words["input_ids"], words["attention_mask"].bool()))
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.model.embed)
+
+    def zero_shot(
+        self, images: ImageInput | Sequence[ImageInput], present: Mapping[str, Sequence[str]],
+        absent: Mapping[str, Sequence[str]] | None = None,
+    ) -> Findings:  # fmt: skip
+        """Score images for findings by prompts: `present` states each finding, `absent` denies it ("No evidence of edema.").
+
+        With `absent`, scores are those of `mmclip evaluate zeroshot`. ValueError if a class has no prompt, if a prompt is longer
+        than the model's window of tokens, or if the classes of `present` and `absent` differ.
+        """
+        if absent is not None and set(present) != set(absent):
+            differing = sorted(set(present) ^ set(absent))
+            raise ValueError(f"present and absent differ in {differing}: give both kinds of prompt for each class")
+        stated = self._class_embeddings(present)
+        denied = None if absent is None else self._class_embeddings({name: absent[name] for name in present})
+        embedded = self.encode_image(images)
+        scores = embedded @ (stated if denied is None else stated - denied).T
+        scale = self.model.scale().detach().float().cpu()
+        return Findings(tuple(present), scores, None if denied is None else torch.sigmoid(scale * scores))
+
+    def attention_map(self, image: ImageInput, text: str, *, full_size: bool = False) -> Tensor:
+        """How strongly each patch of an image responds to a text [grid, grid], as the scores that guide masking are made.
+
+        full_size: interpolated to [height, width] of the image. ValueError if the text has no word.
+        """
+        pixels, (height, width) = self._pixels(image)
+        words = self.tokenizer(
+            [text], truncation=True, max_length=self.max_tokens, return_special_tokens_mask=True, return_tensors="pt"
+        )
+        evidence = words["special_tokens_mask"] == 0
+        if not evidence.any():
+            raise ValueError(f"the text {text!r} has no word to look for: name a finding")
+        scores = self._run(self._score, pixels[None], words["input_ids"], evidence)
+        grid = scores.unflatten(1, (self.model.config.model.image.grid,) * 2)
+        return F.interpolate(grid[None], (height, width), mode="bilinear")[0, 0] if full_size else grid[0]
+
+    def _score(self, pixels: Tensor, tokens: Tensor, evidence: Tensor) -> Tensor:
+        seen = self.model.image.encode(self.model.image.embed(pixels))
+        return self.model.score_patches(seen, self.model.text(tokens, torch.ones_like(evidence)), evidence)
+
+    def _class_embeddings(self, prompts: Mapping[str, Sequence[str]]) -> Tensor:
+        """Mean embedding of each class's prompts [C, E]."""
+        if not prompts:
+            raise ValueError("no class to score: pass prompts such as {'Edema': ['There is edema.']}")
+        for name, texts in prompts.items():
+            if isinstance(texts, str) or not texts:
+                raise ValueError(f"the class {name!r} needs a list of at least one prompt, found {texts!r}")
+            for text in texts:
+                tokens = len(self.tokenizer(text)["input_ids"])
+                if tokens > self.max_tokens:
+                    raise ValueError(f"a prompt of {name!r} has {tokens} tokens, the model reads {self.max_tokens}: shorten it")
+        embedded = self.encode_text([text for texts in prompts.values() for text in texts])
+        return torch.stack([part.mean(0) for part in embedded.split([len(texts) for texts in prompts.values()])])
+
+    def _pixels(self, image: ImageInput) -> tuple[Tensor, tuple[int, int]]:
+        """Normalised pixels [1, size, size], and the height and width of the image that they show."""
+        if isinstance(image, Tensor):
+            if image.shape != (1, self.size, self.size):
+                raise ValueError(f"an image tensor has shape {list(image.shape)}; the model takes [1, {self.size}, {self.size}]")
+            return image.float(), (self.size, self.size)
+        decoded = _decoded(image)
+        return torch.from_numpy(crop_image(decoded, WHOLE, self.size)), (decoded.height, decoded.width)
+
+    @torch.no_grad()
+    def _run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        device = self.model.log_scale.device
+        return function(*(value.to(device) for value in inputs)).float().cpu()
+
+
+def _each(images: ImageInput | Sequence[ImageInput]) -> Sequence[ImageInput]:
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return list(images)
+    return images if isinstance(images, list | tuple) else [images]
+
+
+def _decoded(image: ImageInput) -> Image.Image:
+    """An image of any accepted kind, in mode "L". ValueError for what is none."""
+    if isinstance(image, str | os.PathLike):
+        image = Path(image)
+    if isinstance(image, Path | bytes):
+        return decode_dicom(image) if is_dicom(image) else decode_image(image)
+    if isinstance(image, Image.Image | np.ndarray):
+        return decode_image(image)
+    if hasattr(image, "PhotometricInterpretation"):
+        return decode_dicom(image)
+    raise ValueError(f"{type(image).__name__} is no image: give a file, a Pillow image, an array [height, width] or DICOM data")

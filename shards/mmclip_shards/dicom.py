@@ -1,0 +1,55 @@
+"""Decode a DICOM radiograph. Needs pydicom (`pip install "mmclip-dist[dicom]"`)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from mmclip_shards.images import decode_image
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+
+def is_dicom(data: Path | bytes) -> bool:
+    """Whether a file or its bytes carry DICOM's mark."""
+    if isinstance(data, bytes):
+        return data[128:132] == b"DICM"
+    if not data.is_file():
+        return False
+    with data.open("rb") as handle:
+        return handle.read(132)[128:] == b"DICM"
+
+
+def decode_dicom(data: Path | bytes | Dataset) -> Image.Image:
+    """A DICOM radiograph -> an 8-bit image of mode "L", air dark and bone bright. It carries no metadata.
+
+    The stored values go through the modality's and the first window's transformation and are scaled to 0 ... 255; MONOCHROME1 is
+    inverted. ValueError for colour, for several frames, for a compression that pydicom lacks a decoder of, and without pydicom.
+    """
+    pydicom = _pydicom()
+    try:
+        source = io.BytesIO(data) if isinstance(data, bytes) else data
+        found = source if isinstance(source, pydicom.Dataset) else pydicom.dcmread(source)
+        if int(found.get("NumberOfFrames") or 1) != 1 or found.get("SamplesPerPixel", 1) != 1:
+            raise ValueError("it holds colours or several frames; one grey frame is needed")
+        values = pydicom.pixels.apply_modality_lut(found.pixel_array, found)
+        values = np.asarray(pydicom.pixels.apply_voi_lut(values, found), dtype=np.float64)
+    except (pydicom.errors.InvalidDicomError, ValueError, AttributeError, RuntimeError, NotImplementedError, EOFError) as error:
+        name = str(data) if isinstance(data, Path) else "DICOM data"
+        raise ValueError(f"{name} is not a usable DICOM radiograph: {' '.join(str(error).split())}") from error
+    inverted = found.get("PhotometricInterpretation") == "MONOCHROME1"
+    return decode_image(-values if inverted else values)
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ImportError as error:
+        raise ValueError('DICOM files need pydicom: pip install "mmclip-dist[dicom]"') from error
+    return pydicom

@@ -1,0 +1,176 @@
+"""Exports: other programs give the numbers of the model, and what cannot be exported is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmclip_shards import load_manifest
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import SiglipVisionModel
+
+from mmclip_dist import MMCLIPModel, crop_image
+from mmclip_dist.checkpoint.folder import Meta, checkpoint_path, weights_hash
+from mmclip_dist.checkpoint.model_files import write_model
+from mmclip_dist.cli import app
+from mmclip_dist.cli import run as run_command
+from mmclip_dist.data.transforms import WHOLE
+from mmclip_dist.evaluate.zeroshot import ZeroShot, save_result
+from mmclip_dist.export import export as module
+from mmclip_dist.export.export import export
+from mmclip_dist.model.build import build_model
+
+pytestmark = pytest.mark.slow
+TEXTS = ["There is effusion.", "No evidence of effusion.", "Heart size is normal; the lungs are clear."]
+LOADED = """
+import json, sys
+import torch
+from transformers import AutoModel, AutoProcessor
+folder, image, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+with torch.inference_mode():
+    found = model(**processor(images=[image], text=texts))
+assert not [name for name in sys.modules if name.startswith("mmclip")], "the folder needs the package that wrote it"
+print(json.dumps({"image": found.image_embeds.tolist(), "text": found.text_embeds.tolist(),
+                  "logits": found.logits_per_image.tolist()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(sets, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of random weights."""
+    torch.manual_seed(0)
+    manifest, folder = load_manifest(sets.paired), tmp_path_factory.mktemp("exported")
+    checkpoint_path(folder, 3).mkdir(parents=True)
+    model = build_model(sets.config(), tokenizer, manifest.labels)
+    trained_on = tuple(shard.sha256 for shard in manifest.shards)
+    write_model(checkpoint_path(folder, 3), model, tokenizer, sets.config(), Meta(3, 1, 1, manifest.labels, trained_on))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    destination = tmp_path_factory.mktemp("export") / "model"
+    export(str(run), destination, "hf")
+    return destination
+
+
+@pytest.fixture(scope="module")
+def radiograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "chest.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 60000, (50, 44), dtype=np.uint16)).save(path)  # 16 bits
+    return path
+
+
+def test_transformers_alone_gives_the_models_embeddings(run: Path, exported: Path, radiograph: Path, tmp_path: Path) -> None:
+    """In a process that has imported nothing of ours; a 16-bit file goes through the folder's own decoder."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run(
+        [sys.executable, "-c", LOADED, str(exported), str(radiograph), json.dumps(TEXTS)], env=env, cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-2000:]
+    values = json.loads(found.stdout.splitlines()[-1])
+    model = MMCLIPModel.from_pretrained(run, device="cpu")
+    image, text = model.encode_image(radiograph), model.encode_text(TEXTS)
+    torch.testing.assert_close(torch.tensor(values["image"]), image, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(values["text"]), text, atol=1e-5, rtol=0)
+    logits = model.model.scale().detach() * image @ text.T
+    torch.testing.assert_close(torch.tensor(values["logits"]), logits, atol=1e-3, rtol=0)
+
+
+def test_the_image_tower_is_a_siglip_model(run: Path, radiograph: Path, tmp_path: Path) -> None:
+    export(str(run), tmp_path / "out", "siglip-tower")
+    tower = SiglipVisionModel.from_pretrained(tmp_path / "out" / "siglip-tower").eval()
+    model = MMCLIPModel.from_pretrained(run, device="cpu").model
+    pixels = torch.from_numpy(crop_image(Image.open(radiograph).convert("L"), WHOLE, model.config.model.image.size))[None]
+    with torch.inference_mode():
+        pooled = tower(pixels.expand(-1, 3, -1, -1)).pooler_output
+        features = model.image.encode(model.image.embed(pixels)).mean(1)
+    torch.testing.assert_close(pooled, features, atol=1e-5, rtol=0)
+
+
+def test_onnx_files_give_the_models_embeddings(run: Path, radiograph: Path, tmp_path: Path) -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason=f"ONNX EXPORT NOT TESTED: {name} is missing; pip install mmclip-dist[export]")
+    lines = export(str(run), tmp_path / "out", "all")
+    assert any(line.startswith("onnx: at most ") for line in lines)
+    written = {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")}
+    assert written == {"model.onnx", "vision_model.onnx", "text_model.onnx"}
+
+
+def test_the_folder_holds_safetensors_and_a_card(run: Path, exported: Path, sets) -> None:
+    assert not [path for path in exported.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+    assert len(load_file(exported / "model.safetensors")) > 10
+    card, facts = (exported / "README.md").read_text(), json.loads((exported / "training.json").read_text())
+    assert "license: other" in card and "Not a medical device" in card and "arXiv 2407.19546" in card
+    assert facts["sets"][0]["shards"] == [shard.sha256 for shard in load_manifest(sets.paired).shards]
+    assert facts["weights"] == weights_hash(checkpoint_path(run, 3), average=False) and str(run) not in card
+
+
+def test_a_licence_is_what_the_user_states(run: Path, tmp_path: Path) -> None:
+    export(str(run), tmp_path / "out", "hf", license="cc-by-nc-4.0")
+    assert "license: cc-by-nc-4.0" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_command_writes_the_scores_of_these_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = weights_hash(checkpoint_path(run, 3), average=False)
+    result = ZeroShot(0.7, (0.6, 0.8), {"Nodule": 0.7}, (), 10, (), 9, ("set/test",), weights)
+    save_result(result, tmp_path / "scores.json")
+    assert call("export", str(run), str(tmp_path / "out"), "--metrics", str(tmp_path / "scores.json")) == 0
+    assert "| Nodule | 0.700 |" in (tmp_path / "out" / "README.md").read_text()
+    save_result(ZeroShot(**{**vars(result), "checkpoint": "0" * 64}), tmp_path / "scores.json")
+    capsys.readouterr()
+    assert call("export", str(run), str(tmp_path / "other"), "--metrics", str(tmp_path / "scores.json")) == 2
+    assert "other weights" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [("pickle", "'pickle' is unknown: choose one of hf, siglip-tower, open_clip, onnx or all"),
+     ("open_clip", "open_clip cannot hold this model: no ViT")],
+)  # fmt: skip
+def test_forms_that_cannot_be_written(run: Path, tmp_path: Path, format: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(str(run), tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_never_written_over(run: Path, exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds something already"):
+        export(str(run), exported, "hf")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="holds something already"):
+        export(str(run), tmp_path / "file", "hf")
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        export(str(exported), tmp_path / "out", "hf")
+
+
+def test_an_export_that_fails_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "write_hf", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(str(run), tmp_path / "out", "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def call(*words: str) -> int:
+    """Exit code of `mmclip ...`, in this process."""
+    argv, sys.argv = sys.argv, ["mmclip", *words]
+    try:
+        return run_command(app)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = argv
