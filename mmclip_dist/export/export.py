@@ -28,7 +28,7 @@ def export(
     checkpoint: str, destination: Path, format: str, *, average: bool = False, license: str | None = None,
     result: ZeroShot | None = None,
 ) -> list[str]:  # fmt: skip
-    """Write a checkpoint (or a run's or a mirror's newest) in one of FORMATS, or `all` of them. -> lines that say what was written.
+    """Write a checkpoint (a run's or a mirror's newest) in one of FORMATS, or `all` of them. -> lines that say what was written
 
     hf lies in the folder itself, the others in subfolders of their names. average: the exponential average of the weights.
     license: of the weights, for the card. result: of an evaluation of these weights, for the card. ValueError if the
