@@ -248,8 +248,8 @@ def control(job: Job) -> None:
 
 
 def control_steps(job: Job) -> int:
-    """The step at which the control has had MMCLIP's processor time, by what a step of the warm-up cost. The median of its rows: the
-    first steps of a process cost more."""
+    """The step at which the control has had MMCLIP's processor time, by what a step of the warm-up cost: the median of its rows,
+    since the first steps of a process cost more."""
     warm, trained = (read_metrics(job.phase(phase)) for phase in ("warmup", "train"))
     before = [0, *(row["step"] for row in warm)]
     per_step = median(row["processor_s"] / (row["step"] - step) for row, step in zip(warm, before, strict=False))
