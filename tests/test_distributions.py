@@ -206,10 +206,14 @@ for absent in sys.argv[3].split():
 
 USE_KERNELS = """
 import math, torch
-from mmclip_kernels import attention_topk_mask, contrastive_loss
+from mmclip_kernels import ClipLoss, SigLipLoss, attention_topk_mask, contrastive_loss
 image = torch.eye(3, requires_grad=True)
 loss = contrastive_loss(image, torch.eye(3), torch.tensor(2.0), impl="torch")
 assert abs(loss.item() - math.log(1 + 2 / math.e**2)) < 1e-6, loss
+drop_in = ClipLoss()(image.detach(), torch.eye(3), torch.tensor(2.0), output_dict=True)
+assert abs(drop_in["contrastive_loss"].item() - loss.item()) < 1e-6, drop_in
+sigmoid = SigLipLoss()(image.detach(), torch.eye(3), torch.tensor(2.0), torch.tensor(0.0))
+assert abs(sigmoid.item() - math.log(1 + math.e**-2) - 2 * math.log(2)) < 1e-6, sigmoid
 loss.backward()
 away = 2 / 3 / (math.e**2 + 2)  # of an image from each other text, at a scale of 2
 expected = away * (torch.ones(3, 3) - 3 * torch.eye(3))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from mmclip_shards.datasets.synthetic.set import pack_synthetic
@@ -247,9 +248,11 @@ def control(job: Job) -> None:
 
 
 def control_steps(job: Job) -> int:
-    """The step at which the control has had MMCLIP's processor time, by what a step of the warm-up cost."""
+    """The step at which the control has had MMCLIP's processor time, by what a step of the warm-up cost: the median of its rows,
+    since the first steps of a process cost more."""
     warm, trained = (read_metrics(job.phase(phase)) for phase in ("warmup", "train"))
-    per_step = sum(row["processor_s"] for row in warm) / warm[-1]["step"]
+    before = [0, *(row["step"] for row in warm)]
+    per_step = median(row["processor_s"] / (row["step"] - step) for row, step in zip(warm, before, strict=False))
     return int(warm[-1]["step"]) + max(1, round(sum(row["processor_s"] for row in trained) / per_step))
 
 
