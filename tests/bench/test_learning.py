@@ -109,6 +109,17 @@ def test_runs_on_other_patients_are_not_compared() -> None:
         compare([one], [one | {"patients": np.arange(8) + 1}])
 
 
+def test_a_set_without_boxes_and_reports_has_the_other_metrics() -> None:
+    generator = np.random.default_rng(0)
+    labels, patients = generator.integers(0, 2, (60, 2)), np.arange(60).astype(str)
+    own = arrays_of(generator.normal(size=(60, 2)), labels, patients)
+    own |= {name: own[name][:0] for name in own if name.startswith(("pointed", "attention_inside", "box_share"))}
+    own = {name: value for name, value in own.items() if name not in ("image_to_text", "text_to_image")}
+    found = compare([own, own], [own, own])
+    assert {"zero-shot AUC", "probe 1%"} <= set(found)
+    assert not {"pointing game", "attention in boxes", "image to text R@1", "text to image R@10"} & set(found)
+
+
 def test_the_share_of_a_patch_in_a_box() -> None:
     covered = measures._inside(np.array([[0.25, 0.0, 1.0, 0.75]]), 2).reshape(2, 2)
     assert covered == pytest.approx(np.array([[0.5, 1.0], [0.25, 0.5]]))
