@@ -13,6 +13,7 @@ from itertools import cycle
 from typing import Any, TypeVar
 
 import torch
+import torch.utils.data._utils as loader_inside
 from torch import Tensor
 
 from mmclip_dist.data.batch import TENSORS, Batch, Example, collate_into
@@ -139,4 +140,5 @@ def in_thread(items: Iterator[T], name: str) -> Iterator[Iterator[T]]:
         yield taken()
     finally:
         closed.set()
-        thread.join(_CLOSE_S)
+        if not loader_inside.python_exit_status:  # else its processes are gone, and it waits for them in vain
+            thread.join(_CLOSE_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import resource
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import torch.utils.data._utils as loader_inside
 
 from mmclip_dist.data.batch import collate, join, split_batch
 from mmclip_dist.data.example import ExampleMaker
@@ -137,6 +139,23 @@ def test_the_thread_keeps_the_order_runs_little_ahead_and_closes_what_it_reads()
         assert list(islice(found, 5)) == [0, 1, 2, 3, 4]
         assert items.given <= 8
     assert items.closed
+
+
+def test_the_thread_is_not_waited_for_once_the_loader_processes_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks torch's queue of a killed process for 5 s: a job would end so much later after an error."""
+    gone, still = threading.Event(), threading.Event()
+
+    def waits() -> Iterator[int]:
+        yield 0
+        still.wait(5)
+        gone.set()
+        yield 1
+
+    with in_thread(waits(), "test") as found:
+        assert next(found) == 0
+        monkeypatch.setattr(loader_inside, "python_exit_status", True)
+    assert not gone.is_set()
+    still.set()
 
 
 def test_an_error_comes_in_place_of_the_item_that_did_not_come() -> None:
