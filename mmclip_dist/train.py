@@ -187,7 +187,7 @@ def tell(error: Exception, *, ending: bool) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process. After a failure at once: to tear an interpreter with torch and its threads down takes seconds, for which the
+    """End this process. After a failure at once: an interpreter with torch and its threads takes seconds to end, for which the
     launcher and the other ranks would wait."""
     if code in (0, EXIT_CODE):
         sys.exit(code)

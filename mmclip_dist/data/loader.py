@@ -17,7 +17,7 @@ from mmclip_dist.config import Data
 from mmclip_dist.data.batch import Batch, Example, collate, even_share, join
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.data.order import Order
+from mmclip_dist.data.order import Order, Place
 from mmclip_dist.data.parts import Part, Slots, in_thread
 from mmclip_dist.errors import exit_code
 
@@ -85,15 +85,18 @@ class BatchRows(IterableDataset):
     def _steps(self, rows: range, collated: Callable[[list[Example], int, int], Batch | Part]) -> Iterator[tuple[Any, Tally]]:
         farthest = max(self.ahead, self.sets[0].ahead // self.per_stream) if self.remote else 0
         begun = self.start
+        placed: dict[int, list[Place]] = {}
         for step in count(self.start):
             if self.remote:
                 self.sets[0].chunks.end_turn(step - 1)
                 # A few more at each step: the first ones shall not wait behind all of the next block.
                 soon = min(step + farthest, begun + self.ahead) + 1
                 for later in range(begun, soon):
-                    self._prefetch(rows, later)
+                    placed[later] = self._places(rows, later)
+                    self._prefetch(placed[later], later)
                 begun = soon
-            examples = [self._example(stream, position) for stream, position in self._positions(rows, step)]
+            places = placed.pop(step, None) or self._places(rows, step)
+            examples = [self._example(*at) for at in zip(self._positions(rows, step), places, strict=True)]
             tally = self.sets[0].chunks.take_tally()
             tally.samples = len(examples)
             yield examples if self.padding is None else collated(examples, step, self.padding), tally
@@ -103,19 +106,20 @@ class BatchRows(IterableDataset):
             stream, place = divmod(row, self.per_stream)
             yield stream, step * self.per_stream + place
 
-    def _prefetch(self, rows: range, step: int) -> None:
+    def _places(self, rows: range, step: int) -> list[Place]:
+        return [self.order.locate(stream, position) for stream, position in self._positions(rows, step)]
+
+    def _prefetch(self, places: Sequence[Place], step: int) -> None:
         wanted = defaultdict(list)
-        for stream, position in self._positions(rows, step):
-            place = self.order.locate(stream, position)
+        for place in places:
             wanted[place.set, place.shard].append(place.row)
         for (number, shard), of_shard in wanted.items():
             self.sets[number].prefetch(shard, of_shard, step)
 
-    def _example(self, stream: int, position: int) -> Example:
-        """The example at a position, or the next of its block that can be decoded, with the failures listed."""
-        failed = []
-        for retry in range(_MAX_RETRIES):
-            place = self.order.locate(stream, position, retry)
+    def _example(self, at: tuple[int, int], place: Place) -> Example:
+        """The example at (stream, position), or the next of its block that can be decoded, with the failures listed."""
+        failed: list[tuple[str, str]] = []
+        for retry in range(1, _MAX_RETRIES + 1):
             joined = self.sets[place.set]
             key = joined.key(place.shard, place.row)
             members = joined.read(place.shard, key)  # damaged or missing bytes are not a decoding fault: they end the run
@@ -123,6 +127,7 @@ class BatchRows(IterableDataset):
                 example = self.maker(key, members, place.epoch)
             except ValueError as error:
                 failed.append((key, str(error)))
+                place = self.order.locate(*at, retry)
                 continue
             return example | {"replaced": failed}
         raise ValueError(

@@ -70,22 +70,26 @@ class RemoteShard(NamedTuple):
     size: int
     chunk_bytes: int | None = CHUNK_BYTES
 
-    def chunks(self, offset: int, length: int) -> list[Chunk]:
-        """The chunks that hold a range."""
+    def chunks(self, *spans: tuple[int, int]) -> list[Chunk]:
+        """The chunks that hold these ranges (offset, length), each once, in the order of the ranges."""
         step = self.chunk_bytes
         if step is None:
-            return [Chunk(self.url, self.sha256, offset, offset + length)]
-        first, last = offset // step, (offset + max(length, 1) - 1) // step
-        return [Chunk(self.url, self.sha256, n * step, min((n + 1) * step, self.size)) for n in range(first, last + 1)]
+            return [Chunk(self.url, self.sha256, offset, offset + length) for offset, length in dict.fromkeys(spans)]
+        numbers = dict.fromkeys(
+            n for offset, length in spans for n in range(offset // step, (offset + max(length, 1) - 1) // step + 1)
+        )
+        return [Chunk(self.url, self.sha256, n * step, min((n + 1) * step, self.size)) for n in numbers]
 
 
 @dataclass
 class _Fetch:
     """A chunk that is kept or on its way. due: the last turn that reads it. running: requests that have not ended; the first to
-    bring the bytes wins, and `over` ends the retries of the other. began: when the first request was made."""
+    bring the bytes wins, and `over` ends the retries of the other. began: when the first request was made. data: what the future
+    brings, without its lock."""
 
     due: int
     future: Future[bytes | memoryview] = field(default_factory=Future)
+    data: bytes | memoryview | None = None
     over: threading.Event = field(default_factory=threading.Event)
     began: float | None = None
     running: int = 1
@@ -123,7 +127,11 @@ class ChunkReader:
 
         CutFile when the shard ends before, OSError when the store fails.
         """
-        chunks = shard.chunks(offset, length)
+        chunks = shard.chunks((offset, length))
+        alone = len(chunks) == 1 and shard.chunk_bytes is not None
+        if alone and (data := self._at_hand(chunks[0])) is not None:  # nearly every sample
+            return memoryview(data)[offset - chunks[0].start : offset - chunks[0].start + length]
+        began = time.monotonic()
         wanted = [(chunk, self._begin(chunk)) for chunk in chunks]  # start all of them, then wait for the first
         parts = []
         for chunk, fetch in wanted:
@@ -136,6 +144,7 @@ class ChunkReader:
             parts.append(memoryview(data)[first - chunk.start : stop - chunk.start])
         if shard.chunk_bytes is None:
             self._drop(*chunks)
+        self.count(waited_s=time.monotonic() - began)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def prefetch(self, shard: RemoteShard, spans: Iterable[tuple[int, int]], due: int = ANY_TIME) -> None:
@@ -145,7 +154,7 @@ class ChunkReader:
         """
         self._here()
         with self._lock:
-            for chunk in dict.fromkeys(chunk for span in spans for chunk in shard.chunks(*span)):
+            for chunk in shard.chunks(*spans):
                 fetch = self._kept.get(chunk)
                 if fetch is None:
                     self._planned[chunk] = max(due, self._planned.get(chunk, due))
@@ -163,7 +172,7 @@ class ChunkReader:
 
     def forget(self, shard: RemoteShard, offset: int, length: int) -> None:
         """Drop the chunks of a range that proved damaged, so that the next read fetches them again."""
-        chunks = shard.chunks(offset, length)
+        chunks = shard.chunks((offset, length))
         self._drop(*chunks)
         if self._folder:
             for chunk in chunks:
@@ -206,6 +215,16 @@ class ChunkReader:
     def _here(self) -> None:
         if self._process != os.getpid():
             self._start_here()
+
+    def _at_hand(self, chunk: Chunk) -> bytes | memoryview | None:
+        """The bytes of a chunk that has come."""
+        self._here()
+        with self._lock:
+            fetch = self._kept.get(chunk)
+            if fetch is None or fetch.data is None:
+                return None
+            self._kept.move_to_end(chunk)
+            return fetch.data
 
     def _begin(self, chunk: Chunk) -> _Fetch:
         """The chunk's fetch, for a read: it is started even if memory is full."""
@@ -297,6 +316,7 @@ class ChunkReader:
             if not fetch.future.done():  # else the other request was faster, or the reader was closed
                 if error is None:
                     fetch.over.set()
+                    fetch.data = data
                     fetch.future.set_result(data)
                 elif not fetch.running:
                     fetch.future.set_exception(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +41,7 @@ class ShardReader:
         self._local = storage.local_path(url) is not None
         self._index = lru_cache(open_shards)(self._load_index)
         self._file = lru_cache(open_shards)(self._open_file)
+        self._remote = lru_cache(open_shards)(self._remote_of)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.url, self.manifest, self._open_shards, self.chunks, self.chunk_bytes)
@@ -105,7 +105,7 @@ class ShardReader:
     def _where(self, shard_number: int) -> str:
         return storage.join(self.url, self.manifest.shards[shard_number].path)
 
-    def _remote(self, shard_number: int) -> RemoteShard:
+    def _remote_of(self, shard_number: int) -> RemoteShard:
         shard = self.manifest.shards[shard_number]
         return RemoteShard(self._where(shard_number), shard.sha256, shard.bytes, self.chunk_bytes)
 
@@ -117,10 +117,7 @@ class ShardReader:
         try:
             if self._local:
                 return self._file(shard_number).read(offset, length)
-            started = time.monotonic()
-            data = self.chunks.read(self._remote(shard_number), offset, length)
-            self.chunks.count(waited_s=time.monotonic() - started)
-            return data
+            return self.chunks.read(self._remote(shard_number), offset, length)
         except OSError as error:
             where = f"shard {self._where(shard_number)}, key {key}, offset {offset}"
             raise renamed(error, f"{where}: cannot be read: {error}") from error

@@ -302,7 +302,7 @@ def test_a_revoked_key_that_was_renewed_goes_on(
     url, manifest = packed
     first, second = s3.new_credentials(), s3.new_credentials()
     key_place.put(first)
-    reader = reader_of(url, manifest, None, replace(QUICK, budget_s=0.7), client=client)
+    reader = reader_of(url, manifest, None, replace(QUICK, budget_s=1.5), client=client)
     assert reader.read(0, "k-000") == SAMPLES[0][1]
     s3.revoke(first)
     with pytest.raises(PermissionError, match=r"000000\.tar, key k-001, offset \d+.*PermissionError"):
