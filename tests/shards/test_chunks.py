@@ -75,6 +75,22 @@ def test_without_chunks_a_sample_is_fetched_alone_and_not_kept(store: Store) -> 
     assert store.asked == [(37, 11)] * 2
 
 
+def test_without_chunks_what_was_fetched_ahead_is_not_kept_either(store: Store) -> None:
+    chunks, shard = ChunkReader(), shard_of(None)
+    for _ in range(2):
+        chunks.prefetch(shard, [(37, 11)])
+        fetched_ahead(chunks)
+        assert bytes(chunks.read(shard, 37, 11)) == DATA[37:48]
+    assert store.asked == [(37, 11)] * 2
+
+
+def test_a_range_of_two_chunks_keeps_both_in_use(store: Store) -> None:
+    read = reader_of(memory_bytes=3 * STEP, connections=1)
+    for offset, length in ((0, 200), (200, 100), (50, 100), (300, 100), (0, 200)):  # the third makes chunk 2 the oldest
+        assert read(offset, length) == DATA[offset : offset + length]
+    assert [at // STEP for at, _ in store.asked] == [0, 1, 2, 3]
+
+
 def test_kept_chunks_stay_within_their_memory_the_oldest_go_first(store: Store) -> None:
     read = reader_of(memory_bytes=3 * STEP, connections=1)
     for number in (0, 1, 2, 0, 3):  # 1 is now the one used longest ago, and one too many
