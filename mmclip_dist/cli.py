@@ -19,8 +19,8 @@ app = typer.Typer(
 app.add_typer(pack.pack_app, name="pack")
 app.add_typer(evaluate.evaluate_app, name="evaluate")
 for command in (
-    sets.verify, sets.stats, sets.index, training.tokenizer, training.config, offline.entities, offline.attention, plan.plan,
-    evaluate.report, export.export,
+    sets.verify, sets.stats, sets.view, sets.index, training.tokenizer, training.config, offline.entities, offline.attention,
+    plan.plan, evaluate.report, export.export,
 ):  # fmt: skip
     app.command()(command)
 app.command("bench-loader")(sets.bench_loader)

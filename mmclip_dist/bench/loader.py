@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from mmclip_shards import storage
 from mmclip_shards.chunks import Tally
-from mmclip_shards.manifest import MANIFEST_NAME
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, Data, EntMLM, Source
@@ -37,16 +35,6 @@ class Rate:
     wait: float
     main_ms: float
     read: Tally
-
-
-def with_sidecars(source: Source) -> Source:
-    """The source with the sidecars that lie in their usual folders below the set."""
-    found = {
-        kind: storage.join(source.url, kind)
-        for kind in ("entities", "attention")
-        if storage.exists(storage.join(source.url, kind, MANIFEST_NAME))
-    }
-    return source.model_copy(update=found)
 
 
 def measure(sources: Sequence[Source], data: Data, *, seconds: float, size: int | None, batch: int = 256) -> Rate:

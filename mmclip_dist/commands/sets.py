@@ -1,10 +1,11 @@
-"""The commands about sets of shards: `mmclip verify`, `mmclip stats`, `mmclip index`, `mmclip bench-loader`."""
+"""The commands about sets of shards: `mmclip verify`, `mmclip stats`, `mmclip view`, `mmclip index`, `mmclip bench-loader`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,6 +77,31 @@ def index(
     print(f"left out: {listed(found.left_out)}")
 
 
+def view(
+    url: SetUrl,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("view.html"),
+    count: Annotated[int, typer.Option(min=1, help="Samples, evenly spread over the set.")] = 24,
+    label: Annotated[str | None, typer.Option(help="The first samples in which this label is present instead.")] = None,
+    key: Annotated[list[str] | None, typer.Option(help="This sample instead; may be repeated.")] = None,
+    split: Annotated[str, typer.Option(help="Split, where URL is the folder of several.")] = "train",
+    entities: Annotated[str | None, typer.Option(help="Entity sidecar; by default the set's own folder `entities`.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention sidecar; by default the set's own folder `attention`.")] = None,
+) -> None:
+    """Look at samples of a set: image, boxes, attention, report with entities, labels. One self-contained HTML file."""
+    from mmclip_shards.manifest import find_split
+
+    from mmclip_dist.config import Source
+    from mmclip_dist.data.join import with_sidecars
+    from mmclip_dist.evaluate.report.view import build_view
+
+    if key and label is not None:
+        raise ValueError("--key and --label both choose the samples: give one of them")
+    found = with_sidecars(Source(url=find_split(url, split)))
+    named = {kind: sidecar for kind, sidecar in (("entities", entities), ("attention", attention)) if sidecar is not None}
+    shown = build_view(found.model_copy(update=named), out, count=count, keys=key or (), label=label)
+    print(f"{out}: {len(shown)} samples")
+
+
 def _tables(found: SetStats) -> Iterable[Table]:
     """One table of facts, a column a split, and one of labels for each split that has some."""
     facts = Table("", *(split.split for split in found.splits), caption="* minimum / median / 95% / maximum")
@@ -124,8 +150,9 @@ def bench_loader(
     """How fast sets are read in training order, every byte checked: samples/s, MB/s, waiting for the store."""
     from mmclip_shards.manifest import find_split
 
-    from mmclip_dist.bench.loader import measure, with_sidecars
+    from mmclip_dist.bench.loader import measure
     from mmclip_dist.config import Data, Reading, Source
+    from mmclip_dist.data.join import with_sidecars
 
     sources = [Source(url=find_split(url, "train")) for url in urls]
     if size:

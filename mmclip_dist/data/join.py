@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmclip_shards import storage
 from mmclip_shards.chunks import ChunkReader
-from mmclip_shards.manifest import load_manifest
+from mmclip_shards.manifest import MANIFEST_NAME, load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.sidecars import check_sidecar
 
@@ -65,3 +66,13 @@ class JoinedSet:
         """Start fetching samples of a shard from object storage, and return at once. due: the step that reads them."""
         for reader in self.readers:
             reader.prefetch(shard, rows, due)
+
+
+def with_sidecars(source: Source) -> Source:
+    """The source with the sidecars that lie in their usual folders below the set."""
+    found = {
+        kind: storage.join(source.url, kind)
+        for kind in ("entities", "attention")
+        if storage.exists(storage.join(source.url, kind, MANIFEST_NAME))
+    }
+    return source.model_copy(update=found)

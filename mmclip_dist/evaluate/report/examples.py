@@ -134,12 +134,12 @@ def _panel(members: Mapping[str, bytes], grid: np.ndarray, scores: Mapping[str, 
     rows = _scores(labels, scores)
     shown = rows[: max(_SCORES, sum(row.label == 1 for row in rows))]
     return Panel(
-        _data_uri(picture, "JPEG", quality=88), _data_uri(heat_map(grid), "PNG"), width, height,
-        tuple(_box(box) for box in boxes), tuple(shown), len(rows) - len(shown),
+        data_uri(picture, "JPEG", quality=88), data_uri(heat_map(grid), "PNG"), width, height,
+        tuple(box_of(box) for box in boxes), tuple(shown), len(rows) - len(shown),
     )  # fmt: skip
 
 
-def _box(values: Mapping[str, Any]) -> Box:
+def box_of(values: Mapping[str, Any]) -> Box:
     x, y, width, height = (float(values[name]) for name in ("x", "y", "width", "height"))
     return Box(str(values["label"]), x, y, width, height)
 
@@ -161,7 +161,7 @@ def heat_map(grid: np.ndarray) -> Image.Image:
     return Image.fromarray(np.stack([*colours, opacity], axis=-1).round().astype(np.uint8), "RGBA")
 
 
-def _data_uri(image: Image.Image, kind: str, **options: int) -> str:
+def data_uri(image: Image.Image, kind: str, **options: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
