@@ -83,10 +83,10 @@ def test_boxes_and_names_that_would_break_out(sets, tmp_path: Path) -> None:
     with ShardWriter(
         str(tmp_path / "set"), kind="base", dataset="own", split="train", config_hash="x", labels=(HOSTILE,)
     ) as writer:
-        writer.add("good", {"png": png, "json": json.dumps(document).encode()})
-        writer.add("bad", {"png": b"no image", "json": json.dumps(document).encode()})
+        writer.add("a-good", {"png": png, "json": json.dumps(document).encode()})
+        writer.add("b-bad", {"png": b"no image", "json": json.dumps(document).encode()})
     out = tmp_path / "view.html"
-    assert build_view(Source(url=str(tmp_path / "set")), out, count=2) == ["good", "bad"]
+    assert build_view(Source(url=str(tmp_path / "set")), out, count=2) == ["a-good", "b-bad"]
     page = out.read_text()
     assert "<script" not in page and page.count(escape(HOSTILE, quote=False).split("alert")[0]) >= 4
     assert 'x="1.0" y="2.0" width="3.0" height="4.0"' in page
