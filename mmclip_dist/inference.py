@@ -144,8 +144,8 @@ class MMCLIPModel:
             if image.shape != (1, self.size, self.size):
                 raise ValueError(f"an image tensor has shape {list(image.shape)}; the model takes [1, {self.size}, {self.size}]")
             return image.float(), (self.size, self.size)
-        decoded = _decoded(image)
-        return torch.from_numpy(crop_image(decoded, WHOLE, self.size)), (decoded.height, decoded.width)
+        found = decoded(image)
+        return torch.from_numpy(crop_image(found, WHOLE, self.size)), (found.height, found.width)
 
     @torch.no_grad()
     def _run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def _each(images: ImageInput | Sequence[ImageInput]) -> Sequence[ImageInput]:
     return images if isinstance(images, list | tuple) else [images]
 
 
-def _decoded(image: ImageInput) -> Image.Image:
+def decoded(image: ImageInput) -> Image.Image:
     """An image of any accepted kind, in mode "L". ValueError for what is none."""
     if isinstance(image, str | os.PathLike):
         image = Path(image)

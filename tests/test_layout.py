@@ -71,9 +71,10 @@ WINGS = {
     "evaluate": {"config", "data", "model", "engine", "checkpoint", "run"},
     "export": {"config", "data", "model", "checkpoint", "evaluate"},
     "inference": {"data", "model", "checkpoint", "export"},
+    "demo": {"data", "checkpoint", "evaluate", "inference"},
     "offline": {"config", "data", "checkpoint"},
     "bench": {"config", "data", "model", "engine", "checkpoint", "run", "evaluate", "offline"},
-    "commands": {"config", "data", "plan", "evaluate", "export", "offline", "bench"},
+    "commands": {"config", "data", "plan", "evaluate", "export", "offline", "bench", "demo"},
     "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "evaluate"},
     "cli": {"errors", "commands"},
 }
