@@ -127,10 +127,8 @@ assert (os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"]) == (
 @pytest.mark.slow
 def test_a_rehearsal_from_the_shell_touches_no_results(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
-    words = ["--rehearse", "--folder", str(tmp_path), "--only", "topk_mask 2 x 16"]
-    found = subprocess.run(
-        [sys.executable, "kernels/bench/first_hour.py", *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )  # fmt: skip
+    script, words = "kernels/bench/first_hour.py", ["--rehearse", "--folder", str(tmp_path), "--only", "topk_mask 2 x 16"]
+    found = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert found.returncode == 0, found.stderr
     assert "1 stages, 1 passed, 0 failed, 0 not started" in found.stdout.splitlines()[-1]
     stages = json.loads((tmp_path / "first_hour.json").read_text())["stages"]
