@@ -108,6 +108,7 @@ def test_a_stage_is_stopped_after_its_time(bench: Any, tmp_path: Path) -> None:
         ("print('one'); raise ValueError('a|b')", "exit code 1: ValueError: a/b"),
         ("os.kill(os.getpid(), 11)", "exit code -11: nothing said"),
         ("pass", "exit code 0: nothing said"),  # and no result
+        ("open(sys.argv[3], 'w').write('{}'); os._exit(9)", "exit code 9: nothing said"),
     ],
 )
 def test_how_a_stage_ends(bench: Any, script: str, error: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
