@@ -53,6 +53,7 @@ def run(name: str, minutes: float, rehearse: bool, earlier: Document, log: Path)
         result, before = Path(folder, "result.json"), Path(folder, "earlier.json")
         before.write_text(json.dumps(earlier))
         command = [sys.executable, str(SCRIPT), name, "--result", str(result), "--earlier", str(before)]
+        before_run = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage ends with this process
         process = subprocess.Popen(
             [*command, *(["--rehearse"] if rehearse else [])], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
             env=environment | {"FIRST_HOUR_SCRATCH": folder}, start_new_session=True,
@@ -64,6 +65,7 @@ def run(name: str, minutes: float, rehearse: bool, earlier: Document, log: Path)
             error = f"stopped after {minutes:g} minutes"
         finally:  # its own processes too, and after an interrupt
             _end(process)
+            signal.signal(signal.SIGTERM, before_run)
         if error is None and (status or not result.exists()):
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             error = f"exit code {status}: {said[-1] if said else 'nothing said'}".replace("|", "/")

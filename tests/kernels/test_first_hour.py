@@ -125,6 +125,17 @@ assert (os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"]) == (
     assert record.get("result") == (None if error else {"rows": 7})
 
 
+def test_a_stage_ends_with_the_hour(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM, as of `timeout` and of schedulers: the stage would go on on the card."""
+    module, path, alive = bench("first_hour"), tmp_path / "stage.py", tmp_path / "alive"
+    path.write_text(f"import os, signal, time\nopen({str(alive)!r}, 'w').write(str(os.getpid()))\n"
+                    "os.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n")  # fmt: skip
+    monkeypatch.setattr(module, "SCRIPT", path)
+    with pytest.raises(SystemExit, match="143"):
+        module.run("two", 1, True, {}, tmp_path / "log")
+    assert not Path("/proc", alive.read_text()).exists()
+
+
 @pytest.mark.slow
 def test_a_rehearsal_from_the_shell_touches_no_results(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in RESULTS.rglob("*")}
