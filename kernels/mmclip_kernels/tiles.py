@@ -30,8 +30,8 @@ GRADIENT_BLOCK = 8192, 8192
 # Rows or columns whose partials one program merges.
 MERGED = 64
 
-# The forward sweep of the contrastive loss, and the backward one, which holds cosines and dL/ds at once. masked: with exclusions or
-# the sigmoid, whose code takes more registers.
+# The forward sweep of the contrastive loss, and the backward one, which holds cosines and dL/ds at once. masked: with exclusions
+# or the sigmoid, whose code takes more registers.
 Kernel = Literal["sweep", "sweep, masked", "gradient", "gradient, masked"]
 
 # For two-byte types.
