@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from measuring import Case, Row, device_name, extra_memory, missing, ratios, rounds, write_results
+from measuring import Case, Row, device_name, extra_memory, missing, ratios, rounds, said, write_results
 from mmclip_kernels import contrastive_loss, reference
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,40 +60,21 @@ def main() -> None:
 # -- What is compared -------------------------------------------------------------------------------------------------
 
 
-def losses() -> dict[str, Loss]:
-    """All ways to compute the loss on this machine. Ours comes first."""
-    found: dict[str, Loss] = {
-        OURS: lambda image, text, scale: contrastive_loss(image, text, scale, impl="triton" if CUDA else "torch"),
-        "open_clip, eager": open_clip,
-    }
+def losses() -> dict[str, Callable[[], Loss]]:
+    """All ways to compute the loss on this machine, each of which is imported when it is called for. Ours comes first."""
+    found: dict[str, Callable[[], Loss]] = {OURS: ours, "open_clip, eager": lambda: open_clip}
     if hasattr(F, "linear_cross_entropy"):
-        found["F.linear_cross_entropy x 2"] = both_ways(F.linear_cross_entropy)
+        found["F.linear_cross_entropy x 2"] = lambda: both_ways(F.linear_cross_entropy)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options = torch.nn.LinearCrossEntropyOptions()
-        found["F.linear_cross_entropy x 2, in chunks"] = both_ways(
-            lambda features, classes, target: F.linear_cross_entropy(features, classes, target, options=options)
-        )
+        found["F.linear_cross_entropy x 2, in chunks"] = in_chunks
     if not CUDA:
         return found
-    found["open_clip, torch.compile"] = torch.compile(open_clip, dynamic=False)
-    absent = missing(*PACKAGES.values())
-    if "inf_cl" not in absent:
-        from inf_cl import cal_flash_loss
-
-        found["inf-cl x 2"] = lambda image, text, scale: (
-            cal_flash_loss(image, text, scale=scale).mean() + cal_flash_loss(text, image, scale=scale).mean()
-        ) / 2
-    if "liger-kernel" not in absent:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        found["Liger x 2"] = both_ways(liger_fused_linear_cross_entropy)
-    if "cut-cross-entropy" not in absent:
-        found["cut-cross-entropy x 2, exact"] = both_ways(exact_cut_cross_entropy())
-    if "quack-kernels" not in absent:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        found["QuACK x 2"] = both_ways(chunked_linear_cross_entropy)
-    return found
+    found["open_clip, torch.compile"] = lambda: torch.compile(open_clip, dynamic=False)
+    peers = {
+        "inf-cl": ("inf-cl x 2", inf_cl), "Liger": ("Liger x 2", liger), "QuACK": ("QuACK x 2", quack),
+        "cut-cross-entropy": ("cut-cross-entropy x 2, exact", exact_cut_cross_entropy),
+    }  # fmt: skip
+    return found | dict(peers[name] for name, package in PACKAGES.items() if not missing(package))
 
 
 def skipped() -> list[str]:
@@ -104,6 +85,10 @@ def skipped() -> list[str]:
         return [*lines, f"Not compared, as they need a CUDA card: torch.compile, {', '.join(PACKAGES)}."]
     absent = [f"{name} (pip install {package})" for name, package in PACKAGES.items() if missing(package)]
     return [*lines, f"Not compared, as not installed: {', '.join(absent)}."] if absent else lines
+
+
+def ours() -> Loss:
+    return lambda image, text, scale: contrastive_loss(image, text, scale, impl="triton" if CUDA else "torch")
 
 
 def open_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
@@ -125,13 +110,38 @@ def both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss
     return loss
 
 
-def exact_cut_cross_entropy() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def in_chunks() -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return both_ways(lambda features, classes, target: F.linear_cross_entropy(features, classes, target, options=options))
+
+
+def inf_cl() -> Loss:
+    from inf_cl import cal_flash_loss
+
+    return lambda image, text, scale: (
+        cal_flash_loss(image, text, scale=scale).mean() + cal_flash_loss(text, image, scale=scale).mean()
+    ) / 2
+
+
+def liger() -> Loss:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return both_ways(liger_fused_linear_cross_entropy)
+
+
+def quack() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return both_ways(chunked_linear_cross_entropy)
+
+
+def exact_cut_cross_entropy() -> Loss:
     """Without its gradient filter, which drops gradients that CLIP needs. Later versions call this `cce_exact`."""
     from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 
     named = "CCE_EXACT" in LinearCrossEntropyImpl.__members__
     options = {"impl": "cce_exact"} if named else {"impl": "cce", "filter_eps": None}
-    return lambda features, classes, target: linear_cross_entropy(features, classes, target, **options)
+    return both_ways(lambda features, classes, target: linear_cross_entropy(features, classes, target, **options))
 
 
 # -- Measured ---------------------------------------------------------------------------------------------------------
@@ -151,7 +161,7 @@ def trained_features(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor, 
 
 def step(name: str, rows: int, width: int, copies: int = 1) -> Case:
     """Loss and gradients, on another input in each turn: the last one may still be in the L2 cache."""
-    loss_of = losses()[name]
+    loss_of = losses()[name]()
     inputs = [trained_features(rows, width, seed) for seed in range(copies)]
 
     def case(turn: int) -> object:
@@ -160,21 +170,29 @@ def step(name: str, rows: int, width: int, copies: int = 1) -> Case:
     return case
 
 
-def compare(rows: int, width: int, count: int) -> list[Row]:
-    cases, memory = {}, {}
+def compare(rows: int, width: int, count: int, seconds: float = SECONDS, with_memory: bool = True) -> list[Row]:
+    """Every loss at N = M = rows, for at most `count` rounds and `seconds`. with_memory: a CPU takes a new process for each."""
+    cases, memory, failed = {}, {}, {}
     for name in losses():
         print(f"N = M = {rows}, D = {width}: {name}", flush=True)
         try:
-            memory[name] = extra_memory(step, name, rows, width, small=(name, 64, width))
-            cases[name] = step(name, rows, width, copies=3 if CUDA else 2)
-        except torch.OutOfMemoryError:
+            if with_memory:
+                memory[name] = extra_memory(step, name, rows, width, small=(name, 64, width))
+            case = step(name, rows, width, copies=3 if CUDA else 2)
+            case(0)
+            cases[name] = case
+        except Exception as error:  # a peer's: of any kind
+            if name == OURS:
+                raise
+            failed[name] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"failed: {said(error)}"
+        if CUDA:
             torch.cuda.empty_cache()
-    times = rounds(cases, count, SECONDS)
+    times = rounds(cases, count, seconds)
     slower = ratios(times, OURS)
     return [
         {
             "N = M": rows, "D": width, "loss": name,
-            "ms": round(statistics.median(times[name]), 2) if name in times else "out of memory",
+            "ms": round(statistics.median(times[name]), 2) if name in times else failed[name],
             "time / ours": round(slower[name], 2) if name in times else None,
             "memory, MiB": round(memory[name] / 2**20) if name in memory else None,
             "rounds": len(times[name]) if name in times else 0,
@@ -190,13 +208,19 @@ def errors(rows: int, width: int) -> list[Row]:
         wanted = reference.contrastive_loss(*exact)
     gradients = torch.autograd.grad(wanted, exact)
     table: list[Row] = []
-    for name, loss_of in losses().items():
-        loss = loss_of(*inputs)
-        found = torch.autograd.grad(loss, inputs)
+    columns = ("loss error", "image gradient", "text gradient", "scale gradient")
+    for name, made in losses().items():
+        row: Row = {"loss": name}
+        try:
+            loss = made()(*inputs)
+            found = torch.autograd.grad(loss, inputs)
+        except Exception as error:  # a peer's: of any kind
+            if name == OURS:
+                raise
+            table.append(row | {columns[0]: f"failed: {said(error)}"} | dict.fromkeys(columns[1:]))
+            continue
         away = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, gradients, strict=True)]
         loss_error = abs(loss.item() - wanted.item())
-        row: Row = {"loss": name}
-        columns = ("loss error", "image gradient", "text gradient", "scale gradient")
         row.update({column: f"{value:.1e}" for column, value in zip(columns, (loss_error, *away), strict=True)})
         table.append(row)
     return table

@@ -5,7 +5,7 @@
 A driver that compiles and never launches takes the place of CUDA's, so that Triton specialises each kernel as it would on a card:
 arguments of 1, multiples of 16 and odd ones each give other code. Counted are instructions of the tensor loop and those of the
 shortest way from it to the end (the usual path: rare branches are not taken) and of all code behind it; registers, spilled bytes,
-shared memory and programs an SM. From the instructions follow the issue slots that a whole loss needs at the table's sizes.
+shared memory and programs an SM. From these and the bytes follows what a whole loss takes at least on a card (`bound.py`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
 
+import bound
 import torch
 import triton
 from mmclip_kernels import contrastive_triton, tiles, topk_mask_triton, weights_triton
@@ -47,8 +48,9 @@ PLAIN = re.compile(r"\bFFMA2?\b")  # products without tensor cores
 SM = {  # registers and bytes of shared memory of an SM, most threads, multiprocessors, boost clock in GHz
     80: (65536, 164 * 1024, 2048, 108, 1.41), 90: (65536, 228 * 1024, 2048, 132, 1.98), 100: (65536, 228 * 1024, 2048, 148, 1.97),
 }  # fmt: skip
-SCHEDULERS = 4  # of an SM: each issues one instruction of a warp per cycle
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZE = 32768, 512  # N = M and E of the computed times
+WAYS: tuple[Literal["sweep", "gradient"], ...] = ("sweep", "gradient")
 
 
 class CompilesOnly:
@@ -281,28 +283,36 @@ def rows_of(architecture: int, cases: dict[str, Callable[[], None]]) -> list[Row
             call()
         for name, kernel in dict(launched).items():
             code = code_of(name, kernel, architecture)
-            tile = tile_of(name, case)
+            tile = tile_of(name, case, architecture)
             per_logit = None if tile is None else round(code.usual / (tile.rows * tile.columns / (32 * code.warps)), 1)
             rows.append(Row(case, architecture, code, per_logit))
     return rows
 
 
-def tile_of(kernel: str, case: str) -> tiles.Tile | None:
+def tile_of(kernel: str, case: str, architecture: int) -> tiles.Tile | None:
     """None: the kernel has no tiles of logits."""
     if not kernel.endswith("_tile"):
         return None
     dtype, masked = FP32 if case.startswith("fp32") else BF16, "excluded" in case or "sigmoid" in case
-    return (tiles.gradient_tile if kernel == "_gradient_tile" else tiles.sweep_tile)(dtype, masked)
+    return tiles.logits_tile("gradient" if kernel == "_gradient_tile" else "sweep", dtype, masked, architecture)
 
 
 def issue_ms(row: Row, size: int, width: int) -> float | None:
     """Milliseconds of issue slots that all programs of a size x size sweep need on the card, if every scheduler always issued."""
-    tile, (_, _, _, processors, clock) = tile_of(row.code.kernel, row.case), SM[row.architecture]
+    tile, (_, _, _, processors, clock) = tile_of(row.code.kernel, row.case, row.architecture), SM[row.architecture]
     if tile is None:
         return None
-    programs = (size / tile.rows) * (size / tile.columns)
-    turns = width / tile.depth * row.code.loop
-    return 1e3 * programs * row.code.warps * (turns + row.code.usual) / (processors * SCHEDULERS * clock * 1e9)
+    issued = bound.warp_instructions(asdict(row.code), tile, size, width)
+    return issued / (processors * bound.SCHEDULERS * clock * 1e6)
+
+
+def of_loss(rows: Sequence[Row], size: int, width: int, card: bound.Card) -> list[bound.Part]:
+    """What the usual case's kernels take on a card. No part if they were not compiled for it."""
+    codes = {row.code.kernel: asdict(row.code) for row in rows if (row.case, row.architecture) == ("bf16", card.architecture)}
+    if not codes:
+        return []
+    sweep, gradient = (tiles.logits_tile(way, BF16, False, card.architecture) for way in WAYS)
+    return bound.parts(codes, sweep, gradient, size, width, card)
 
 
 def main(words: Sequence[str]) -> None:
@@ -311,6 +321,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--print-only", action="store_true", help="write no results")
     options = parser.parse_args(words)
     rows = [row for architecture in options.architecture for row in rows_of(architecture, CASES)]
+    losses = [(card, found) for card in (bound.H200, bound.H100) if (found := of_loss(rows, *SIZE, card))]
     names = (
         "case", "sm", "kernel", "registers", "spilled", "shared KiB", "warps", "programs an SM", "loop", "products", "copies",
         "usual", "per logit", "all", "issue ms",
@@ -319,15 +330,18 @@ def main(words: Sequence[str]) -> None:
         "# Machine code of the kernels", "",
         f"{datetime.date.today()}, Triton {triton.__version__}, torch {torch.__version__}, no card. Command:",
         f"`python kernels/bench/machine_code.py {' '.join(words)}`".replace(" `", "`"), "",
+        *(line for card, found in losses for line in bound.table(found, *SIZE, card)),
+        "## Kernels", "",
         "usual: instructions of the shortest way from the loop of products to the end; per logit: for each logit of a thread;",
-        "all: behind the loop, rare branches included; issue: milliseconds of issue slots at N = M = 32,768, E = 512.", "",
+        "all: behind the loop, rare branches included; issue: milliseconds of issue slots at N = M = 32,768, E = 512, at the",
+        "boost clock.", "",
         f"| {' | '.join(names)} |", "|---" * len(names) + "|",
     ]  # fmt: skip
     for row in rows:
         code = row.code
         cells = (
             row.case, row.architecture, code.kernel, code.registers, code.spilled, code.shared // 1024, code.warps, code.programs,
-            code.loop, code.products, code.copies, code.usual, row.per_logit, code.rest, issue_ms(row, 32768, 512),
+            code.loop, code.products, code.copies, code.usual, row.per_logit, code.rest, issue_ms(row, *SIZE),
         )  # fmt: skip
         shown = ("" if cell is None else f"{cell:.2f}" if cell is cells[-1] else str(cell) for cell in cells)
         lines.append(f"| {' | '.join(shown)} |")
@@ -335,7 +349,8 @@ def main(words: Sequence[str]) -> None:
     if not options.print_only:
         (RESULTS / "machine_code.md").write_text("\n".join(lines) + "\n")
         table = [{"case": r.case, "architecture": r.architecture, "per_logit": r.per_logit, **asdict(r.code)} for r in rows]
-        document = {"triton": triton.__version__, "rows": table}
+        whole = [bound.document(found, *SIZE, card) for card, found in losses]
+        document = {"triton": triton.__version__, "losses": whole, "rows": table}
         (RESULTS / "machine_code.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

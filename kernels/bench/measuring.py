@@ -107,6 +107,29 @@ def missing(*packages: str) -> list[str]:
     return [name for name in packages if _version(name) is None]
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Of torch, triton, and those of `packages` that are installed."""
+    found = {package: _version(package) for package in ("torch", "triton", *packages)}
+    return {package: value for package, value in found.items() if value is not None}
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The rows, which all have the same keys, as lines of a Markdown table."""
+    cells = [list(rows[0]), *(["" if value is None else str(value) for value in row.values()] for row in rows)]
+    head, *body = (f"| {' | '.join(line)} |" for line in cells)
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def said(error: BaseException) -> str:
+    """In one line, for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}".replace("|", "/")[:200]
+
+
+def file_name(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "_", name.lower())
+
+
 def write_results(
     name: str, rows: Sequence[Row], packages: Sequence[str] = (), notes: Sequence[str] = (), keep: bool = True
 ) -> None:
@@ -115,30 +138,26 @@ def write_results(
     The files name the command, date, machine, and the versions of torch, triton and `packages`. keep=False: only print.
     """
     command = " ".join(["python", f"kernels/bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    versions = {package: _version(package) for package in ("torch", "triton", *packages)}
     about = {
         "command": command, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "device": device_name(),
         "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "python": platform.python_version(),
-        "versions": {package: found for package, found in versions.items() if found is not None}, "notes": list(notes),
+        "versions": versions(*packages), "notes": list(notes),
     }  # fmt: skip
-    said = ", ".join(f"{package} {found}" for package, found in versions.items() if found is not None)
-    heads = list(rows[0])
+    said = ", ".join(f"{package} {found}" for package, found in versions(*packages).items())
     lines = [
         f"# {name}", "",
         f"`{command}`, {about['date']}, {about['device']}, {about['cores']} CPU cores, Python {about['python']}, {said}.",
-        *notes, "",
-        "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads),
-        *("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |" for row in rows),
+        *notes, "", *table(rows),
     ]  # fmt: skip
     print("\n".join(lines))
     if not keep:
         return
     RESULTS.mkdir(exist_ok=True)
-    base = RESULTS / f"{name}_{re.sub('[^a-z0-9]+', '_', device_name().lower())}"
+    base = RESULTS / f"{name}_{file_name(device_name())}"
     base.with_suffix(".md").write_text("\n".join(lines) + "\n")
     base.with_suffix(".json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
     with base.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, heads, lineterminator="\n")
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+SIZES = [(4096, 196), (4096, 1024)] if CUDA else [(64, 196)]  # images, patches
 Masking = Callable[["Inputs"], Tensor]
 
 
@@ -115,7 +117,8 @@ def step(mask: Masking, x: Inputs) -> None:
     torch.autograd.grad(mask(x), x.leaves, x.upstream)
 
 
-def measure(shape: Shape, count: int, seconds: float) -> Iterator[Row]:
+def measure(shape: Shape, count: int, seconds: float, with_memory: bool = True) -> Iterator[Row]:
+    """Every implementation, for at most `count` rounds and `seconds`. with_memory: a CPU takes a new process for each."""
     # Several inputs, used in turn: the last one may still be in the cache.
     sets = [inputs(shape, seed) for seed in range(2 if CUDA else 4)]
     graphs = {name: [mask(x) for x in sets] for name, mask in implementations().items()}
@@ -135,13 +138,22 @@ def measure(shape: Shape, count: int, seconds: float) -> Iterator[Row]:
     relative = ratios(of_forward, first), ratios(of_backward, first)
     small = Shape(2, shape.patches, 16, shape.dtype, shape.mode, shape.scored)
     for name in forward:
+        memory = extra_memory(prepare, name, shape, small=(name, small)) if with_memory else None
         yield {
             "images": shape.images, "patches": shape.patches, "width": shape.width, "type": str(shape.dtype).split(".")[1],
             "mode": shape.mode, "scores": "one text vector" if shape.scored else "given", "implementation": name,
             "forward ms": round(statistics.median(of_forward[name]), 3), "forward x": round(relative[0][name], 2),
             "backward ms": round(statistics.median(of_backward[name]), 3), "backward x": round(relative[1][name], 2),
-            "extra MiB": round(extra_memory(prepare, name, shape, small=(name, small)) / 2**20, 1),
+            "extra MiB": None if memory is None else round(memory / 2**20, 1),
         }  # fmt: skip
+
+
+def compare(
+    images: int, patches: int, width: int, count: int, seconds: float = 16.0, with_memory: bool = True
+) -> list[Row]:  # fmt: skip
+    """Both modes, with scores given and with one text vector."""
+    shapes = [Shape(images, patches, width, DTYPE, *how) for how in product(("gather", "replace"), (False, True))]
+    return [row for shape in shapes for row in measure(shape, count, seconds, with_memory)]
 
 
 def main() -> None:
@@ -149,11 +161,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=16.0, help="at most, for each shape")
     arguments = parser.parse_args()
-    sizes = [(4096, 196), (4096, 1024)] if CUDA else [(64, 196)]
-    dtype = torch.bfloat16 if CUDA else torch.float32
-    rows: list[Row] = []
-    for (images, patches), mode, scored in product(sizes, ("gather", "replace"), (False, True)):
-        rows += measure(Shape(images, patches, 768, dtype, mode, scored), arguments.rounds, arguments.seconds)
+    rows = [row for size in SIZES for row in compare(*size, 768, arguments.rounds, arguments.seconds)]
     write_results(
         "topk_mask", rows,
         notes=["`extra MiB`: the peak of forward and backward above the inputs.",

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from mmclip_kernels import tiles
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials
@@ -33,7 +34,7 @@ SPREAD = tl.constexpr(86.0)
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     """-> log-sum-exp partials of every row and column, in base 2, and the loss's sums over positives. See `Partials`."""
     device = image.device
-    tile = tiles.sweep_tile(image.dtype, pairs.exclude is not None or mode == "sigmoid")
+    tile = tiles.logits_tile("sweep", image.dtype, pairs.exclude is not None or mode == "sigmoid", _architecture())
     image, text, options = _whole(image, tile), _whole(text, tile), _options(tile, pairs)
     blocks = list(_blocks(len(image), len(text), tiles.SWEEP_BLOCK))
     counts = [triton.cdiv(len(image[here]), tile.rows) * triton.cdiv(len(text[there]), tile.columns) for here, there in blocks]
@@ -71,7 +72,8 @@ def gradient(
     """-> d(loss)/d(image [N, E], text [M, E], factor [], bias []). The weights in `pairs` already hold the upstream gradient, and
     are in `pairs.unit`; log-sum-exps are in base 2."""
     assert pairs.unit is not None
-    width, tile = image.shape[1], tiles.gradient_tile(image.dtype, pairs.exclude is not None or mode == "sigmoid")
+    tile = tiles.logits_tile("gradient", image.dtype, pairs.exclude is not None or mode == "sigmoid", _architecture())
+    width = image.shape[1]
     image, text = _whole(image, tile), _whole(text, tile)
     wide = tiles.GRADIENT_BLOCK[1] * 2 // image.element_size()
     blocks = list(_blocks(len(image), len(text), (tiles.GRADIENT_BLOCK[0], wide)))
@@ -93,6 +95,11 @@ def gradient(
         _add_product(text_grad[there], slope.T, images, new=here.start == 0)
     of_factor = pairs.unit[1]
     return image_grad.mul_(of_factor)[:, :width], text_grad.mul_(of_factor)[:, :width], *by_tile.sum(0)
+
+
+def _architecture() -> int:
+    """What the kernels are compiled for: 90 for sm_90, 0 for the interpreter."""
+    return 0 if INTERPRETED else int(driver.active.get_current_target().arch)
 
 
 def _blocks(rows: int, columns: int, size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:

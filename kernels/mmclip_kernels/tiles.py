@@ -1,11 +1,14 @@
 """Block sizes of the Triton kernels: one static table, the same on every call, so results repeat.
 
-Not tuned on a GPU yet. Chosen so that ptxas (Triton 3.9, sm_80 and sm_90) spills no registers and shared memory fits.
+Not tuned on a GPU yet. Chosen so that ptxas (Triton 3.9; sm_80, sm_90 and sm_100) spills no registers and shared memory fits.
+`kernels/bench/first_hour.py` measures other tiles on a card and prints the lines for `BY_ARCHITECTURE`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -27,23 +30,44 @@ GRADIENT_BLOCK = 8192, 8192
 # Rows or columns whose partials one program merges.
 MERGED = 64
 
+# The forward sweep of the contrastive loss, and the backward one, which holds cosines and dL/ds at once. masked: with exclusions
+# or the sigmoid, whose code takes more registers.
+Kernel = Literal["sweep", "sweep, masked", "gradient", "gradient, masked"]
 
-def sweep_tile(dtype: torch.dtype, masked: bool) -> Tile:
-    """For the forward sweep of the contrastive loss. masked: with exclusions or the sigmoid, whose code takes more registers."""
-    if dtype == torch.float32:  # exact float32 products run without tensor cores and hold their operands in registers
-        return Tile(64, 64, 32, 4, 2)
-    return Tile(64, 128, 64, 8, 3) if masked else Tile(128, 128, 64, 4, 3)
-
-
+# For two-byte types.
+USUAL: dict[Kernel, Tile] = {
+    "sweep": Tile(128, 128, 64, 4, 3),
+    "sweep, masked": Tile(64, 128, 64, 8, 3),
+    "gradient": Tile(64, 128, 64, 4, 3),
+    "gradient, masked": Tile(64, 128, 64, 8, 3),
+}
+# Where an architecture has other ones: 90 for sm_90.
+BY_ARCHITECTURE: dict[int, dict[Kernel, Tile]] = {}
+# Exact float32 products run without tensor cores and hold their operands in registers.
+FLOAT32 = Tile(64, 64, 32, 4, 2)
 # Of a tile that few programs compute again, with more code: no register is spilled.
 RARE_WARPS = 8
 
+# Not a context variable: autograd runs the backward pass in a thread of its own.
+_tried: dict[Kernel, Tile] = {}
 
-def gradient_tile(dtype: torch.dtype, masked: bool) -> Tile:
-    """For the backward sweep, which holds cosines and dL/ds at once."""
+
+def logits_tile(way: Literal["sweep", "gradient"], dtype: torch.dtype, masked: bool, architecture: int) -> Tile:
+    """For one of the sweeps of the contrastive loss. architecture: 0 for the interpreter."""
     if dtype == torch.float32:
-        return sweep_tile(dtype, masked)
-    return Tile(64, 128, 64, 8 if masked else 4, 3)
+        return FLOAT32
+    kernel: Kernel = f"{way}, masked" if masked else way  # type: ignore[assignment]
+    return _tried.get(kernel) or BY_ARCHITECTURE.get(architecture, {}).get(kernel) or USUAL[kernel]
+
+
+@contextmanager
+def trying(kernel: Kernel, tile: Tile) -> Iterator[None]:
+    """Within, `kernel` uses `tile` in two-byte types, on every architecture and in all threads. To measure candidates."""
+    _tried[kernel] = tile
+    try:
+        yield
+    finally:
+        del _tried[kernel]
 
 
 # One program scores, selects and copies an image of up to this many patches. Larger images are scored in blocks of this many.

@@ -179,13 +179,29 @@ def test_rows_left_out_keep_the_common_branch(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
 def test_the_common_path_needs_no_second_exponential(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole tiles of trained features: the branches for far values are not taken, and not needed."""
-    monkeypatch.setattr(tiles, "sweep_tile", lambda *_, **__: tiles.Tile(64, 64, 32, 4, 2))
     image, text = cone(128, 32, 0, torch.float32)
     expected = check(image, text, scale)
     if contrastive_triton.INTERPRETED and scale < 100:
         monkeypatch.setattr(contrastive_triton, "FAINT", contrastive_triton.tl.constexpr(0.0))
         monkeypatch.setattr(contrastive_triton, "SPREAD", contrastive_triton.tl.constexpr(float("inf")))
         torch.testing.assert_close(check(image, text, scale), expected, rtol=0, atol=0)
+
+
+def test_a_tile_that_is_tried_is_used_in_both_passes_and_no_longer_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 alone, on any architecture: backward passes of a card run in another thread."""
+    sweep, gradient = tiles.Tile(16, 32, 16, 4, 2), tiles.Tile(32, 16, 16, 4, 2)
+    seen = []
+    options = contrastive_triton._options
+    monkeypatch.setattr(contrastive_triton, "_options", lambda tile, pairs: seen.append(tile) or options(tile, pairs))
+    monkeypatch.setitem(tiles.BY_ARCHITECTURE, 0, {"sweep": tiles.Tile(64, 16, 16, 4, 2)})
+    image, text = cone(40, 16, 0, torch.bfloat16)
+    with tiles.trying("sweep", sweep), tiles.trying("gradient", gradient):
+        check(image, text, 10.0)
+        check(image.float(), text.float(), 10.0)
+    check(image, text, 10.0)
+    assert seen == [
+        sweep, gradient, tiles.FLOAT32, tiles.FLOAT32, tiles.Tile(64, 16, 16, 4, 2), tiles.USUAL["gradient"]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
