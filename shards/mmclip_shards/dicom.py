@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def is_dicom(data: Path | bytes) -> bool:
-    """Whether a file or its bytes carry DICOM's mark."""
+    """Whether a file or its bytes carry DICOM's mark. False for a file that cannot be read."""
     if isinstance(data, bytes):
         return data[128:132] == b"DICM"
-    if not data.is_file():
+    try:
+        with data.open("rb") as handle:
+            return handle.read(132)[128:] == b"DICM"
+    except OSError:
         return False
-    with data.open("rb") as handle:
-        return handle.read(132)[128:] == b"DICM"
 
 
 def decode_dicom(data: Path | bytes | Dataset) -> Image.Image:
