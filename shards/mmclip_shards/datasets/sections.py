@@ -12,6 +12,7 @@ DEFAULT_SECTIONS = ("findings", "impression")
 
 _HEADER = re.compile(r"(?:^|\n)[ \t]{0,3}([A-Z][A-Z ()/,&-]+):(?=\s|$)")
 _ADDENDUM_LINE = re.compile(r"\n[ \t]*_{20,}[ \t]*\n")
+_ADDENDUM_WORD = re.compile(r"^ADDENDUM[:\s]*")
 _BLANK = re.compile(r"_{2,}|X{4,}")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 
@@ -39,11 +40,12 @@ def split_report(text: str) -> dict[str, str]:
     *addenda, text = _ADDENDUM_LINE.split(text.replace("\r\n", "\n"))
     sections: dict[str, str] = {}
     headers = list(_HEADER.finditer(text))
-    for header, after in zip(headers, [*headers[1:], None], strict=True):
+    ends = [*(header.start() for header in headers[1:]), len(text)]
+    for header, end in zip(headers, ends, strict=False):
         name = _section_name(header[1])
-        if name and (content := clean_text(text[header.end() : after.start() if after else len(text)])):
+        if name and (content := clean_text(text[header.end() : end])):
             sections[name] = content
-    if addenda and (content := clean_text(" ".join(addenda))):
+    if addenda and (content := _ADDENDUM_WORD.sub("", clean_text(" ".join(addenda)))):
         sections["addendum"] = content
     if not sections.keys() & {"findings", "impression"}:
         rest = text[headers[-1].end() :] if headers else text

@@ -95,13 +95,14 @@ _CODES = {value: code for code, value in enumerate(_VALUES)}
 class ImageIndex:
     """Where the images of a tree are, by file name: some copies are flat, some have a folder for each archive.
 
-    folders: patterns of the folders that may hold images, relative to the tree. An image that is in none is taken to be in
-    the first folder, so that `pack` counts it as missing.
+    folders: patterns of the folders that may hold images, relative to the tree, or "." for the tree itself. An image that is
+    in none is taken to be in the first folder, so that `pack` counts it as missing.
     """
 
     def __init__(self, raw: Path, *folders: str) -> None:
         self._raw = raw
-        self._folders = sorted({path for pattern in folders for path in raw.glob(pattern) if path.is_dir()})
+        found = (path for pattern in folders for path in ([raw] if pattern == "." else raw.glob(pattern)))
+        self._folders = sorted({path for path in found if path.is_dir()})
         if not self._folders:
             raise ValueError(f"{raw} holds no folder {' or '.join(folders)}: name the folder that was downloaded, unpacked")
         self._place: dict[str, int] = {}
