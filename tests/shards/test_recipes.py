@@ -40,7 +40,8 @@ def toy(raw: Path) -> Iterator[Record | Skipped]:
         labels = {0: {"Edema": 1}, 1: {"No Finding": 1}, 2: {}}[number % 3]
         yield Record(
             str(number), raw / source, f"PATIENT{number // 2}", source, labels=labels, view="PA",
-            boxes=(Box("Edema", 2, 3, 4, 5),), split="train" if number < 8 else "test", sections={"findings": f"Finding {number % 4}.", "impression": "Well."},
+            boxes=(Box("Edema", 2, 3, 4, 5),), split="train" if number < 8 else "test",
+            sections={"findings": f"Finding {number % 4}.", "impression": "Well."},
         )  # fmt: skip
         if number % 5 == 0:
             yield Skipped("no film")
