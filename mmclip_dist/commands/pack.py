@@ -33,8 +33,12 @@ class PackGroup(TyperGroup):
         command = copy(command)
         command.name, command.hidden = cmd_name, False
         if cmd_name in recipe_names():
-            found = find_recipe(cmd_name)
-            command.short_help, command.help = found.title, f"{inspect.getdoc(found.read) or ''}\n\n{command.help}"
+            try:
+                found = find_recipe(cmd_name)
+            except ValueError as error:  # of another's package; the command itself ends with it
+                command.short_help = str(error)
+            else:
+                command.short_help, command.help = found.title, f"{inspect.getdoc(found.read) or ''}\n\n{command.help}"
         return command
 
 

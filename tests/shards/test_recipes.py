@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -180,36 +181,16 @@ def test_terms_are_in_the_manifest_and_older_manifests_are_read_and_hashed_as_be
         Manifest("base", "toy", "train", (shard,), "c", licence=1)  # type: ignore[arg-type]
 
 
-OUTSIDE = '''
-"""Chest radiographs of Example Hospital: images/NAME.png and reports.csv (name, patient, text, split)."""
-
-import csv
-from pathlib import Path
-
-from mmclip_shards import Record, Skipped, recipe
-
-
-@recipe(licence="CC BY 4.0", access="free download", source="https://example.org/cxr", official=True)
-def example(raw: Path):
-    """Example Hospital: four radiographs."""
-    with (raw / "reports.csv").open(newline="", encoding="utf-8") as table:
-        for row in csv.DictReader(table):
-            if not row["text"]:
-                yield Skipped("no report")
-                continue
-            yield Record(
-                key=row["name"], image=raw / "images" / f"{row['name']}.png", patient=row["patient"],
-                source=f"images/{row['name']}.png", report=row["text"], split=row["split"],
-            )
-'''
+OUTSIDE = (Path(__file__).parents[2] / "shards" / "README.md").read_text().split("### A new data set")[1].split("```")[1]
+"""The recipe that the documentation shows, as it is written there."""
 
 
 @pytest.fixture
 def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MMCLIP_PATIENT_KEY", "k" * 32)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "example.py").write_text(OUTSIDE)
-    rows = ["name,patient,text,split", "a,1,Clear.,train", "b,1,Edema.,train", "c,2,,train", "d,3,Clear.,test"]
+    (tmp_path / "example.py").write_text(OUTSIDE.removeprefix("python\n"))
+    rows = ["name,patient,text,edema,split", "a,1,Clear.,0,train", "b,1,Oedema.,1,train", "c,2,,0,train", "d,3,Clear.,0,test"]
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "reports.csv").write_text("\n".join(rows) + "\n")
     for number, name in enumerate("abcd"):
@@ -233,7 +214,7 @@ def test_a_file_of_ones_own_packs_with_its_terms_first(
     code, out, err = call(capsys, monkeypatch, "example.py", "raw", "set")
     assert code == 0, err
     assert out.splitlines()[:4] == [
-        "example: Example Hospital: four radiographs.", "licence: CC BY 4.0", "access: free download",
+        "example: Example Hospital: chest radiographs with reports.", "licence: CC BY 4.0", "access: free download",
         "source: https://example.org/cxr",
     ]  # fmt: skip
     assert "3 images; 0 without a report, 1 with that of another image" in out and "left out: 1 (no report)" in out
@@ -243,9 +224,30 @@ def test_a_file_of_ones_own_packs_with_its_terms_first(
     before = Path("set/train/manifest.json").read_bytes()
     assert call(capsys, monkeypatch, "example.py", "raw", "set")[0] == 0  # again: nothing to do
     assert Path("set/train/manifest.json").read_bytes() == before
-    Path("raw/reports.csv").write_text(Path("raw/reports.csv").read_text().replace("Edema.", "Oedema."))
+    Path("raw/reports.csv").write_text(Path("raw/reports.csv").read_text().replace("Oedema.", "Edema."))
     code, _, err = call(capsys, monkeypatch, "example.py", "raw", "set")
     assert code == 2 and "holds another set" in err
+
+
+def test_an_installed_package_packs_by_its_name(
+    outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = outside / "site" / "example_cxr-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: example-cxr\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[mmclip_shards.datasets]\nexample = example_cxr:example\n")
+    (outside / "example.py").rename(outside / "site" / "example_cxr.py")
+    monkeypatch.syspath_prepend(str(outside / "site"))
+    code, out, err = call(capsys, monkeypatch, "example", "raw", "set")
+    assert code == 0, err
+    assert "licence: CC BY 4.0" in out and load_manifest("set/train").dataset == "example"
+    code, out, _ = call(capsys, monkeypatch, "--help")
+    assert code == 0 and "Example Hospital: chest radiographs" in out and "PadChest: 160,861" in out
+    (outside / "site" / "example_cxr.py").write_text("import no_such_module\n")
+    sys.modules.pop("example_cxr")
+    code, _, err = call(capsys, monkeypatch, "example", "raw", "set")
+    assert code == 2 and "recipe 'example' cannot be loaded from example_cxr:example: No module" in err
+    assert call(capsys, monkeypatch, "--help")[0] == 0  # the others are still there
 
 
 def test_check_packs_nothing_and_draws_a_sheet(
@@ -256,7 +258,7 @@ def test_check_packs_nothing_and_draws_a_sheet(
     assert code == 0, err
     assert "  1: 16 x 12 png, view unknown, 1 words, present: nothing" in out
     assert "  2: cannot be used: " in out and "left out: no report 1" in out and "splits: train 2, test 1" in out
-    assert "Edema" not in out and "Clear" not in out  # no text of a report
+    assert "Oedema" not in out and "Clear" not in out  # no text of a report
     assert not Path("set").exists()
     with Image.open("set-check.png") as sheet:
         assert sheet.size == (5 * 224, 224 + 14)
