@@ -439,7 +439,7 @@ def test_mimic(mimic: Path, name: str) -> None:
     assert records[0].findings == "Cardiac size cannot be evaluated. Large left pleural effusion is new."
     assert records[0].report == f"{records[0].findings}\nLarge left pleural effusion"
     assert records[2].report == records[0].report  # without the addendum above it
-    assert (records[3].report, records[4].report, records[5].report) == ("No change.", "The heart is large.", "")
+    assert (records[3].report, records[4].report, records[5].report) == ("No change.", "Frontal view. The heart is large.", "")
     assert (found.without_report, found.same_report) == (1, 2)
     assert not any("1000" in r.key + r.source or "5041" in r.key + r.source for r in records)
     assert all(record.image.suffix == (".jpg" if name == "mimic-cxr-jpg" else ".dcm") for record in records)
@@ -523,6 +523,28 @@ def test_rsna(tmp_path: Path) -> None:
     assert (second.labels, second.patient) == ({"Pneumonia": 1}, "00436515-870c-4b36-a041-de91049b9ab4")
     assert second.boxes == (Box("Pneumonia", 264, 152, 213, 379), Box("Pneumonia", 562, 152, 256, 453))
     assert first.image == tmp_path / "stage_2_train_images/0004cfab-14fd-4e49-80ba-63a80b6bddd6.dcm"
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,1,2,x,4,1\n"}, "x, y, width, height are not"),
+        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,1,2,0,4,1\n"}, "record 1: box .* above 0"),
+        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,,,,,0\n",
+                  "pneumonia-challenge-dataset-mappings_2018.json": "[{"}, "2018.json is cut or is not JSON"),
+        ("chexpert-plus", {"report_fixed.json": "{}x\n"}, "report_fixed.json, line 1, is no JSON: download it again"),
+        ("rexgradient", {"metadata/train_metadata_view_position.json": "{"}, "position.json is cut or is not JSON"),
+        ("padchest", {"PADCHEST_chest_x_ray_images_labels_160K.csv": "ImageID,ImageDir,PatientID,Projection,Report,Labels\n"},
+         "the recipe found no images in"),
+        ("siim-acr", {}, "holds no stage_2_train.csv or train-rle.csv: name the folder that was downloaded, unpacked"),
+        ("openi", {}, "holds no NLMCXR_reports.tgz or ecgen-radiology"),
+        ("covidx", {}, "holds no train.txt, val.txt or test.txt"),
+    ],
+)  # fmt: skip
+def test_damaged_trees_are_one_line(tmp_path: Path, name: str, files: Mapping[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        read(name, write(tmp_path, files))
+    assert "\n" not in str(error.value)
 
 
 def test_siim(tmp_path: Path) -> None:

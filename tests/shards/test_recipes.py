@@ -307,6 +307,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert not Path("set").exists()
 
 
+@pytest.mark.slow
 def test_bytes_are_equal_for_any_number_of_workers_and_after_a_pack_that_failed(
     raw: Path, tmp_path: Path
 ) -> None:

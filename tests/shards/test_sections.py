@@ -58,12 +58,13 @@ def test_removed_words_are_one_mark() -> None:
     assert split_report("FINDINGS: As of _____, XXXX no x-XXXX.\r\n") == {"findings": "As of ___, ___ no x-___."}
 
 
-def test_without_findings_and_impression_the_last_paragraph_is_the_report() -> None:
-    text = "                 FINAL REPORT\n HISTORY: Cough.\n \n Frontal view.\n \n The heart is\n  large.\n"
+def test_without_findings_and_impression_what_follows_the_last_header_is_the_report() -> None:
+    text = "                 FINAL REPORT\n HISTORY: Cough.\n \n The heart\n \n is\n  large.\n"
     found = split_report(text)
     assert found["last_paragraph"] == "The heart is large." == join_sections(found)
     assert join_sections(found, ("impression",)) == ""  # what was chosen, or nothing
     assert split_report("Clear lungs.") == {"last_paragraph": "Clear lungs."} and split_report("") == {}
+    assert split_report("   WET READ AT 5\n\n Clear.\n\n Normal.") == {"last_paragraph": "Clear. Normal."}
 
 
 def test_chosen_sections_are_joined_in_their_order() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.prepared import split_name
@@ -43,10 +44,8 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
     labels = StudyLabels(FINDINGS)
     labelled = find_optional(raw, "report_fixed.json", "chexbert_labels/report_fixed.json")
     if labelled is not None:
-        with labelled.open("rb") as lines:
-            for line in filter(bytes.strip, lines):
-                row = json.loads(line)
-                labels.add(row["path_to_image"], {name: None if row[name] is None else int(row[name]) for name in FINDINGS})
+        for row in _json_lines(labelled):
+            labels.add(row["path_to_image"], {name: None if row[name] is None else int(row[name]) for name in FINDINGS})
     table = find_file(raw, "df_chexpert_plus_240401.csv")
     for row in read_csv(table, "path_to_image", "frontal_lateral", "ap_pa", "split", *SECTIONS):
         source = row["path_to_image"]
@@ -58,3 +57,13 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
             view=row["ap_pa"] or row["frontal_lateral"].upper() or None, split=split_name(row["split"]),
             sections={name: text for column, name in SECTIONS.items() if (text := clean_text(row[column]))},
         )  # fmt: skip
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise ValueError(f"{path}, line {number}, is no JSON: download it again") from None
+            yield row

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_csv
+from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_csv, read_numbers
 from mmclip_shards.schema import Box, Record
 
 BOX_LABELS = {"Infiltrate": "Infiltration"}
@@ -56,6 +56,6 @@ def _boxes(raw: Path) -> dict[str, list[Box]]:
     boxes: dict[str, list[Box]] = {}
     for row in [] if path is None else read_csv(path, header=("name", "label", "x", "y", "w", "h"), ragged=True):
         if row["name"] != "Image Index":
-            sides = (float(row[side]) for side in "xywh")
-            boxes.setdefault(row["name"], []).append(Box(BOX_LABELS.get(row["label"], row["label"]), *sides))
+            label = BOX_LABELS.get(row["label"], row["label"])
+            boxes.setdefault(row["name"], []).append(Box(label, *read_numbers(row, "x", "y", "w", "h")))
     return boxes

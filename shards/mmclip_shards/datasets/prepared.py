@@ -173,7 +173,7 @@ def _read_lists(folder: Path) -> Mapping[str, str]:
             if image := re.split(r"[\s,]", line.strip(), maxsplit=1)[0]:
                 image = _IMAGE_SUFFIX.sub("", image)
                 if split_of.setdefault(image, split) != split:
-                    raise ValueError(f"{file}, line {number}, names an image of split {split_of[image]!r}, too: correct one")
+                    raise ValueError(f"{file}, line {number}, names an image of split {split_of[image]!r}, too: take one away")
     return split_of
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.sections import clean_text
 from mmclip_shards.datasets.upstream import find_file, read_csv
 from mmclip_shards.schema import Record, make_key
+from mmclip_shards.textfiles import read_json
 
 _SECTIONS = ("Indication", "Comparison", "Findings", "Impression")
 _VIEWS = {"POSTERO_ANTERIOR": "PA", "ANTERO_POSTERIOR": "AP", "UNKNOWN": "", "N/A": "", "None": ""}
@@ -32,7 +32,7 @@ def rexgradient(raw: Path) -> Iterator[Record | Skipped]:
     """
     metadata = raw / "metadata"
     for upstream in ("train", "valid", "test"):
-        images = json.loads(find_file(metadata, f"{upstream}_metadata_view_position.json").read_bytes())
+        images = read_json(find_file(metadata, f"{upstream}_metadata_view_position.json"), "download it again")
         for row in read_csv(find_file(metadata, f"{upstream}_metadata.csv"), "id", *_SECTIONS):
             study = images.pop(row["id"], None)
             if study is None:

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
-from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv
+from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv, read_numbers
 from mmclip_shards.schema import Box, Record
+from mmclip_shards.textfiles import read_json
 
 
 @recipe(
@@ -32,7 +32,7 @@ def rsna(raw: Path) -> Iterator[Record]:
     for row in read_csv(find_file(raw, "stage_2_train_labels.csv"), "patientId", "x", "y", "width", "height", "Target"):
         found = boxes.setdefault(row["patientId"], [])
         if row["Target"] == "1":
-            found.append(Box("Pneumonia", *(float(row[side]) for side in ("x", "y", "width", "height"))))
+            found.append(Box("Pneumonia", *read_numbers(row, "x", "y", "width", "height")))
     patients = _nih_patients(raw)
     for image, found in boxes.items():
         source = f"stage_2_train_images/{image}.dcm"
@@ -45,5 +45,5 @@ def rsna(raw: Path) -> Iterator[Record]:
 def _nih_patients(raw: Path) -> dict[str, str]:
     """Image -> the patient's number as the table of NIH ChestX-ray14 has it (`13`, of 00000013_004.png)."""
     path = find_optional(raw, "pneumonia-challenge-dataset-mappings_2018.json")
-    rows = json.loads(path.read_bytes()) if path is not None else []
+    rows = read_json(path, "download it again") if path is not None else []
     return {row["subset_img_id"]: str(int(PurePosixPath(row["img_id"]).name.partition("_")[0])) for row in rows}

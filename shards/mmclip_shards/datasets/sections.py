@@ -12,6 +12,7 @@ DEFAULT_SECTIONS = ("findings", "impression")
 
 _HEADER = re.compile(r"(?:^|\n)[ \t]{0,3}([A-Z][A-Z ()/,&-]+):(?=\s|$)")
 _ADDENDUM_LINE = re.compile(r"\n[ \t]*_{20,}[ \t]*\n")
+_TITLE = re.compile(r"^\s*(FINAL REPORT|WET READ)[^\n]*\n")
 _ADDENDUM_WORD = re.compile(r"^ADDENDUM[:\s]*")
 _BLANK = re.compile(r"_{2,}|X{4,}")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
@@ -34,8 +35,8 @@ def split_report(text: str) -> dict[str, str]:
     """The sections of a report by name: a header is capitals and a colon at the start of a line.
 
     A section that comes twice is the last one. What stands above a full line of underscores is an addendum. If there are no
-    findings and no impression, the last paragraph is `last_paragraph`. White space becomes single spaces; the marks of
-    removed words (`___`, `XXXX`) become `___`.
+    findings and no impression, `last_paragraph` is what follows the first empty line of the last section, or all of a text
+    without headers. White space becomes single spaces; the marks of removed words (`___`, `XXXX`) become `___`.
     """
     *addenda, text = _ADDENDUM_LINE.split(text.replace("\r\n", "\n"))
     sections: dict[str, str] = {}
@@ -48,8 +49,8 @@ def split_report(text: str) -> dict[str, str]:
     if addenda and (content := _ADDENDUM_WORD.sub("", clean_text(" ".join(addenda)))):
         sections["addendum"] = content
     if not sections.keys() & {"findings", "impression"}:
-        rest = text[headers[-1].end() :] if headers else text
-        if content := clean_text(_PARAGRAPH.split(rest.strip())[-1]):
+        rest = _PARAGRAPH.split(text[headers[-1].end() :], maxsplit=1)[-1] if headers else _TITLE.sub("", text)
+        if content := clean_text(rest):
             sections["last_paragraph"] = content
     return sections
 

@@ -69,6 +69,14 @@ def label_value(cell: str) -> int | None:
     return _CELLS[cell]
 
 
+def read_numbers(row: Mapping[str, str], *names: str) -> tuple[float, ...]:
+    """The numbers in these cells. ValueError that names the columns."""
+    try:
+        return tuple(float(row[name]) for name in names)
+    except ValueError:
+        raise ValueError(f"a row's {', '.join(names)} are not all numbers: download the table again") from None
+
+
 class StudyLabels:
     """Labels by study or image, in 15 bytes and a key each: sets have 220,000 of them."""
 

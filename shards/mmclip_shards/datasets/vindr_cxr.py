@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
-from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv
+from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv, read_numbers
 from mmclip_shards.schema import Box, Record
 
 _NOT_LABELS = {"image_id", "rad_id"}
@@ -52,7 +52,7 @@ def _records(raw: Path, split: str, present: dict[str, set[str]], rows: Iterator
         name, image = _name(row["class_name"]), row["image_id"]
         present.setdefault(image, set()).add(name)
         if row["x_min"]:
-            left, top, right, bottom = (float(row[side]) for side in ("x_min", "y_min", "x_max", "y_max"))
+            left, top, right, bottom = read_numbers(row, "x_min", "y_min", "x_max", "y_max")
             boxes.setdefault(image, []).append(Box(name, left, top, right - left, bottom - top))
     for image, names in present.items():
         labels = dict.fromkeys(sorted(names - {"No finding"}) or ["No finding"], 1)
