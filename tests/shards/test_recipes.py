@@ -119,11 +119,21 @@ def test_a_record_that_cannot_be_stored_is_named_by_number_and_never_by_patient(
     @recipe(licence=None, access=None, source="")
     def bad(raw: Path) -> Iterator[Record]:
         yield Record("fine", raw / "a.png", "SECRET", "a.png")
-        yield Record("not fine", raw / "a.png", "SECRET", "a.png")
+        yield Record("", raw / "a.png", "SECRET", "a.png")
 
     with pytest.raises(ValueError, match="recipe toy, record 2: sample key") as error:
         prepared(raw, bad, split=None)
     assert "SECRET" not in str(error.value)
+
+
+def test_keys_may_be_any_text_and_stay_different(raw: Path) -> None:
+    @recipe(licence=None, access=None, source="")
+    def dotted(raw: Path) -> Iterator[Record]:
+        for key in ("1.2.840.1", "1.2.840.11", "x" * 90, "plain"):
+            yield Record(key, raw / "PATIENT0" / "0.png", "p", "0.png")
+
+    keys = [record.key for record in prepared(raw, dotted, split=None).records]
+    assert len(set(keys)) == 4 and keys[3] == "plain" and not any("." in key or len(key) > 80 for key in keys)
 
 
 def test_a_recipe_that_finds_nothing_says_why(raw: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.datasets.upstream import find_file, label_value, read_csv
-from mmclip_shards.schema import Record, make_key
+from mmclip_shards.schema import Record
 
 _VIEWS = {"L": "LATERAL"}
 
@@ -29,7 +29,7 @@ def brax(raw: Path) -> Iterator[Record]:
     for row in read_csv(table, "PngPath", "PatientID", "ViewPosition", *FINDINGS):
         source = row["PngPath"]
         yield Record(
-            key=make_key(source), image=raw / source, patient=row["PatientID"], source=source,
+            key=source, image=raw / source, patient=row["PatientID"], source=source,
             labels={name: label_value(row[name]) for name in FINDINGS},
             view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None,
         )  # fmt: skip

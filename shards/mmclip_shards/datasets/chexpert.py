@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, label_value, read_csv
-from mmclip_shards.schema import Record, make_key
+from mmclip_shards.schema import Record
 
 FINDINGS = (
     "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation",
@@ -52,4 +52,4 @@ def chexpert(raw: Path) -> Iterator[Record]:
 
 def _record(raw: Path, source: str, view: str, labels: dict[str, int | None], split: str) -> Record:
     patient = PurePosixPath(source).parts[1]
-    return Record(make_key(source), raw / source, patient, source, labels=labels, view=view, split=split)
+    return Record(source, raw / source, patient, source, labels=labels, view=view, split=split)

@@ -10,7 +10,7 @@ from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.sections import clean_text
 from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, read_csv
-from mmclip_shards.schema import Record, make_key
+from mmclip_shards.schema import Record
 
 SECTIONS = {
     "section_findings": "findings",
@@ -52,7 +52,7 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
         image = PurePosixPath(source)
         files = (root / image.with_suffix(suffix) for root in roots for suffix in (".png", ".dcm", ".jpg"))
         yield Record(
-            key=make_key(source), image=next((path for path in files if path.is_file()), raw / image),
+            key=source, image=next((path for path in files if path.is_file()), raw / image),
             patient=image.parts[1], source=source, labels=labels[source],
             view=row["ap_pa"] or row["frontal_lateral"].upper() or None, split=split_name(row["split"]),
             sections={name: text for column, name in SECTIONS.items() if (text := clean_text(row[column]))},

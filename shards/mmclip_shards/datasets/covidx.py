@@ -6,7 +6,7 @@ from pathlib import Path
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.upstream import read_csv
-from mmclip_shards.schema import Record, make_key
+from mmclip_shards.schema import Record
 
 _LABELS: dict[str, dict[str, int | None]] = {
     "positive": {"COVID-19": 1},
@@ -45,6 +45,6 @@ def covidx(raw: Path) -> Iterator[Record | Skipped]:
                 continue
             source = f"{table.stem}/{row['image']}"
             yield Record(
-                key=make_key(source), image=raw / source, patient=f"{row['source'].lower()} {row['patient']}", source=source,
+                key=source, image=raw / source, patient=f"{row['source'].lower()} {row['patient']}", source=source,
                 labels=_LABELS[row["class"]], split=split_name(table.stem),
             )  # fmt: skip

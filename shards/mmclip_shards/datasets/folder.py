@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
-from mmclip_shards.schema import Record, make_key
+from mmclip_shards.schema import Record
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
 
@@ -33,7 +33,7 @@ def folder(raw: Path) -> Iterator[Record | Skipped]:
             raise ValueError(f"{report} is not UTF-8: convert it (iconv)") from error
         first, *folders = path.relative_to(raw).parent.parts or ("",)
         yield Record(
-            key=make_key(source), image=path, patient=source, source=source, report=text,
+            key=source, image=path, patient=source, source=source, report=text,
             labels={path.parent.name: 1} if path.parent != raw else {}, split=split_name(first) if folders else None,
         )  # fmt: skip
 

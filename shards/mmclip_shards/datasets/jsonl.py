@@ -8,7 +8,7 @@ from typing import Any
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.document import legal_labels
-from mmclip_shards.schema import Box, Record, make_key
+from mmclip_shards.schema import Box, Record
 
 
 @recipe(licence=None, access=None, source="your own files")
@@ -60,7 +60,7 @@ def record_of(row: Any, raw: Path, where: str) -> Record:
     except (TypeError, KeyError, ValueError):
         raise ValueError(f"{where}: 'boxes' must be a list of label, x, y, width, height") from None
     return Record(
-        key=make_key(row.get("key") or str(source)),
+        key=row.get("key") or str(source),
         image=raw / source,
         patient=row["patient"],
         source=str(source),

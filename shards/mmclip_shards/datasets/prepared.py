@@ -96,7 +96,7 @@ def prepare_records(
 def read_records(
     recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, skipped: Counter[str]
 ) -> Iterator[Record]:
-    """The records of a recipe with their split and report; `skipped` counts what is left out, by reason."""
+    """The records of a recipe with legal keys, their split and report; `skipped` counts what is left out, by reason."""
     check_needs(recipe)
     if not raw.is_dir():
         raise ValueError(f"there is no folder {raw}")
@@ -118,7 +118,7 @@ def read_records(
                 findings=record.sections.get("findings"),
                 impression=record.sections.get("impression"),
             )
-        yield record
+        yield replace(record, key=make_key(record.key)) if record.key else record
 
 
 def nothing_found(raw: Path, skipped: Counter[str]) -> ValueError:
@@ -190,8 +190,8 @@ def split_name(text: str) -> str:
 
 
 def key_of(source: str | PurePosixPath) -> str:
-    """The key of an image with this path below the raw tree: of its file name without suffix."""
-    return make_key(_IMAGE_SUFFIX.sub("", PurePosixPath(source).name))
+    """The key of an image with this path below the raw tree: its file name without suffix."""
+    return _IMAGE_SUFFIX.sub("", PurePosixPath(source).name)
 
 
 def describe(prepared: Prepared) -> Iterable[str]:

@@ -37,8 +37,8 @@ class Skipped:
 
 
 Read = Callable[[Path], Iterable[Record | Skipped]]
-"""The published tree -> its records, in an order that depends on the tree alone. It is gone through once; it should hold no more
-than ids and labels in memory."""
+"""The published tree -> its records, in an order that depends on the tree alone. A record's key may be any text of its own. It
+is gone through once; it should hold no more than ids and labels in memory."""
 
 
 @dataclass(frozen=True)

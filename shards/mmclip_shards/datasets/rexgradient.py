@@ -7,7 +7,7 @@ from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.sections import clean_text
 from mmclip_shards.datasets.upstream import find_file, read_csv
-from mmclip_shards.schema import Record, make_key
+from mmclip_shards.schema import Record
 from mmclip_shards.textfiles import read_json
 
 _SECTIONS = ("Indication", "Comparison", "Findings", "Impression")
@@ -42,7 +42,7 @@ def rexgradient(raw: Path) -> Iterator[Record | Skipped]:
             for path, view in zip(study["ImagePath"], study["ImageViewPosition"], strict=True):
                 source = path.removeprefix("../")
                 yield Record(
-                    key=make_key(source), image=raw / source, patient=source.split("/")[1], source=source,
+                    key=source, image=raw / source, patient=source.split("/")[1], source=source,
                     view=_VIEWS.get(str(view), str(view)) or None, split=split_name(upstream), sections=sections,
                 )  # fmt: skip
         yield from (Skipped("images without a study") for _ in images)
