@@ -19,7 +19,7 @@ from mmclip_shards.datasets.prepared import Prepared, prepare_records
 from mmclip_shards.datasets.recipe import find_recipe
 from mmclip_shards.datasets.siim_acr import box_of_runs
 from mmclip_shards.datasets.upstream import StudyLabels, label_value, read_csv
-from mmclip_shards.images import decode_image
+from mmclip_shards.images import decode_image, prepare_image
 from mmclip_shards.pack import pack
 from mmclip_shards.schema import Box, Record
 from PIL import Image
@@ -637,22 +637,46 @@ def test_candid(tmp_path: Path) -> None:
     assert records[0].report == "Small apical." and len({record.key for record in records}) == 3
 
 
-def test_dicom_sets_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pydicom", reason='DICOM IS NOT TESTED: pip install "mmclip-dist[dicom]"')
+def dicom_file(path: Path, photometric: str, pixels: np.ndarray) -> None:
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-    (tmp_path / "stage_2_train_images").mkdir()
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    file = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    file.Rows, file.Columns = pixels.shape
+    file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 1, 8, 8, 7, 0
+    file.PhotometricInterpretation, file.PixelData, file.PatientName = photometric, pixels.tobytes(), "SECRET"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file.save_as(path, enforce_file_format=True)
+
+
+def test_a_damaged_dicom_file_is_a_bad_image_and_never_ends_a_pack(tmp_path: Path) -> None:
+    """Without this, 70 of 1,379 damaged files of pydicom's ended a pack by other errors than those of a bad image."""
+    pytest.importorskip("pydicom", reason='DICOM IS NOT TESTED: pip install "mmclip-dist[dicom]"')
+    dicom_file(tmp_path / "a.dcm", "MONOCHROME2", np.arange(64, dtype=np.uint8).reshape(8, 8))
+    whole = (tmp_path / "a.dcm").read_bytes()
+    generator = np.random.default_rng(0)
+    cut = [whole[:length] for length in range(132, len(whole), 3)]
+    changed = [bytearray(whole) for _ in range(200)]
+    for data in changed:
+        for place in generator.integers(132, len(whole) - 64, 4):
+            data[place] = generator.integers(256)
+    refused = 0
+    for data in [*cut, *map(bytes, changed)]:
+        try:
+            prepare_image(data, 8)
+        except ValueError:
+            refused += 1
+    assert len(cut) < refused + 1 < len(cut) + 200
+
+
+def test_dicom_sets_pack(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom", reason='DICOM IS NOT TESTED: pip install "mmclip-dist[dicom]"')
     ramp = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
     for name, photometric in (("a", "MONOCHROME2"), ("b", "MONOCHROME1")):
-        meta = FileMetaDataset()
-        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
-        meta.MediaStorageSOPInstanceUID = "1.2.3"
-        file = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        file.Rows = file.Columns = 64
-        file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 1, 8, 8, 7, 0
-        file.PhotometricInterpretation, file.PixelData, file.PatientName = photometric, ramp.tobytes(), "SECRET"
-        file.save_as(tmp_path / "stage_2_train_images" / f"{name}.dcm", enforce_file_format=True)
+        dicom_file(tmp_path / "stage_2_train_images" / f"{name}.dcm", photometric, ramp)
     (tmp_path / "stage_2_train_images" / "c.dcm").write_bytes((tmp_path / "stage_2_train_images" / "a.dcm").read_bytes()[:600])
     write(tmp_path, {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,8,16,32,8,1\nb,,,,,0\nc,,,,,0\n"})
     found = prepare("rsna", tmp_path)
