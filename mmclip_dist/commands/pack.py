@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
+from copy import copy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, find_recipe, recipe_names
 from mmclip_shards.manifest import Manifest
-from mmclip_shards.storage import join
+from mmclip_shards.storage import join, write_atomic
+from typer.core import TyperGroup
 
 from mmclip_dist.commands.options import Workers
 from mmclip_dist.commands.progress import progress_bar
 
-pack_app = typer.Typer(no_args_is_help=True, help="Turn a raw data set into shards with a manifest.")
+RECIPE = "RECIPE"
+
+
+class PackGroup(TyperGroup):
+    """`pack csv`, `pack synthetic`, and `pack NAME` for each recipe; all recipes share one command."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *recipe_names()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        known = super().get_command(ctx, cmd_name)
+        command = super().get_command(ctx, RECIPE)
+        if known is not None or command is None:
+            return known
+        command = copy(command)
+        command.name, command.hidden = cmd_name, False
+        if cmd_name in recipe_names():
+            try:
+                found = find_recipe(cmd_name)
+            except ValueError as error:  # of another's package; the command itself ends with it
+                command.short_help = str(error)
+            else:
+                command.short_help, command.help = found.title, f"{inspect.getdoc(found.read) or ''}\n\n{command.help}"
+        return command
+
+
+pack_app = typer.Typer(cls=PackGroup, no_args_is_help=True, help="Turn a raw data set into shards with a manifest.")
 
 Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
+SHARES = "train=.8,val=.1,test=.1"
+
 Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient never crosses splits.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic data).")]
 ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
@@ -47,7 +79,7 @@ def pack_csv(
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
     empty_reports: Annotated[str, typer.Option(help="A row without text: error, drop or unpaired.")] = "error",
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default DEST's last part.")] = None,
-    splits: Splits = "train=.8,val=.1,test=.1",
+    splits: Splits = SHARES,
     seed: Seed = 0,
     short_side: ShortSide = 512,
     samples_per_shard: PerShard = 1024,
@@ -76,13 +108,75 @@ def pack_csv(
     _print_splits(dest, manifests)
 
 
+@pack_app.command(RECIPE, hidden=True)
+def pack_recipe(
+    context: typer.Context,
+    raw: Annotated[Path, typer.Argument(help="Folder of the data set, as it is published.")],
+    dest: Dest,
+    split: Annotated[
+        str | None, typer.Option(help="`official`, or NAME: lists in RAW/splits/NAME/train.txt and so on. By default official.")
+    ] = None,
+    splits: Annotated[str | None, typer.Option(help=f"Split patients by shares instead, for example {SHARES}.")] = None,
+    sections: Annotated[
+        str | None, typer.Option(help="Sections that become the report, in this order. By default findings,impression.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only look at 20 samples; draw them in DEST-check.png.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the recipe's.")] = None,
+    seed: Seed = 0,
+    short_side: ShortSide = 512,
+    samples_per_shard: PerShard = 1024,
+    max_bad_fraction: MaxBad = 0.0,
+    workers: Workers = 1,
+) -> None:
+    """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
+    from mmclip_shards.datasets.check import check_recipe
+    from mmclip_shards.datasets.prepared import describe, prepare_records
+    from mmclip_shards.datasets.sections import parse_choice
+    from mmclip_shards.pack import pack
+    from mmclip_shards.split import parse_splits, patient_key
+
+    found = find_recipe(str(context.info_name))
+    name = Path(str(context.info_name)).stem
+    _print_terms(name, found)
+    if split is not None and splits is not None:
+        raise ValueError("--split names one of the data set's own splits, --splits shares of the patients: give one of them")
+    split = split.removeprefix(f"{name}@") if split is not None else OFFICIAL if found.official and splits is None else None
+    chosen = parse_choice(sections) if sections is not None else None
+    if check:
+        lines, sheet = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side)
+        write_atomic(target := f"{dest.rstrip('/')}-check.png", sheet)
+        print("\n".join([*lines, f"contact sheet: {target}"]))
+        return
+    key = patient_key()
+    prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
+    print("\n".join(describe(prepared)))
+    with progress_bar("pack", "images") as report:
+        manifests = pack(
+            prepared.records, dest, dataset=dataset or name,
+            splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
+            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, config_hash=prepared.config_hash,
+            patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
+            workers=workers, progress=report,
+        )  # fmt: skip
+    _print_splits(dest, manifests)
+
+
+def _print_terms(name: str, found: Recipe) -> None:
+    print(f"{name}: {found.title}")
+    print(f"licence: {found.licence or 'not stated: your own files'}")
+    print(f"access: {found.access or 'not stated'}")
+    print(f"source: {found.source}")
+    if found.same_images:
+        print(f"shares images with: {', '.join(found.same_images)}; do not train on one and evaluate on the other")
+
+
 @pack_app.command("synthetic")
 def pack_synthetic(
     dest: Dest,
     count: Annotated[int, typer.Option(min=1, help="Images.")] = 1000,
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Labels without reports.")] = False,
     size: Annotated[int, typer.Option(min=32, help="Pixels, square.")] = 128,
-    splits: Splits = "train=.8,val=.1,test=.1",
+    splits: Splits = SHARES,
     seed: Seed = 0,
     samples_per_shard: PerShard = 256,
     workers: Workers = 1,

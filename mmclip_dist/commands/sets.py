@@ -121,6 +121,8 @@ def _facts(split: SplitStats) -> dict[str, str]:
     views = [f"{view} {count}" for view, count in list(split.views.items())[:_VIEWS]]
     return {
         "data set": split.dataset,
+        "licence": split.licence or "not stated",
+        "access": split.access or "not stated",
         "samples": str(split.samples),
         "shards": str(split.shards),
         "bytes": f"{split.bytes:,}",

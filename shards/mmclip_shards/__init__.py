@@ -1,6 +1,7 @@
 """WebDataset shards for medical image-report pairs: pack a raw data set, read samples back with every byte checked.
 
     pack(records, dest, dataset=..., splits=..., config_hash=...)   raw records -> one set per split
+    @recipe(licence=..., ...) def name(raw): yield Record(...)      another published data set for `mmclip pack NAME`
     ShardWriter(url, ...), index_set(url)                           ready samples; shards of another program
     verify(url), collect_stats(url)                                 check every byte; count what is there
     load_manifest(url), ShardReader(url, manifest), iterate(url)    read by key, or all in order
@@ -9,6 +10,7 @@
 A URL is a local folder, or anything that fsspec opens (s3://, gs://, memory://). All else in this package may change.
 """
 
+from mmclip_shards.datasets.recipe import Recipe, Skipped, recipe
 from mmclip_shards.foreign import Indexed, index_set
 from mmclip_shards.images import decode_image
 from mmclip_shards.manifest import Manifest, Shard, load_manifest
@@ -28,11 +30,13 @@ __all__ = [
     "Finding",
     "Indexed",
     "Manifest",
+    "Recipe",
     "Record",
     "SetStats",
     "Shard",
     "ShardReader",
     "ShardWriter",
+    "Skipped",
     "Verdict",
     "as_webdataset",
     "collect_stats",
@@ -41,5 +45,6 @@ __all__ = [
     "iterate",
     "load_manifest",
     "pack",
+    "recipe",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,21 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 
+# What pydicom was seen to raise on damaged files, beside its own errors; NotImplementedError is a RuntimeError.
+_DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, struct.error,
+)  # fmt: skip
+
+
 def is_dicom(data: Path | bytes) -> bool:
-    """Whether a file or its bytes carry DICOM's mark."""
+    """Whether a file or its bytes carry DICOM's mark. False for a file that cannot be read."""
     if isinstance(data, bytes):
         return data[128:132] == b"DICM"
-    if not data.is_file():
+    try:
+        with data.open("rb") as handle:
+            return handle.read(132)[128:] == b"DICM"
+    except OSError:
         return False
-    with data.open("rb") as handle:
-        return handle.read(132)[128:] == b"DICM"
 
 
 def decode_dicom(data: Path | bytes | Dataset) -> Image.Image:
@@ -39,7 +47,7 @@ def decode_dicom(data: Path | bytes | Dataset) -> Image.Image:
             raise ValueError("it holds colours or several frames; one grey frame is needed")
         values = pydicom.pixels.apply_modality_lut(found.pixel_array, found)
         values = np.asarray(pydicom.pixels.apply_voi_lut(values, found), dtype=np.float64)
-    except (pydicom.errors.InvalidDicomError, ValueError, AttributeError, RuntimeError, NotImplementedError, EOFError) as error:
+    except (pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException, *_DAMAGE) as error:
         name = str(data) if isinstance(data, Path) else "DICOM data"
         raise ValueError(f"{name} is not a usable DICOM radiograph: {' '.join(str(error).split())}") from error
     inverted = found.get("PhotometricInterpretation") == "MONOCHROME1"

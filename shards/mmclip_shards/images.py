@@ -75,11 +75,15 @@ def decode_image(data: bytes | Path | Image.Image | np.ndarray) -> Image.Image:
 def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
     """Decode an image (`decode_image`), reduce its shorter side to at most `short_side` pixels, encode it, scale its boxes.
 
-    JPEG stays JPEG (quality 95); PNG and arrays [height, width] become PNG. No image is enlarged. No metadata is kept: it
+    JPEG stays JPEG (quality 95); PNG, DICOM and arrays [height, width] become PNG. No image is enlarged. No metadata is kept: it
     can name the patient. ValueError that names the file when it cannot be used.
     """
+    from mmclip_shards.dicom import decode_dicom, is_dicom  # it imports this module
+
     if isinstance(image, np.ndarray):
         pixels, suffix = Image.fromarray(_array_to_8_bit(image)), "png"
+    elif is_dicom(image):
+        pixels, suffix = decode_dicom(image), "png"
     else:
         pixels, suffix = _decode(image)
     before = pixels.size

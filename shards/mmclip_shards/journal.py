@@ -120,11 +120,13 @@ class Unfinished:
         if len(self._pending) == self._samples_per_shard or (self._pending and self._seen == self._size):
             self._publish()
 
-    def finish(self, dataset: str, split: str, labels: tuple[str, ...]) -> Manifest:
+    def finish(
+        self, dataset: str, split: str, labels: tuple[str, ...], *, licence: str | None = None, access: str | None = None
+    ) -> Manifest:
         """Publish the quarantine and the manifest, remove the journal -> the manifest."""
         self.write_quarantine()
         shards = tuple(done.shard for done in self._done)
-        manifest = Manifest("base", dataset, split, shards, self._config_hash, labels)
+        manifest = Manifest("base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access)
         save_manifest(self._url, manifest)
         storage.remove(storage.join(self._url, JOURNAL))
         return manifest

@@ -22,6 +22,7 @@ _PATH_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TAR_BLOCK = 512
+_TERMS = ("licence", "access")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Manifest:
     """A whole set: which shards, how many samples, and the hash of the configuration that made them.
 
     base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
-    checkpoint: hash of the checkpoint (attention sidecars only). ValueError when the fields do not fit together.
+    checkpoint: hash of the checkpoint (attention sidecars only). licence, access: the terms of the raw data set, if its recipe
+    states them. ValueError when the fields do not fit together.
     """
 
     kind: Kind
@@ -61,6 +63,8 @@ class Manifest:
     labels: tuple[str, ...] = ()
     base: dict[str, str] | None = None
     checkpoint: str | None = None
+    licence: str | None = None
+    access: str | None = None
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -81,8 +85,8 @@ class Manifest:
         for path, sha256 in (self.base or {}).items():
             check_relative(path)
             _check_sha256(sha256, f"base shard {path}")
-        if self.checkpoint is not None and not isinstance(self.checkpoint, str):
-            raise ValueError("checkpoint must be a text or null")
+        if not all(text is None or isinstance(text, str) for text in (self.checkpoint, self.licence, self.access)):
+            raise ValueError("checkpoint, licence and access must be texts or null")
 
     @property
     def samples(self) -> int:
@@ -155,13 +159,13 @@ def load_manifest(url: Url) -> Manifest:
 
 def save_manifest(url: Url, manifest: Manifest) -> None:
     """Write the manifest into folder `url`, atomically. The same manifest is the same bytes."""
-    document = {**asdict(manifest), "samples": manifest.samples, "digest": manifest_hash(manifest)}
-    storage.write_atomic(storage.join(url, MANIFEST_NAME), canonical_json(document))
+    document = _document(manifest)
+    storage.write_atomic(storage.join(url, MANIFEST_NAME), canonical_json({**document, "digest": _digest(document)}))
 
 
 def manifest_hash(manifest: Manifest) -> str:
     """sha256 of a set's content: its manifest holds the hash of every shard and index. 64 hex digits."""
-    return _digest({**asdict(manifest), "samples": manifest.samples})
+    return _digest(_document(manifest))
 
 
 def find_split(url: Url, split: str) -> str:
@@ -223,6 +227,13 @@ def check_relative(path: str) -> None:
     """ValueError unless `path` is a plain relative path: no root, `..`, scheme, command (`pipe:`) or hidden name."""
     if not isinstance(path, str) or not all(_PATH_PART.fullmatch(part) for part in path.split("/")):
         raise ValueError(f"path {path!r} is refused: a set may only name files below its own folder")
+
+
+def _document(manifest: Manifest) -> dict[str, Any]:
+    """The fields of a manifest and the number of its samples. Terms that are not stated are left out: a manifest of a set
+    without any, and its hash, are those of releases that knew no terms."""
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None or name not in _TERMS}
+    return {**fields, "samples": manifest.samples}
 
 
 def _parse_manifest(document: dict[str, Any]) -> Manifest:

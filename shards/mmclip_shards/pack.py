@@ -46,6 +46,8 @@ def pack(
     config_hash: str,
     patient_key: bytes | None = None,
     max_bad_fraction: float = 0.0,
+    licence: str | None = None,
+    access: str | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
@@ -58,6 +60,7 @@ def pack(
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
     max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
     DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
+    licence, access: terms of the raw data set, for the manifests.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
@@ -102,7 +105,10 @@ def pack(
                 if progress is not None:
                     progress(done, total)
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
-        manifests |= {split: writer.finish(dataset, split, found.label_names) for split, writer in writers.items()}
+        manifests |= {
+            split: writer.finish(dataset, split, found.label_names, licence=licence, access=access)
+            for split, writer in writers.items()
+        }
     return {split: manifests[split] for split in plan}
 
 

@@ -72,6 +72,11 @@ def _prepare(image: RawImage, boxes: Sequence[Box], short_side: int) -> Prepared
         return mark, str(error).removeprefix(f"{image} is " if isinstance(image, Path) else "image data is ")
 
 
+def prepare_one(record: Record, short_side: int) -> PreparedImage | str:
+    """A record's image as a shard would hold it, or why it would be left out."""
+    return _prepare(record.image, record.boxes, short_side)[1]
+
+
 def cannot_be_used(record: Record, short_side: int) -> bool:
     """Whether a record's image would be left out."""
-    return isinstance(_prepare(record.image, record.boxes, short_side)[1], str)
+    return isinstance(prepare_one(record, short_side), str)

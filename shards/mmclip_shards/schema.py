@@ -8,7 +8,7 @@ import json
 import math
 import re
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -64,7 +64,8 @@ class Record:
 
     image: a file, encoded bytes, 8/16-bit single-channel pixels [height, width], or a function that draws pixels and boxes:
     `pack` calls it in a worker. It must be picklable and draw the same each time; `boxes` is empty then.
-    report: full text, or "" for an unpaired image; findings and impression: its sections, if known.
+    report: full text, or "" for an unpaired image; findings and impression: its sections, if known. sections: of a report by
+    name, if a recipe knows them (`datasets.sections`); they replace report, findings and impression, and are not stored.
     labels: disease -> 1 present, 0 absent, -1 uncertain, None not mentioned.
     patient: the raw patient id; only its keyed hash is ever written.
     source: the image's path relative to the raw data set (or any stable name).
@@ -78,10 +79,11 @@ class Record:
     report: str = ""
     findings: str | None = None
     impression: str | None = None
-    labels: dict[str, int | None] = field(default_factory=dict)
+    labels: Mapping[str, int | None] = field(default_factory=dict)
     view: str | None = None
     boxes: tuple[Box, ...] = ()
     split: str | None = None
+    sections: dict[str, str] = field(default_factory=dict)
 
 
 def check_key(key: str) -> None:

@@ -45,13 +45,16 @@ class LabelCounts:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One split. bytes: of the tars; words: per report, without empty ones; widths, heights: of the images, in pixels.
+    """One split. licence, access: the terms in its manifest; bytes: of the tars; words: per report, without empty ones; widths,
+    heights: of the images, in pixels.
 
     unreadable: samples whose text or JSON cannot be read; undecodable: samples whose image has no usable header.
     """
 
     folder: str
     dataset: str
+    licence: str | None
+    access: str | None
     split: str
     shards: int
     samples: int
@@ -165,6 +168,8 @@ class _Counts:
         return SplitStats(
             folder=folder,
             dataset=manifest.dataset,
+            licence=manifest.licence,
+            access=manifest.access,
             split=manifest.split,
             shards=len(manifest.shards),
             samples=self.samples,

@@ -39,7 +39,7 @@ def build(url: str, rows: list[tuple] = ROWS) -> str:
     ]  # fmt: skip
     pack(
         records, url, dataset="toy", splits=None, split_of_record={f"k{number}": row[1] for number, row in enumerate(rows)},
-        samples_per_shard=3, config_hash="c", patient_key=KEY,
+        samples_per_shard=3, config_hash="c", patient_key=KEY, licence="CC BY 4.0",
     )  # fmt: skip
     return url
 
@@ -52,6 +52,7 @@ def test_counts_are_those_of_the_rows(tmp_path: Path, remote: bool) -> None:
     test, train = found.splits
     assert found.patients_in_several_splits == 0 and seen == [(number, 5) for number in range(1, 6)]
     assert (train.dataset, train.split, train.shards, train.samples) == ("toy", "train", 2, 4)
+    assert (train.licence, train.access) == ("CC BY 4.0", None)
     assert train.bytes == sum(shard.bytes for shard in load_manifest(storage.join(url, "train")).shards)
     assert train.views == {"PA": 2, "AP": 1, "(unknown)": 1}
     assert train.labels == {"Edema": LabelCounts(2, 1, 1, 0)} and test.labels == {"Edema": LabelCounts(0, 0, 0, 1)}

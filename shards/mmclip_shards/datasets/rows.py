@@ -66,7 +66,7 @@ class Rows:
         reader = csv.reader(self._lines(file, lines), delimiter=self._delimiter, strict=True)
         try:
             self._columns = [name.strip() for name in next(reader, [])]
-            _check_columns(self._columns, wanted, self.table)
+            check_columns(self._columns, wanted, self.table)
             start += _take(lines)[0]
             for number, cells in enumerate(reader, 2):
                 length, digest = _take(lines)
@@ -120,7 +120,8 @@ def _take(lines: list[bytes]) -> tuple[int, int]:
     return len(raw), xxhash.xxh3_64_intdigest(raw)
 
 
-def _check_columns(columns: list[str], wanted: list[str], table: Path) -> None:
+def check_columns(columns: list[str], wanted: list[str], table: Path) -> None:
+    """ValueError unless each of the wanted columns is there once."""
     for name in wanted:
         if name not in columns:
             near = difflib.get_close_matches(name, columns, n=len(columns) or 1, cutoff=0.0)

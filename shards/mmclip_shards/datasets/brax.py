@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmclip_shards.datasets.chexpert import FINDINGS
+from mmclip_shards.datasets.recipe import recipe
+from mmclip_shards.datasets.upstream import find_file, label_value, read_csv
+from mmclip_shards.schema import Record
+
+_VIEWS = {"L": "LATERAL"}
+
+
+@recipe(
+    licence="PhysioNet Credentialed Health Data License 1.5.0",
+    access="PhysioNet credentialed access: training course and signed agreement",
+    source="https://physionet.org/content/brax/",
+    private_paths=True,
+)
+def brax(raw: Path) -> Iterator[Record]:
+    """BRAX 1.1.0: 40,967 radiographs of 19,351 patients, CheXpert's 14 observations, no reports.
+
+    RAW holds master_spreadsheet_update.csv (or master_spreadsheet.csv) and images/: the PNGs are packed, not the DICOM files.
+
+    Quirks: cells are empty, 1, 0 or -1, as in CheXpert. Paths name patients, so keyed hashes are stored in their place. The
+    columns PngPath and PatientID are partly remembered, not read. No split is official.
+    """
+    table = find_file(raw, "master_spreadsheet_update.csv", "master_spreadsheet.csv")
+    for row in read_csv(table, "PngPath", "PatientID", "ViewPosition", *FINDINGS):
+        source = row["PngPath"]
+        yield Record(
+            key=source, image=raw / source, patient=row["PatientID"], source=source,
+            labels={name: label_value(row[name]) for name in FINDINGS},
+            view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None,
+        )  # fmt: skip

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmclip_shards.datasets.prepared import split_name
+from mmclip_shards.datasets.recipe import Skipped, recipe
+from mmclip_shards.datasets.upstream import read_csv
+from mmclip_shards.schema import Record
+
+_LABELS: dict[str, dict[str, int | None]] = {
+    "positive": {"COVID-19": 1},
+    "negative": {"COVID-19": 0},
+    "COVID-19": {"COVID-19": 1, "Pneumonia": 1},
+    "pneumonia": {"COVID-19": 0, "Pneumonia": 1},
+    "normal": {"COVID-19": 0, "Pneumonia": 0},
+}
+
+
+@recipe(
+    licence="that of each source (cohen, fig1, actmed, sirm, rsna, ricord, bimcv, stonybrook); research only",
+    access="Kaggle account",
+    source="https://github.com/lindawangg/COVID-Net/blob/master/docs/COVIDx.md",
+    official=True,
+    same_images=("rsna", "nih"),
+)
+def covidx(raw: Path) -> Iterator[Record | Skipped]:
+    """COVIDx CXR-2, CXR-3 or CXR-4: radiographs of COVID-19 from many sources, two or three classes.
+
+    RAW holds train.txt, test.txt (CXR-4: and val.txt) and the folders train/, test/, val/. Give the release by --dataset
+    covidx4.
+
+    Quirks: the lists have no header; their columns, separated by spaces, are patient, file name, class, source. Classes are
+    positive and negative, or normal, pneumonia and COVID-19. Patient numbers are those of a source, so a patient is both
+    together. MAVL's `COVIDx-CXR-2` is another split of train.txt: give its lists as RAW/splits/mavl. Negatives are of RSNA,
+    so of NIH.
+    """
+    tables = [path for name in ("train", "val", "test") if (path := raw / f"{name}.txt").is_file()]
+    if not tables:
+        raise ValueError(f"{raw} holds no train.txt, val.txt or test.txt: name the folder that was downloaded, unpacked")
+    for table in tables:
+        for row in read_csv(table, header=("patient", "image", "class", "source"), delimiter=" ", ragged=True):
+            if row["class"] not in _LABELS:
+                yield Skipped(f"class {row['class']}")
+                continue
+            source = f"{table.stem}/{row['image']}"
+            yield Record(
+                key=source, image=raw / source, patient=f"{row['source'].lower()} {row['patient']}", source=source,
+                labels=_LABELS[row["class"]], split=split_name(table.stem),
+            )  # fmt: skip

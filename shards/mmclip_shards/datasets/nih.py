@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmclip_shards.datasets.prepared import key_of
+from mmclip_shards.datasets.recipe import recipe
+from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_csv, read_numbers
+from mmclip_shards.schema import Box, Record
+
+BOX_LABELS = {"Infiltrate": "Infiltration"}
+"""Where the table of boxes has another name than the table of labels."""
+
+
+@recipe(
+    licence="no restrictions; cite Wang et al., CVPR 2017, and acknowledge the NIH Clinical Center",
+    access="free download",
+    source="https://nihcc.app.box.com/v/ChestXray-NIHCC",
+    official=True,
+    private_paths=True,
+    unlisted_absent=True,
+    same_images=("rsna", "covidx"),
+)
+def nih(raw: Path) -> Iterator[Record]:
+    """NIH ChestX-ray14: 112,120 frontal radiographs of 30,805 patients, 14 labels, 984 boxes, no reports.
+
+    RAW holds Data_Entry_2017_v2020.csv (or Data_Entry_2017.csv), the images in images_001/images ... or in one images/, and
+    for the official split train_val_list.txt (`train`, 86,524) and test_list.txt (`test`, 25,596). BBox_List_2017.csv is
+    optional. `--split nih@mrm` (78,468 / 11,219 / 22,433) takes the lists of MRM from RAW/splits/mrm/train_list.txt and so
+    on.
+
+    Quirks: header names with commas in brackets split into more columns; the table of boxes has a header of nine names over
+    rows of six cells, and says Infiltrate for Infiltration; boxes are in pixels of the 1024 x 1024 images. File names begin
+    with the patient's number, so keyed hashes are stored in their place.
+    """
+    boxes = _boxes(raw)
+    split_of = {
+        line.split()[0]: split
+        for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt"))
+        if (path := find_optional(raw, name)) is not None
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    }
+    images = ImageIndex(raw, "images", "images_*/images")
+    table = find_file(raw, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+    for row in read_csv(table, "Image Index", "Finding Labels", "Patient ID", "View Position"):
+        name = row["Image Index"]
+        yield Record(
+            key=key_of(name), image=images[name], patient=row["Patient ID"], source=name, view=row["View Position"] or None,
+            labels=dict.fromkeys(row["Finding Labels"].split("|"), 1), boxes=tuple(boxes.get(name, ())), split=split_of.get(name),
+        )  # fmt: skip
+
+
+def _boxes(raw: Path) -> dict[str, list[Box]]:
+    path = find_optional(raw, "BBox_List_2017.csv")
+    boxes: dict[str, list[Box]] = {}
+    for row in [] if path is None else read_csv(path, header=("name", "label", "x", "y", "w", "h"), ragged=True):
+        if row["name"] != "Image Index":
+            label = BOX_LABELS.get(row["label"], row["label"])
+            boxes.setdefault(row["name"], []).append(Box(label, *read_numbers(row, "x", "y", "w", "h")))
+    return boxes

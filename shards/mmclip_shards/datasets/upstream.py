@@ -1,0 +1,125 @@
+"""Read the files of a published data set as they are: gzip, odd headers, study tables, folders of folders."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from mmclip_shards.datasets.rows import check_columns
+
+_CELLS: dict[str, int | None] = {
+    "": None, "nan": None, "NaN": None, "1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1,
+}  # fmt: skip
+_LONGEST_CELL = 1 << 24  # CheXpert Plus has reports beyond the csv module's 131,072 characters
+
+
+def find_file(raw: Path, *names: str) -> Path:
+    """The first of these files that is below `raw`, as it is or with .gz. ValueError that names all when there is none."""
+    found = find_optional(raw, *names)
+    if found is None:
+        raise ValueError(f"{raw} holds no {' or '.join(names)}: name the folder that was downloaded, unpacked")
+    return found
+
+
+def find_optional(raw: Path, *names: str) -> Path | None:
+    """As `find_file`, or None."""
+    paths = (raw / (name + suffix) for name in names for suffix in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_csv(
+    path: Path, *wanted: str, header: Sequence[str] | None = None, delimiter: str = ",", ragged: bool = False
+) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file, plain or gzip, by column; header names and cells are stripped.
+
+    wanted: columns that must be there. header: the names, for a file without a header. ragged: empty cells may follow in some
+    rows, as spreadsheets leave them. ValueError that names the file and the row for a row with another number of cells, for
+    text that is not UTF-8, and for a file that is no CSV.
+    """
+    csv.field_size_limit(_LONGEST_CELL)
+    try:
+        with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as file:
+            lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == " ")
+            names = list(header) if header is not None else [name.strip() for name in next(reader, [])]
+            check_columns(names, list(wanted), path)
+            for number, cells in enumerate(reader, 1 if header is not None else 2):
+                if not cells:
+                    continue
+                if ragged:
+                    while len(cells) > len(names) and not cells[-1].strip():
+                        cells.pop()
+                if len(cells) != len(names):
+                    raise ValueError(f"{path}: row {number} has {len(cells)} cells, the header {len(names)}: download it again")
+                yield dict(zip(names, map(str.strip, cells), strict=True))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start} of a block): download it again") from error
+    except (csv.Error, gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a table ({error}): download it again") from error
+
+
+def label_value(cell: str) -> int | None:
+    """A cell of CheXpert's and MIMIC's tables: 1.0 present, 0.0 absent, -1.0 uncertain, empty not mentioned."""
+    if cell not in _CELLS:
+        raise ValueError(f"a label is {cell!r}; 1.0, 0.0, -1.0 or an empty cell is needed: download the table again")
+    return _CELLS[cell]
+
+
+def read_numbers(row: Mapping[str, str], *names: str) -> tuple[float, ...]:
+    """The numbers in these cells. ValueError that names the columns."""
+    try:
+        return tuple(float(row[name]) for name in names)
+    except ValueError:
+        raise ValueError(f"a row's {', '.join(names)} are not all numbers: download the table again") from None
+
+
+class StudyLabels:
+    """Labels by study or image, in 15 bytes and a key each: sets have 220,000 of them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._values: dict[str, bytes] = {}
+
+    def add(self, study: str, labels: Mapping[str, int | None]) -> None:
+        """labels: of all names or some."""
+        self._values[study] = bytes(_CODES[labels.get(name)] for name in self.names)
+
+    def __getitem__(self, study: str) -> dict[str, int | None]:
+        """Empty for a study without labels."""
+        return dict(zip(self.names, map(_VALUES.__getitem__, self._values.get(study, b"")), strict=False))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+_VALUES = (1, 0, -1, None)
+_CODES = {value: code for code, value in enumerate(_VALUES)}
+
+
+class ImageIndex:
+    """Where the images of a tree are, by file name: some copies are flat, some have a folder for each archive.
+
+    folders: patterns of the folders that may hold images, relative to the tree, or "." for the tree itself. An image that is
+    in none is taken to be in the first folder, so that `pack` counts it as missing.
+    """
+
+    def __init__(self, raw: Path, *folders: str) -> None:
+        self._raw = raw
+        found = (path for pattern in folders for path in ([raw] if pattern == "." else raw.glob(pattern)))
+        self._folders = sorted({path for path in found if path.is_dir()})
+        if not self._folders:
+            raise ValueError(f"{raw} holds no folder {' or '.join(folders)}: name the folder that was downloaded, unpacked")
+        self._place: dict[str, int] = {}
+        for place, folder in enumerate(self._folders):
+            for entry in os.scandir(folder):
+                self._place.setdefault(entry.name, place)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._place
+
+    def __getitem__(self, name: str) -> Path:
+        return self._folders[self._place.get(name, 0)] / name
