@@ -69,7 +69,10 @@ def check(
     dataset: the family of the protocol, beside the sets' own names.
     """
     checked = (["shards"] if trained_on is not None else []) + (["patients", "images", "data sets"] if seen is not None else [])
-    found: dict[str, Any] = {"checked": checked, "shards": 0, "patients": 0, "images": 0, "data_sets": [], "allowed": allow}
+    found: dict[str, Any] = {
+        "checked": checked, "shards": 0, "patients": 0, "images": 0, "data_sets": [], "allowed": allow,
+        "patients_unknown_of": list(seen.unknown) if seen is not None else None,
+    }  # fmt: skip
     if trained_on is not None:
         if not allow:
             refuse_trained(readers, trained_on)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -123,8 +124,11 @@ def _of_set(encoder: Encoder, reader: ShardReader, cache: Path, report: Callable
     parts = [_VERSION, encoder.sha256, manifest_hash(reader.manifest), encoder.features_are]
     path = cache / f"{hashlib.sha256(canonical_json(parts)).hexdigest()}.npz"
     if path.is_file():
-        with np.load(path, allow_pickle=False) as stored:
-            return Featured(stored["features"], stored["labels"], stored["patients"], tuple(stored["undecodable"].tolist()))
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return Featured(stored["features"], stored["labels"], stored["patients"], tuple(stored["undecodable"].tolist()))
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"the features in {path} are damaged ({error}): delete that file") from error
     names = reader.manifest.labels
     images = LabelledImages([reader], [Columns({name: number for number, name in enumerate(names)}, ())], names)
     parts_known, features, done = [], [], 0

@@ -302,6 +302,8 @@ def _subject(
         told.append(f"{count} images, where {protocol.name} has {protocol.images}: figures of other images do not compare")
     if encoder.seen is None:
         told.append(f"leak: {encoder.name} does not tell which patients it was trained on")
+    elif encoder.seen.unknown:
+        told.append(f"leak: not all patients of {', '.join(encoder.seen.unknown)} are known, which the model was trained on")
     if leak["shards"] or leak["patients"] or leak["images"] or leak["data_sets"]:
         told.append("leak: the model was trained on some of these patients or images (--allow-leak)")
     return Subject(

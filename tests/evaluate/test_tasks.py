@@ -181,6 +181,7 @@ def test_subsets_are_of_whole_patients_and_always_the_same() -> None:
     assert len(patients_share(patients, 0.0001, 0)) == 2
 
 
+@pytest.mark.slow
 def test_the_probe_of_a_model_and_its_cache(run: str, data: str, tmp_path: Path, monkeypatch) -> None:
     forwards: list[int] = []
     features = Trained.features
@@ -191,6 +192,12 @@ def test_the_probe_of_a_model_and_its_cache(run: str, data: str, tmp_path: Path,
         count = len(forwards)
         again = tasks.linear_probe(request, tmp_path)
         assert again.document == first.document and len(forwards) == count  # nothing went through the model again
+        damaged = sorted(tmp_path.glob("*.npz"))[0]
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:50])
+        with pytest.raises(ValueError, match=r"are damaged .*: delete that file"):
+            tasks.linear_probe(request, tmp_path)
+        damaged.write_bytes(whole)
         encoder.sha256 = "0" * 64
         probes.featured(encoder, request.test(), [Columns({}, ())], (), tmp_path)
         assert len(forwards) > count
