@@ -112,9 +112,11 @@ def weighted_precision(scores: np.ndarray, positive: np.ndarray, weights: np.nda
 
 
 def weighted_f1(threshold: float) -> Weighted:
-    """F1 at a fixed threshold."""
+    """F1 at a fixed threshold; nan at nan."""
 
     def metric(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if np.isnan(threshold):
+            return np.full(len(weights), np.nan)
         found = scores >= threshold
         twice = 2 * weights @ (found & positive)
         return np.asarray(twice / np.maximum(weights @ found.astype(float) + weights @ positive.astype(float), 1e-12))
@@ -123,9 +125,11 @@ def weighted_f1(threshold: float) -> Weighted:
 
 
 def weighted_accuracy(threshold: float) -> Weighted:
-    """Accuracy at a fixed threshold."""
+    """Accuracy at a fixed threshold; nan at nan."""
 
     def metric(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        if np.isnan(threshold):
+            return np.full(len(weights), np.nan)
         return np.asarray(weights @ ((scores >= threshold) == positive) / np.maximum(weights.sum(1), 1e-12))
 
     return metric

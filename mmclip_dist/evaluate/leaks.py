@@ -82,10 +82,10 @@ def check(
         names = dict.fromkeys([*(reader.manifest.dataset for reader in readers), *([dataset] if dataset else [])])
         found["data_sets"] = [[mine, its] for mine in names for its in seen.datasets if share_images(mine, its)]
     if (found["patients"] or found["images"] or found["data_sets"]) and not allow:
-        told = [f"{found[kind]} {kind}" for kind in ("patients", "images") if found[kind]]
-        told += [f"the images of {its}, from which {mine} was made or which it shares" for mine, its in found["data_sets"]]
+        told = [f"{found[kind]} {kind} of it" for kind in ("patients", "images") if found[kind]]
+        told += [f"{its}, which shares images with {mine}" for mine, its in found["data_sets"]]
         raise ValueError(
-            f"{', '.join(str(reader.url) for reader in readers)}: the model was trained on {' and '.join(told)} of it, so its "
+            f"{', '.join(str(reader.url) for reader in readers)}: the model was trained on {' and '.join(told)}, so its "
             "scores would flatter; evaluate on another set, or pass --allow-leak, which the result then says"
         )
     return found

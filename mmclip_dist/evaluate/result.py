@@ -160,7 +160,7 @@ def _intervals(
     plain: dict[str, Weighted] = {"auroc": weighted_auc, "auprc": weighted_precision}
     metrics = {name: [[metric] * len(names)] * len(scores) for name, metric in plain.items()}
     fixed = {"f1_max_test": (weighted_f1, best), "acc_at_f1_max": (weighted_accuracy, best)}
-    if chosen is not None and not np.isnan(chosen).any():
+    if chosen is not None:
         fixed |= {"f1_val_threshold": (weighted_f1, chosen), "acc_val_threshold": (weighted_accuracy, chosen)}
     metrics |= {name: [[make(t) for t in row] for row in table] for name, (make, table) in fixed.items()}
     found = intervals(metrics, scores, labels, patients)

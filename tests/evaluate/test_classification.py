@@ -118,7 +118,8 @@ def test_a_class_that_validation_cannot_choose_for_is_named() -> None:
     scores, positive = case()
     labels = positive.astype(int)[:, None]
     found = measured(("A",), scores[None, :, None], labels, np.arange(200), validation=(scores[None, :, None], labels * 0))
-    assert found.f1_val_threshold == {} and "none for A, which has no positives or no negatives there" in found.threshold_from
+    assert found.f1_val_threshold == {} and np.isnan(found.ci95["f1_val_threshold"]["A"]).all()
+    assert "none for A, which has no positives or no negatives there" in found.threshold_from
 
 
 def test_classes_that_exclude_each_other_have_one_accuracy() -> None:
