@@ -156,8 +156,8 @@ def reconstruction(model: MMCLIP, held: HeldOut, padding: int) -> dict[str, np.n
         error = (model.rebuild_images(batch, masked) - target).square().mean(2)
         boxes = held.boxes[first : first + len(error)]
         first += len(error)
-        covered = np.stack([covered(np.concatenate(list(b.values())), side) if b else np.zeros(side**2) for b in boxes])
-        inside = torch.from_numpy(covered >= 0.5)
+        shares = np.stack([covered(np.concatenate(list(b.values())), side) if b else np.zeros(side**2) for b in boxes])
+        inside = torch.from_numpy(shares >= 0.5)
         for collected, chosen in ((errors_inside, masked & inside), (errors_elsewhere, masked & ~inside)):
             count = chosen.sum(1)
             mean = (error * chosen).sum(1) / count.clamp(min=1)
