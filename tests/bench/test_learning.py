@@ -193,10 +193,10 @@ def test_a_plan_becomes_a_table_and_goes_on_where_it_stopped(tmp_path: Path, cap
     assert full["runs"][0]["steps"] == 4 and full["runs"][0]["processor_s"] > 0
     table = (tmp_path / "out" / "tiny.md").read_text()
     assert "- `diverges`, seed 0: ended at step" in table and "| zero-shot AUC |" in table
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("measures.npz")}
     assert len(made) == 2
     assert command.main(words) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")} == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("measures.npz")} == made
     other = write_plan(tmp_path, PLAN.replace("loss.entity=0", "loss.entity=0.5"))
     assert command.main([str(other), *words[1:]]) == 2
     assert "holds the runs of another plan (contrastive)" in capsys.readouterr().err
