@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -22,9 +22,9 @@ import torch.utils.data._utils as loader_inside
 from mmclip_kernels import check_impl
 
 from mmclip_dist import errors
-from mmclip_dist.checkpoint.folder import Meta
+from mmclip_dist.checkpoint.folder import Meta, newest_checkpoint, read_meta
 from mmclip_dist.config import Config, load_config
-from mmclip_dist.data.seen import Seen
+from mmclip_dist.data.seen import SEEN, Seen, load_seen
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.data.training import TrainingData, open_training_data
 from mmclip_dist.engine import watchdog
@@ -71,7 +71,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 stop.forget_file()
         check_shared(run_dir)
         engine = build_engine(model.to(device), config, ds_json)
-        checkpoints = Checkpoints(run_dir, engine, tokenizer, config, seen_by_all(data, rank, world))
+        checkpoints = Checkpoints(run_dir, engine, tokenizer, config, seen_by_all(run_dir, data, rank, world))
         step = checkpoints.resume(data.trained_on)
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
         batches = guard.counted(
@@ -110,10 +110,15 @@ def train(config: Config, stop: StopRequest) -> bool:
         return step >= config.optim.last_step
 
 
-def seen_by_all(data: TrainingData, rank: int, world: int) -> Seen:
-    """Patients and images of the training sets. A collective call: each rank reads a share of the shards."""
+def seen_by_all(run_dir: Path, data: TrainingData, rank: int, world: int) -> Seen:
+    """Patients and images of the training sets, as the run's newest checkpoint tells them if it trained on the same shards. A
+    collective call: else each rank reads a share of the documents."""
     watchdog.beat("listing the patients of the training sets")
     with agreed():
+        newest = newest_checkpoint(run_dir)
+        if newest is not None and (newest / SEEN).is_file() and read_meta(newest).trained_on == data.trained_on:
+            with suppress(ValueError):  # a damaged checkpoint: `resume` takes an older one
+                return load_seen(newest / SEEN)
         share = data.seen(rank, world)
     return Seen.joined(gathered(share))
 

@@ -18,6 +18,7 @@ from mmclip_shards.schema import IMAGE_SUFFIXES
 from mmclip_shards.storage import local_path, write_atomic
 
 SEEN = "seen.npz"
+_DOCUMENT = ("json", "txt")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class Seen:
     unknown: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, readers: Sequence[ShardReader], rank: int = 0, world: int = 1) -> Seen:
-        """Of some sets, or of a rank's share of their shards. Reads the sets once. A damaged sample is of an unknown patient."""
+    def of(cls, readers: Sequence[ShardReader], rank: int = 0, world: int = 1, *, fetch: bool = True) -> Seen:
+        """Of some sets, or of a rank's share of their shards: images by the indexes, patients by reading each document. A damaged
+        one is of an unknown patient.
+
+        fetch: read documents on object storage, too; they lie between the images, so all of the set comes over.
+        """
         patients: set[int] = set()
         unknown: set[str] = set()
         images: list[int] = []
@@ -42,9 +47,12 @@ class Seen:
             index = load_index(reader.url, reader.manifest.shards[number])
             members = (member for row in range(len(index.keys)) for member in index.sample(row))
             images += [xxh3 for suffix, _, _, xxh3 in members if suffix in IMAGE_SUFFIXES]
+            if not fetch and local_path(reader.url) is None:
+                unknown.add(name_of(reader))
+                continue
             for key in index.keys:
                 try:
-                    patient = read_document(reader.read(number, key)).patient
+                    patient = read_document(reader.read(number, key, _DOCUMENT)).patient
                 except ValueError:
                     patient = None  # training lists it in its quarantine
                 if patient is None:
@@ -53,16 +61,6 @@ class Seen:
                     patients.add(xxhash.xxh3_64_intdigest(patient.encode()))
         names = tuple(dict.fromkeys(reader.manifest.dataset for reader in readers))
         return cls(_sorted(patients), _sorted(images), names, tuple(sorted(unknown)))
-
-    @classmethod
-    def of_training(cls, readers: Sequence[ShardReader], rank: int, world: int) -> Seen:
-        """A rank's share of the training sets that lie on a disk. Those on object storage would have to be fetched whole for it:
-        they are listed as unknown."""
-        here = [reader for reader in readers if local_path(reader.url) is not None]
-        away = [name_of(reader) for reader in readers if reader not in here]
-        found = cls.of(here, rank, world)
-        names = tuple(dict.fromkeys(reader.manifest.dataset for reader in readers))
-        return replace(found, datasets=names, unknown=(*found.unknown, *away))
 
     @classmethod
     def joined(cls, parts: Sequence[Seen]) -> Seen:

@@ -35,8 +35,8 @@ class TrainingData:
         return tuple(shard.sha256 for joined in self.sets for shard in joined.manifest.shards)
 
     def seen(self, rank: int, world: int) -> Seen:
-        """A rank's share of the patients and images of all base sets."""
-        return Seen.of_training([joined.readers[0] for joined in self.sets], rank, world)
+        """A rank's share of the patients and images of all base sets; the patients of sets on object storage stay unknown."""
+        return Seen.of([joined.readers[0] for joined in self.sets], rank, world, fetch=False)
 
     @property
     def identity(self) -> list[list[str]]:

@@ -32,7 +32,7 @@ def test_it_is_what_the_samples_say(sets) -> None:
 @pytest.mark.parametrize("world", [2, 5])
 def test_shares_join_to_the_whole(sets, world: int, tmp_path: Path) -> None:
     readers = [reader_of(sets.paired), reader_of(sets.unpaired)]
-    parts = [Seen.of_training(readers, rank, world) for rank in range(world)]
+    parts = [Seen.of(readers, rank, world) for rank in range(world)]
     assert len({len(part.images) for part in parts}) > 1 or world == 2  # the shards are shared
     for name, one in (("joined", Seen.joined(parts)), ("alone", Seen.of(readers))):
         one.save(tmp_path / name)
@@ -44,13 +44,24 @@ def test_shares_join_to_the_whole(sets, world: int, tmp_path: Path) -> None:
 
 def test_what_is_not_known_is_said(sets, monkeypatch: pytest.MonkeyPatch) -> None:
     read, bad = ShardReader.read, reader_of(sets.paired).keys(0)[0]
-    monkeypatch.setattr(ShardReader, "read", lambda self, number, key: {} if key == bad else read(self, number, key))
+    monkeypatch.setattr(ShardReader, "read", lambda self, number, key, only: {} if key == bad else read(self, number, key, only))
     found = Seen.of([reader_of(sets.paired), reader_of(sets.unpaired)])
     assert found.unknown == ("synthetic/train",)
     monkeypatch.setattr(module, "local_path", lambda url: None if url == sets.unpaired else url)
-    away = Seen.of_training([reader_of(sets.paired), reader_of(sets.unpaired)], 0, 1)  # a whole set is not fetched for this
-    assert away.unknown == ("synthetic/train", "synthetic-unpaired/train") and away.datasets == found.datasets
-    assert len(away.images) == load_manifest(sets.paired).samples
+    away = Seen.of([reader_of(sets.paired), reader_of(sets.unpaired)], fetch=False)  # a whole set is not fetched for this
+    assert away.unknown == ("synthetic-unpaired/train", "synthetic/train") and away.datasets == found.datasets
+    assert len(away.images) == load_manifest(sets.paired).samples + load_manifest(sets.unpaired).samples
+    assert set(away.patients.tolist()) < set(found.patients.tolist())
+
+
+def test_no_image_is_read_for_it(sets, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    read_span = ShardReader._read_span
+    monkeypatch.setattr(ShardReader, "_read_span", lambda self, *of: taken.append(of[3]) or read_span(self, *of))
+    Seen.of([reader_of(sets.paired)])
+    held = [members for _, members in iterate(sets.paired)]
+    taken = taken[: len(held)]
+    assert taken == [len(members["json"]) for members in held]
 
 
 def test_a_damaged_file_is_named(sets, tmp_path: Path) -> None:
