@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,12 +23,13 @@ import torch.utils.data._utils as loader_inside
 from mmclip_kernels import check_impl
 
 from mmclip_dist import errors
-from mmclip_dist.checkpoint.folder import Meta
+from mmclip_dist.checkpoint.folder import Meta, newest_checkpoint, read_meta
 from mmclip_dist.config import Config, load_config
+from mmclip_dist.data.seen import SEEN, Seen, load_seen
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.data.training import TrainingData, open_training_data
 from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, first_rank_does, place
+from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, first_rank_does, gathered, place
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
 from mmclip_dist.engine.feed import Feed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
@@ -71,7 +72,7 @@ def train(config: Config, stop: StopRequest) -> bool:
                 stop.forget_file()
         check_shared(run_dir)
         engine = build_engine(model.to(device), config, ds_json)
-        checkpoints = Checkpoints(run_dir, engine, tokenizer, config)
+        checkpoints = Checkpoints(run_dir, engine, tokenizer, config, seen_by_all(run_dir, data, rank, world))
         step = checkpoints.resume(data.trained_on)
         guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
         batches = guard.counted(
@@ -108,6 +109,19 @@ def train(config: Config, stop: StopRequest) -> bool:
         if step < config.optim.last_step:
             first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
         return step >= config.optim.last_step
+
+
+def seen_by_all(run_dir: Path, data: TrainingData, rank: int, world: int) -> Seen:
+    """Patients and images of the training sets, as the run's newest checkpoint tells them if it trained on the same shards. A
+    collective call: else each rank reads a share of the documents."""
+    watchdog.beat("listing the patients of the training sets")
+    with agreed():
+        newest = newest_checkpoint(run_dir)
+        if newest is not None and (newest / SEEN).is_file() and read_meta(newest).trained_on == data.trained_on:
+            with suppress(ValueError):  # a damaged checkpoint: `resume` takes an older one
+                return load_seen(newest / SEEN)
+        share = data.seen(rank, world)
+    return Seen.joined(gathered(share))
 
 
 def announce(config: Config, device: torch.device, data: TrainingData, step: int) -> None:

@@ -22,7 +22,7 @@ from mmclip_dist import train
 from mmclip_dist.checkpoint import mirror, writer
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.engine import gradient_cache
-from mmclip_dist.evaluate import zeroshot
+from mmclip_dist.evaluate import reading, zeroshot
 from mmclip_dist.run import shared
 from mmclip_dist.run.log import ProgressLog
 
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
                 time.sleep(ROUND_S)
                 yield some
 
-        zeroshot.Evaluation.rounds, zeroshot._BATCH = slow_rounds, 1  # type: ignore[method-assign]
+        zeroshot.Evaluation.rounds, reading.BATCH = slow_rounds, 1  # type: ignore[method-assign]
     if fault == "bad loss" and os.environ["RANK"] == "1":  # from step 5 on
         weighted_sum, calls = gradient_cache.weighted_sum, count(1)
         gradient_cache.weighted_sum = lambda *sums: weighted_sum(*sums) + (torch.inf if next(calls) >= 5 else 0.0)

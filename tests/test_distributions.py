@@ -34,7 +34,7 @@ PROJECTS = {
 NEEDS_EXTRAS = {"mmclip_shards.testing"}
 """Packages that import an extra at the top: a user installs it for them."""
 
-NOT_INSTALLED = {"mlflow": "mlflow-skinny", "sklearn": "scikit-learn"}
+NOT_INSTALLED = {"mlflow": "mlflow-skinny", "open_clip": "open-clip-torch", "sklearn": "scikit-learn"}
 """Distributions of modules that differ in name, for an environment that lacks them."""
 
 

@@ -15,13 +15,14 @@ import torch
 from mmclip_launch.deepspeed_command import accelerator_environment, train_command
 from mmclip_launch.processes import environment
 from mmclip_shards.manifest import load_manifest
-from mmclip_shards.reader import iterate
+from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.writer import ShardWriter
 from safetensors.torch import load_file
 
 from mmclip_dist import train
 from mmclip_dist.checkpoint.folder import checkpoint_path, read_meta
 from mmclip_dist.checkpoint.model_files import load_model
+from mmclip_dist.data.seen import SEEN, Seen, load_seen
 from mmclip_dist.evaluate.zeroshot import zero_shot
 from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
 from tests.conftest import TRAIN, wait_for
@@ -130,6 +131,10 @@ def test_evaluation_during_training_is_that_of_the_checkpoint(sets, tmp_path: Pa
     alone = zero_shot(str(checkpoint_path(run, 8)), [sets.test], average=True)
     assert rows[-1]["auc"] == pytest.approx({"macro": alone.auc_macro, **alone.per_class}, abs=1e-9)
     assert read_meta(checkpoint_path(run, 8)).score == rows[-1]["auc"]["macro"]
+    seen = load_seen(checkpoint_path(run, 8) / SEEN)  # the two ranks read a share of the shards each
+    whole = Seen.of([ShardReader(url, load_manifest(url)) for url in (sets.paired, sets.unpaired)])
+    assert seen.common(whole) == (len(whole.patients), len(whole.images)) == (len(seen.patients), len(seen.images))
+    assert seen.datasets == ("synthetic", "synthetic-unpaired") and seen.unknown == () and len(seen.patients) > 20
 
 
 def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ from mmclip_dist.checkpoint.safe import check_files, load_state
 from mmclip_dist.checkpoint.writer import CheckpointWriter, read_back
 from mmclip_dist.config import Checkpoint as Settings
 from mmclip_dist.config import Config
+from mmclip_dist.data.seen import SEEN, Seen
 from mmclip_dist.engine import deepspeed_inside, watchdog
 from mmclip_dist.engine.collective import agreed, first_rank_does, gathered, sums
 from mmclip_dist.engine.random_state import random_state, set_random_state
@@ -56,8 +57,11 @@ _FETCHED = ".start_from"  # in the run folder: the copy of a checkpoint.start_fr
 class Checkpoints:
     """The checkpoints of one run. All methods are collective calls; a failure on one rank is raised on all."""
 
-    def __init__(self, run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-        self.run_dir, self.engine, self.tokenizer, self.config = run_dir, engine, tokenizer, config
+    def __init__(
+        self, run_dir: Path, engine: Any, tokenizer: PreTrainedTokenizerBase, config: Config, seen: Seen | None = None
+    ) -> None:
+        """seen: patients and images of the training sets, which every checkpoint tells."""
+        self.run_dir, self.engine, self.tokenizer, self.config, self.seen = run_dir, engine, tokenizer, config, seen
         self.device = torch.device(engine.device)
         self.writer = engine.checkpoint_engine = CheckpointWriter(
             config.checkpoint.asynchronous, trusted=config.checkpoint.trusted
@@ -100,6 +104,8 @@ class Checkpoints:
         self, folder: Path, weights: dict[str, Tensor], averages: dict[str, Tensor] | None, meta: Meta
     ) -> dict[Path, Entry]:
         write_model(folder, self.engine.module, self.tokenizer, self.config, meta, weights, averages)
+        if self.seen is not None:
+            self.seen.save(folder / SEEN)
         # .pt files are excluded: their writers verify them, perhaps just now on another rank.
         return {path: read_back(path) for path in folder.rglob("*") if path.is_file() and path.suffix != ".pt"}
 
@@ -214,6 +220,8 @@ class Checkpoints:
                     f"checkpoint.start_from={start} is of step {meta.step}, and this run ends at step {last}: nothing would be "
                     "trained; set optim.steps or optim.stop_at to a later step"
                 )
+            if self.seen is not None and found.parent.parent != self.run_dir:
+                self.seen = self.seen.after(found / SEEN)
             if not self.config.checkpoint.trusted:
                 check_files(sorted(found.rglob("*.pt"))[dist.get_rank() :: dist.get_world_size()])
             check_shapes(found, self.engine.module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,34 +15,120 @@ from mmclip_dist.commands.progress import progress_bar
 evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 
 
+Data = Annotated[list[str], typer.Option(help="Packed set, or its split; may be given several times.")]
+Protocol = Annotated[str, typer.Option(help="Name of a protocol, or a YAML file of the same form; `own`: the set's own labels.")]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT", help="A run, checkpoint or mirror's URL; hf:FOLDER_OR_ID of transformers; open_clip:MODEL[:PRETRAINED]."
+    ),
+]
+Validation = Annotated[str | None, typer.Option(help="Set whose `val` split thresholds are chosen on.")]
+Out = Annotated[
+    Path | None, typer.Option(parser=local_folder, metavar="FILE", help="Write the result here, as JSON, and its rows as CSV.")
+]
+AllowLeak = Annotated[bool, typer.Option("--allow-leak", help="Evaluate on a set that was trained on; the result then says so.")]
+Average = Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that an hf: model brings with it.")]
+
+
 @evaluate_app.command("zeroshot")
 def evaluate_zeroshot(
-    urls: Annotated[list[str], typer.Argument(help="Packed, labelled sets that the model was not trained on.")],
-    checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],
-    out: Annotated[Path | None, typer.Option(parser=local_folder, metavar="FILE", help="Write the result here, as JSON.")] = None,
-    allow_leak: Annotated[bool, typer.Option("--allow-leak", help="Evaluate on a set that was trained on.")] = False,
-    average: Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")] = False,
+    words: Annotated[list[str], typer.Argument(metavar="CKPT", help="As for the other tasks. With --checkpoint: the sets.")],
+    data: Annotated[list[str] | None, typer.Option(help="Packed, labelled set, or its split; may come several times.")] = None,
+    protocol: Protocol = "own",
+    checkpoint: Annotated[str | None, typer.Option(help="The model, where the arguments are the sets.")] = None,
+    validation: Validation = None,
+    out: Out = None,
+    allow_leak: AllowLeak = False,
+    average: Average = False,
+    trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Zero-shot classification by disease prompts: AUC per class, with a bootstrap interval over patients."""
-    from mmclip_shards.manifest import find_split
+    """Classification by prompts: AUROC, average precision, F1 and accuracy, with bootstrap intervals over patients."""
+    if checkpoint is None:
+        if len(words) != 1:
+            raise ValueError(f"name one model, found {len(words)} arguments: mmclip evaluate zeroshot CKPT --data URL")
+        checkpoint, words = words[0], []
+    urls = [*words, *(data or [])]
+    if not urls:
+        raise ValueError("name a set to evaluate on: --data URL")
+    _run("zeroshot", checkpoint, urls, protocol, out, average, trust_remote_code, validation=validation, allow_leak=allow_leak)
 
-    from mmclip_dist.evaluate.zeroshot import save_result, zero_shot
 
-    with progress_bar("zero-shot", "images") as report:
-        sets = [find_split(url, "test") for url in urls]
-        result = zero_shot(checkpoint, sets, allow_leak=allow_leak, average=average, report=report)
-    table = Table("class", "AUC")
-    for name, auc in result.per_class.items():
-        table.add_row(name, f"{auc:.3f}")
-    low, high = result.auc_macro_ci95
-    table.add_row("macro", f"{result.auc_macro:.3f}  (95% {low:.3f} to {high:.3f})", style="bold")
+@evaluate_app.command("probe")
+def evaluate_probe(
+    checkpoint: Checkpoint,
+    data: Data,
+    protocol: Protocol = "own",
+    train: Annotated[str | None, typer.Option(help="Set whose `train` split is fitted on; by default the one of --data.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Set whose `val` split C and thresholds come from; likewise.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder of features; by default ~/.cache/mmclip/features.")] = None,
+    out: Out = None,
+    allow_leak: AllowLeak = False,
+    average: Average = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Logistic regression on frozen features, fitted on 1, 10 and 100% of the patients of `train`."""
+    _run(
+        "probe", checkpoint, data, protocol, out, average, trust_remote_code, cache=cache, train=train, validation=validation,
+        allow_leak=allow_leak,
+    )  # fmt: skip
+
+
+@evaluate_app.command("retrieval")
+def evaluate_retrieval(
+    checkpoint: Checkpoint,
+    data: Data,
+    protocol: Protocol = "own",
+    out: Out = None,
+    allow_leak: AllowLeak = False,
+    average: Average = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Reports found by images and images by reports: R@1, R@5 and R@10, identical reports counted once and counted each."""
+    _run("retrieval", checkpoint, data, protocol, out, average, trust_remote_code, allow_leak=allow_leak)
+
+
+@evaluate_app.command("pointing")
+def evaluate_pointing(
+    checkpoint: Checkpoint,
+    data: Data,
+    protocol: Protocol = "own",
+    out: Out = None,
+    allow_leak: AllowLeak = False,
+    average: Average = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Patches that respond to a class's prompts against its boxes: maximum in box, share of attention, IoU, CNR."""
+    _run("pointing", checkpoint, data, protocol, out, average, trust_remote_code, allow_leak=allow_leak)
+
+
+def _run(
+    task: str, checkpoint: str, urls: list[str], protocol: str, out: Path | None, average: bool, trust_remote_code: bool,
+    *, cache: Path | None = None, **more: Any,
+) -> None:  # fmt: skip
+    from mmclip_dist.evaluate import result, tasks
+    from mmclip_dist.evaluate.encoders import open_encoder
+    from mmclip_dist.evaluate.probe import cache_folder
+    from mmclip_dist.evaluate.protocol import load_protocol
+
+    chosen = load_protocol(protocol)
+    opened = open_encoder(checkpoint, average=average, trust_remote_code=trust_remote_code)
+    with opened as encoder, progress_bar(task, "images") as report:
+        request = tasks.Request(encoder, urls, chosen, report=report, **more)
+        if task == "probe":
+            found = tasks.linear_probe(request, cache or cache_folder())
+        else:
+            found = {"zeroshot": tasks.zeroshot, "retrieval": tasks.retrieval, "pointing": tasks.pointing}[task](request)
+    head, *rows = found.table
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row, style="bold" if "macro" in row else None)
     Console().print(table)
-    if result.left_out:
-        print(f"left out, for lack of positives or negatives: {', '.join(result.left_out)}")
-    if result.undecodable:
-        print(f"left out, {len(result.undecodable)} images that cannot be decoded: {', '.join(result.undecodable[:5])}")
+    for line in found.notes:
+        print(line)
     if out:
-        save_result(result, out)
+        result.save(out, found.document, found.rows)
 
 
 def report(

@@ -17,6 +17,7 @@ from mmclip_dist.data.loader import build_loader, build_order, label_names
 from mmclip_dist.data.order import Order
 from mmclip_dist.data.parts import check_open_files
 from mmclip_dist.data.reading import open_sets
+from mmclip_dist.data.seen import Seen
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class TrainingData:
     @property
     def trained_on(self) -> tuple[str, ...]:
         return tuple(shard.sha256 for joined in self.sets for shard in joined.manifest.shards)
+
+    def seen(self, rank: int, world: int) -> Seen:
+        """A rank's share of the patients and images of all base sets; the patients of sets on object storage stay unknown."""
+        return Seen.of([joined.readers[0] for joined in self.sets], rank, world, fetch=False)
 
     @property
     def identity(self) -> list[list[str]]:

@@ -15,7 +15,9 @@ from mmclip_dist.config import Config
 from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import gathered
 from mmclip_dist.engine.weights import averaged
-from mmclip_dist.evaluate.metrics import per_class_auc
+from mmclip_dist.evaluate.classification import per_class_auc
+from mmclip_dist.evaluate.encoders import Trained
+from mmclip_dist.evaluate.protocol import OWN, check_prompts, load_protocol
 from mmclip_dist.evaluate.zeroshot import Evaluation, Scored, labelled_sets
 from mmclip_dist.run.stop import StopRequest
 
@@ -24,7 +26,10 @@ class EvaluationDuringTraining:
     """On the sets of `config.evaluation`. ValueError if there is none with labels, or if one is trained on."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, trained_on: tuple[str, ...]) -> None:
-        self.evaluation = Evaluation(labelled_sets(config.evaluation.sets, trained_on), config, tokenizer)
+        sets = labelled_sets(config.evaluation.sets, trained_on)
+        self.evaluation = Evaluation(sets, load_protocol(OWN), config.prompts.file)
+        self.tokenizer = tokenizer
+        check_prompts(self.evaluation.prompts, lambda text: len(tokenizer(text)["input_ids"]), config.model.text.max_tokens)
         self.every, self.last, self.of_average = config.evaluation.every, config.optim.last_step, config.optim.ema is not None
 
     def due(self, step: int) -> bool:
@@ -39,13 +44,13 @@ class EvaluationDuringTraining:
         rank, world = dist.get_rank(), dist.get_world_size()
         own: list[list[Scored]] = []
         with averaged(engine) if self.of_average else nullcontext():
-            for some in self.evaluation.rounds(engine.module, rank, world):
+            for some in self.evaluation.rounds(Trained(engine.module, self.tokenizer), rank, world):
                 own.append(some)
                 if stop.requested(torch.device(engine.device)):
                     return None
         rounds = zip_longest(*gathered(own), fillvalue=[])
         scored = [batch for of_round in rounds for of_rank in of_round for batch in of_rank]  # in the order of the sets
-        aucs = per_class_auc(np.concatenate([s.scores for s in scored]), np.concatenate([s.labels for s in scored]))
+        aucs = per_class_auc(np.concatenate([s.scores for s in scored]), np.concatenate([s.known.labels for s in scored]))
         named = {
             name: float(auc) for name, auc in zip(self.evaluation.classes, aucs, strict=True) if not np.isnan(auc)
         }

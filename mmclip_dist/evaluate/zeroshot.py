@@ -1,35 +1,29 @@
-"""Zero-shot classification: how much closer an image is to "There is X." than to "No evidence of X."."""
+"""Zero-shot classification: how much closer an image is to prompts that state a class than to prompts that deny it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.checkpoint.folder import read_meta, weights_hash
-from mmclip_dist.checkpoint.mirror import local_checkpoint
-from mmclip_dist.checkpoint.model_files import load_model
-from mmclip_dist.config import Config
-from mmclip_dist.data.batch import Example, collate
-from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
-from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc
+from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc
+from mmclip_dist.evaluate.encoders import Encoder, open_encoder
+from mmclip_dist.evaluate.leaks import check, refuse_trained
+from mmclip_dist.evaluate.protocol import OWN, Prompts, Protocol, check_prompts, load_protocol, matched, own_prompts
+from mmclip_dist.evaluate.reading import Known, LabelledImages
 from mmclip_dist.model.mmclip import MMCLIP
 
-_BATCH = 128
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,28 +42,18 @@ class ZeroShot:
 
 
 def zero_shot(
-    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, average: bool = False,
-    report: Callable[[int, int], None] | None = None,
-) -> ZeroShot:  # fmt: skip
+    checkpoint: str, urls: Sequence[str], *, allow_leak: bool = False, average: bool = False, report: Report | None = None
+) -> ZeroShot:
     """Evaluate a checkpoint (or a run's or a mirror URL's newest) on packed, labelled sets. report(done, total) in samples.
 
     average: use the exponential average of the weights instead of the last ones. ValueError if the run kept no average, if a
     set was trained on (unless allow_leak), or if no class has positives and negatives.
     """
-    with local_checkpoint(checkpoint) as folder:
-        sets = labelled_sets(urls, () if allow_leak else read_meta(folder).trained_on)
-        model, tokenizer, config, _ = load_model(folder, average=average)
-        weights = weights_hash(folder, average=average)
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    evaluation = Evaluation(sets, config, tokenizer)
-    done = 0
-    scored: list[Scored] = []
-    for some in evaluation.rounds(model, 0, 1):
-        scored += some
-        done += sum(len(batch.patients) + len(batch.undecodable) for batch in some)
-        if report:
-            report(done, evaluation.samples)
-    return evaluation.summary(scored, weights)
+    with open_encoder(checkpoint, average=average) as encoder:
+        sets = labelled_sets(urls, ())
+        check(sets, encoder.trained_on, encoder.seen, allow=allow_leak)
+        evaluation = Evaluation(sets, load_protocol(OWN), encoder.prompts)
+        return evaluation.summary(evaluation.scored(encoder, report), encoder.sha256)
 
 
 def labelled_sets(urls: Sequence[str], trained_on: Sequence[str]) -> list[ShardReader]:
@@ -78,110 +62,79 @@ def labelled_sets(urls: Sequence[str], trained_on: Sequence[str]) -> list[ShardR
     for reader in readers:
         if not reader.manifest.labels:
             raise ValueError(f"{reader.url} has no labels to evaluate on; pack it with --labels-column")
-        if set(trained_on) & {shard.sha256 for shard in reader.manifest.shards}:
-            raise ValueError(
-                f"{reader.url} was trained on, so its scores would say nothing; evaluate on another split or set, "
-                "or pass --allow-leak"
-            )
+    refuse_trained(readers, trained_on)
     return readers
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One batch: scores and labels [N, C], the patient of each row, and the keys of images that could not be decoded."""
+    """One batch: scores [N, C] and what is known of its images."""
 
     scores: np.ndarray
-    labels: np.ndarray
-    patients: list[str]
-    undecodable: list[str]
+    known: Known
 
 
 class Evaluation:
-    """Zero-shot classification on some sets, by one process, or by all ranks of a training run with a share each."""
+    """Zero-shot classification on some sets, by one process, or by all ranks of a training run with a share each.
 
-    def __init__(self, sets: Sequence[ShardReader], config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.sets, self.tokenizer = sets, tokenizer
-        self.samples = sum(reader.manifest.samples for reader in sets)
-        self.classes = tuple(dict.fromkeys(name for reader in sets for name in reader.manifest.labels))
-        prompts = load_prompts(self.classes, config.prompts.file)
-        self.prompts = tokenize_prompts(prompts, tokenizer, config.model.text.max_tokens)
-        self.size = config.model.image.size
-        self.maker = ExampleMaker(
-            tokenizer, self.classes, self.size, config.model.image.grid, config.model.text.max_tokens, config.entmlm,
-            augment=None,
-        )  # fmt: skip
+    prompts_file: that of the model's configuration, for a protocol without classes of its own. ValueError if the sets do not have
+    what the protocol needs.
+    """
 
-    def rounds(self, model: MMCLIP, rank: int, world: int) -> Iterator[list[Scored]]:
-        """Score the rank's batches, one in each round; [] in rounds after its last batch.
+    def __init__(self, sets: Sequence[ShardReader], protocol: Protocol, prompts_file: str | None) -> None:
+        self.sets = sets
+        self.classes, columns = matched(protocol, sets)
+        self.prompts: Prompts = protocol.prompts() if protocol.classes else own_prompts(self.classes, prompts_file)
+        self.unknown = tuple(dict.fromkeys(name for one in columns for name in one.unknown))
+        self.images = LabelledImages(sets, columns, self.classes)
+        self.samples = self.images.samples
 
-        Every rank runs the same modules in every round, as ZeRO-3 needs. All ranks may stop between two rounds, so every
-        caller must take or stop at the same round.
-        """
-        device, training = model.log_scale.device, model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                directions = class_directions(model, *(tensor.to(device) for tensor in self.prompts))
-            shares = self._shares(rank, world)
-            for _ in range(-(-self.samples // (_BATCH * world))):
-                rows = next(shares, None)
-                examples, patients, undecodable = self._examples(rows or [])
-                batch = collate(examples, 0, self.tokenizer.pad_token_id) if examples else None
-                images = torch.zeros(1, 1, self.size, self.size) if batch is None else batch["image"]
-                with torch.no_grad():
-                    scores = (model.embed_images(images.to(device)) @ directions.T).float().cpu().numpy()
-                if rows is None:
-                    yield []
-                else:
-                    labels = np.zeros((0, len(self.classes)), int) if batch is None else batch["labels"].numpy()
-                    yield [Scored(scores[: len(patients)], labels, patients, undecodable)]
-        finally:
-            model.train(training)
+    def check(self, encoder: Encoder) -> None:
+        """ValueError for a prompt that the model would cut."""
+        check_prompts(self.prompts, encoder.tokens, encoder.window)
+
+    def rounds(self, encoder: Encoder, rank: int, world: int) -> Iterator[list[Scored]]:
+        """Score the rank's batches, one in each round, as `LabelledImages.rounds` says."""
+        with encoder.evaluating():
+            directions = prompt_directions(encoder, self.prompts)
+            for some in self.images.rounds(encoder, lambda pixels: (encoder.embed_images(pixels) @ directions.T,), rank, world):
+                yield [Scored(scores, known) for known, (scores,) in some]
+
+    def scored(self, encoder: Encoder, report: Report | None = None) -> list[Scored]:
+        """All batches, scored by this process. report(done, total) in samples. ValueError as of `check`."""
+        self.check(encoder)
+        found: list[Scored] = []
+        done = 0
+        for some in self.rounds(encoder, 0, 1):
+            found += some
+            done += sum(len(batch.known.keys) + len(batch.known.undecodable) for batch in some)
+            if report:
+                report(done, self.samples)
+        return found
 
     def summary(self, scored: Sequence[Scored], checkpoint: str) -> ZeroShot:
         """The result of all batches. ValueError if no image can be decoded or no class has positives and negatives."""
-        undecodable = [key for batch in scored for key in batch.undecodable]
-        patients = [patient for batch in scored for patient in batch.patients]
-        if not patients:
-            raise ValueError(
-                f"none of the {self.samples} images can be decoded ({', '.join(undecodable[:3])} ...): pack the set again"
-            )
+        known = Known.of_all([batch.known for batch in scored])
         return _summarise(
-            np.concatenate([batch.scores for batch in scored]), np.concatenate([batch.labels for batch in scored]),
-            np.array(patients), undecodable, self.classes,
-            tuple(dict.fromkeys(f"{r.manifest.dataset}/{r.manifest.split}" for r in self.sets)), checkpoint,
+            np.concatenate([batch.scores for batch in scored]), known.labels, np.array(known.patients), known.undecodable,
+            self.classes, tuple(dict.fromkeys(f"{r.manifest.dataset}/{r.manifest.split}" for r in self.sets)), checkpoint,
         )  # fmt: skip
 
-    def _shares(self, rank: int, world: int) -> Iterator[list[tuple[ShardReader, int, int]]]:
-        """Batches of (set, shard, row) of this rank: every world-th batch, in order."""
-        rows = (
-            (reader, number, row)
-            for reader in self.sets
-            for number, shard in enumerate(reader.manifest.shards)
-            for row in range(shard.samples)
-        )
-        for index in count():
-            batch = list(islice(rows, _BATCH))
-            if not batch:
-                return
-            if index % world == rank:
-                yield batch
 
-    def _examples(self, rows: list[tuple[ShardReader, int, int]]) -> tuple[list[Example], list[str], list[str]]:
-        for (reader, number), some in groupby(rows, key=lambda place: place[:2]):
-            reader.prefetch(number, [row for *_, row in some])
-        examples: list[Example] = []
-        patients, undecodable = [], []
-        for reader, number, row in rows:
-            key = reader.keys(number)[row]
-            members = reader.read(number, key)
-            try:
-                examples.append(self.maker(key, members, epoch=0))
-            except ValueError:
-                undecodable.append(key)
-                continue
-            patients.append(read_document(members).patient or key)  # unknown: a patient of its own
-        return examples, patients, undecodable
+def prompt_directions(encoder: Encoder, prompts: Prompts) -> Tensor:
+    """Mean embedding of the prompts that state a class, minus that of those that deny it, if there are any [C, E].
+
+    The inner product of an image with it is CheXzero's difference of similarities, averaged over the prompts.
+    """
+    texts = [text for one in prompts.values() for text in (*one.present, *one.absent)]
+    embedded = encoder.embed_texts(texts)
+    directions, first = [], 0
+    for one in prompts.values():
+        middle, last = first + len(one.present), first + len(one.present) + len(one.absent)
+        stated = embedded[first:middle].mean(0)
+        directions.append(stated - embedded[middle:last].mean(0) if one.absent else stated)
+        first = last
+    return torch.stack(directions)
 
 
 def class_directions(model: MMCLIP, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -221,8 +174,16 @@ def save_result(result: ZeroShot, path: Path) -> None:
 
 
 def load_result(path: Path) -> ZeroShot:
+    """The result of `zero_shot`, or what it has in common with that of `mmclip evaluate zeroshot`. ValueError for other files."""
     values = read_json(path, "evaluate again")
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return ZeroShot(**fields)
+    try:
+        if values.get("task") == "zeroshot":
+            return ZeroShot(
+                values["auroc_macro"], tuple(values["ci95"]["auroc"]["macro"]), values["auroc"], tuple(values["left_out"]),
+                values["n"], tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]),
+                values["checkpoint_sha256"],
+            )  # fmt: skip
+        fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return ZeroShot(**fields)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no result of a zero-shot evaluation ({error}): evaluate again") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -50,8 +50,9 @@ class ShardReader:
         """The keys of a shard, in order. Do not change the list: it is shared."""
         return self._index(shard_number).keys
 
-    def read(self, shard_number: int, key: str) -> dict[str, bytes]:
-        """A sample's members: suffix -> bytes. Errors name shard, key, offset and cause.
+    def read(self, shard_number: int, key: str, suffixes: Collection[str] | None = None) -> dict[str, bytes]:
+        """A sample's members: suffix -> bytes. Errors name shard, key, offset and cause. suffixes: of these members alone; what
+        lies before the first and behind the last of them is not read.
 
         ValueError when the shard or its index is damaged or has no such key; FileNotFoundError or PermissionError when
         the shard is missing or access is refused; OSError when the store or the disk failed.
@@ -60,13 +61,17 @@ class ShardReader:
         row = index.rows.get(key)
         if row is None:
             raise ValueError(f"shard {self._where(shard_number)}, key {key}: no such sample in this shard")
-        start, length = index.span(row, row + 1)
+        wanted = [member for member in index.sample(row) if suffixes is None or member[0] in suffixes]
+        if not wanted:
+            return {}
+        start, (_, last, size, _) = wanted[0][1], wanted[-1]
+        length = last + size - start
         tries: Tries | None = None
         while True:
             # Read all members at once: that is one request on object storage.
             span = self._read_span(shard_number, key, start, length)
             sample, damaged = {}, None
-            for suffix, offset, size, xxh3 in index.sample(row):
+            for suffix, offset, size, xxh3 in wanted:
                 data = bytes(span[offset - start : offset - start + size])
                 if xxhash.xxh3_64_intdigest(data) != xxh3:
                     damaged = suffix, offset, size

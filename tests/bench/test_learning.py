@@ -11,12 +11,12 @@ from mmclip_shards.manifest import load_manifest
 from sklearn.metrics import roc_auc_score
 
 from mmclip_dist.bench.learning import __main__ as command
-from mmclip_dist.bench.learning import measures
 from mmclip_dist.bench.learning.compare import METRICS, compare, macro_auc, resamples
 from mmclip_dist.bench.learning.plan import Packed, load_plan
 from mmclip_dist.bench.learning.runs import Outcome, Run, Runs
 from mmclip_dist.bench.learning.sets import Sets
 from mmclip_dist.config import load_config
+from mmclip_dist.evaluate.probe import SHARES
 
 PLAN = """
 data: {pairs: 48, unpaired: 24, probe: 100, validation: 40, test: 60, draw: 0, size: 40}
@@ -79,7 +79,7 @@ def arrays_of(scores: np.ndarray, labels: np.ndarray, patients: np.ndarray) -> d
     count = len(labels)
     return {
         "patients": patients, "labels": labels, "zeroshot": scores,
-        **{f"probe_{share:g}": scores[None] for share in measures.SHARES},
+        **{f"probe_{share:g}": scores[None] for share in SHARES},
         **{name: np.ones((count, 3), bool) for name in ("image_to_text", "text_to_image")},
         "pointed_sample": np.arange(count), "pointed_disease": np.arange(count) % 2,
         "pointed": np.arange(count) % 2, "attention_inside": np.full(count, 0.25),
@@ -118,14 +118,6 @@ def test_a_set_without_boxes_and_reports_has_the_other_metrics() -> None:
     found = compare([own, own], [own, own])
     assert {"zero-shot AUC", "probe 1%"} <= set(found)
     assert not {"pointing game", "attention in boxes", "image to text R@1", "text to image R@10"} & set(found)
-
-
-def test_the_share_of_a_patch_in_a_box() -> None:
-    covered = measures._inside(np.array([[0.25, 0.0, 1.0, 0.75]]), 2).reshape(2, 2)
-    assert covered == pytest.approx(np.array([[0.5, 1.0], [0.25, 0.5]]))
-    assert measures._inside(np.array([[0, 0, 1, 1], [0, 0, 1, 1]]), 2).max() == 1
-    corner = np.array([[0.5, 0.5, 1, 1]])
-    assert measures._holds(corner, 0.5, 0.75) and not measures._holds(corner, 1.0, 0.75)
 
 
 # -- Plans ------------------------------------------------------------------------------------------------------------
@@ -201,10 +193,10 @@ def test_a_plan_becomes_a_table_and_goes_on_where_it_stopped(tmp_path: Path, cap
     assert full["runs"][0]["steps"] == 4 and full["runs"][0]["processor_s"] > 0
     table = (tmp_path / "out" / "tiny.md").read_text()
     assert "- `diverges`, seed 0: ended at step" in table and "| zero-shot AUC |" in table
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("measures.npz")}
     assert len(made) == 2
     assert command.main(words) == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.npz")} == made
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("measures.npz")} == made
     other = write_plan(tmp_path, PLAN.replace("loss.entity=0", "loss.entity=0.5"))
     assert command.main([str(other), *words[1:]]) == 2
     assert "holds the runs of another plan (contrastive)" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -30,6 +31,7 @@ from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.checkpoint.safe import load_state
 from mmclip_dist.checkpoint.store import Checkpoints, check_data, check_shapes
 from mmclip_dist.config import load_config
+from mmclip_dist.data.seen import SEEN, Seen, load_seen
 from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.engine.optimizer import build_optimizer
 from mmclip_dist.engine.random_state import random_state
@@ -136,10 +138,10 @@ class Engine:
 def opened(sets, tokenizer, one_rank: None, tmp_path: Path) -> Callable[..., tuple[Engine, Checkpoints]]:
     """A run's engine and its checkpoints, at zero_stage=0 in RUN (by default the same for all calls)."""
 
-    def build(*overrides: str, run: str = "run") -> tuple[Engine, Checkpoints]:
+    def build(*overrides: str, run: str = "run", seen: Seen | None = None) -> tuple[Engine, Checkpoints]:
         config = sets.config("zero_stage=0", "optim.steps=100", f"run_dir={tmp_path / run}", *overrides)
         engine = Engine(build_model(config, tokenizer, ()), config)
-        return engine, Checkpoints(tmp_path / run, engine, tokenizer, config)
+        return engine, Checkpoints(tmp_path / run, engine, tokenizer, config, seen)
 
     return build
 
@@ -187,6 +189,19 @@ def test_other_data_is_refused_in_the_same_run_and_taken_in_a_new_one(opened: Ca
     assert checkpoints.resume(("c",)) == 3 and torch.equal(other.weight, engine.weight)
     with pytest.raises(AgreedError, match=r"is of step 3, and this run ends at step 3: nothing would be trained"):
         opened(start, "optim.stop_at=3", run="third")[1].resume(("c",))
+
+
+def test_a_checkpoint_tells_the_patients_of_its_run_and_of_the_run_it_started_from(opened: Callable, tmp_path: Path) -> None:
+    first, second = (Seen(np.array([n], np.uint64), np.array([n + 10], np.uint64), (f"set {n}",)) for n in (1, 2))
+    opened(seen=first)[1].save(meta(3))
+    _, checkpoints = opened(f"checkpoint.start_from={tmp_path / 'run'}", run="other", seen=second)
+    assert checkpoints.resume(("c",)) == 3
+    checkpoints.save(meta(4))
+    found = load_seen(checkpoint_path(tmp_path / "other", 4) / SEEN)
+    assert found.patients.tolist() == [1, 2] and found.images.tolist() == [11, 12] and found.datasets == ("set 1", "set 2")
+    assert load_seen(checkpoint_path(tmp_path / "run", 3) / SEEN).patients.tolist() == [1] and found.unknown == ()
+    (checkpoint_path(tmp_path / "run", 3) / SEEN).unlink()
+    assert second.after(checkpoint_path(tmp_path / "run", 3) / SEEN).unknown == ("the run that it started from",)
 
 
 def test_random_states_of_another_number_of_ranks_are_not_taken(opened: Callable) -> None:

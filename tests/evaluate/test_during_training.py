@@ -17,7 +17,7 @@ from mmclip_shards.manifest import load_manifest
 
 from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.checkpoint.model_files import write_model
-from mmclip_dist.evaluate import during_training, zeroshot
+from mmclip_dist.evaluate import during_training, reading
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.evaluate.zeroshot import zero_shot
 from mmclip_dist.model.build import build_model
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_command_and_a_stop_ends_them(
     folder.mkdir()
     write_model(folder, model, tokenizer, config, Meta(1, 1, 1, diseases, ()))
     command = zero_shot(str(folder), [sets.test])
-    monkeypatch.setattr(zeroshot, "_BATCH", 5)  # several rounds
+    monkeypatch.setattr(reading, "BATCH", 5)  # several rounds
     evaluation, engine = evaluation_of(sets, tokenizer), SimpleNamespace(module=model, device="cpu")
     found = evaluation.scores(engine, stop_after(100))
     assert found == pytest.approx({"macro": command.auc_macro, **command.per_class}, abs=1e-9)

@@ -17,10 +17,16 @@ from mmclip_dist.checkpoint.folder import Meta, checkpoint_path, weights_hash
 from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.prompts import load_prompts
-from mmclip_dist.evaluate import zeroshot
-from mmclip_dist.evaluate.metrics import macro_auc_interval, per_class_auc, roc_auc
+from mmclip_dist.evaluate import reading
+from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc
+from mmclip_dist.evaluate.encoders import Trained
+from mmclip_dist.evaluate.protocol import OWN, load_protocol
 from mmclip_dist.evaluate.zeroshot import Evaluation, labelled_sets, load_result, save_result, zero_shot
 from mmclip_dist.model.build import build_model
+
+
+def roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    return float(per_class_auc(scores[:, None], positive[:, None].astype(int))[0])
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -149,27 +155,27 @@ def test_the_figures_are_those_of_the_scores_image_by_image(sets, run: Path) -> 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_the_batches_and_run_the_same_rounds(sets, run: Path, monkeypatch: pytest.MonkeyPatch, world: int) -> None:
-    model, tokenizer, config, _ = load_model(checkpoint_path(run, 3))
-    evaluation = Evaluation(labelled_sets([sets.test], ()), config, tokenizer)
-    (alone,), *_ = evaluation.rounds(model, 0, 1)
-    monkeypatch.setattr(zeroshot, "_BATCH", 5)
-    by_rank = [list(evaluation.rounds(model, rank, world)) for rank in range(world)]
+    model, tokenizer, _, _ = load_model(checkpoint_path(run, 3))
+    evaluation, encoder = Evaluation(labelled_sets([sets.test], ()), load_protocol(OWN), None), Trained(model, tokenizer)
+    (alone,), *_ = evaluation.rounds(encoder, 0, 1)
+    monkeypatch.setattr(reading, "BATCH", 5)
+    by_rank = [list(evaluation.rounds(encoder, rank, world)) for rank in range(world)]
     batches = -(-evaluation.samples // 5)
     assert {len(rounds) for rounds in by_rank} == {-(-batches // world)}  # ranks without a batch take part, too
     scored = [batch for of_round in zip(*by_rank, strict=True) for of_rank in of_round for batch in of_rank]
-    assert [len(batch.labels) for batch in scored[:-1]] == [5] * (batches - 1)
-    assert [patient for batch in scored for patient in batch.patients] == alone.patients
-    np.testing.assert_array_equal(np.concatenate([batch.labels for batch in scored]), alone.labels)
+    assert [len(batch.known.labels) for batch in scored[:-1]] == [5] * (batches - 1)
+    assert [patient for batch in scored for patient in batch.known.patients] == alone.known.patients
+    np.testing.assert_array_equal(np.concatenate([batch.known.labels for batch in scored]), alone.known.labels)
     np.testing.assert_allclose(np.concatenate([batch.scores for batch in scored]), alone.scores, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_scoring_leaves_the_model_in_its_mode(sets, run: Path, training: bool) -> None:
-    model, tokenizer, config, _ = load_model(checkpoint_path(run, 3))
+    model, tokenizer, _, _ = load_model(checkpoint_path(run, 3))
     model.train(training)
     modes: list[bool] = []
     model.image.embeddings.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    list(Evaluation(labelled_sets([sets.test], ()), config, tokenizer).rounds(model, 0, 1))
+    list(Evaluation(labelled_sets([sets.test], ()), load_protocol(OWN), None).rounds(Trained(model, tokenizer), 0, 1))
     assert modes == [False] and model.training is training and model.image.training is training
 
 

@@ -7,32 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmclip_dist.evaluate.classification import macro, weighted_auc
+from mmclip_dist.evaluate.retrieval import RECALL_AT
+
 RESAMPLES = 1000
 Arrays = Mapping[str, np.ndarray]
 Statistic = Callable[[Arrays, np.ndarray], np.ndarray]
 """(arrays of `measures.measure`, weights [R, N] of the samples) -> [R]; nan where it is not measured."""
 
 
-def auc(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Areas under the ROC curve of weighted samples. scores [N], positive [N] bool, weights [R, N] -> [R]; nan if one kind lacks.
-
-    Equal scores count as in the order given: rare among float embeddings, and the same for all resamples.
-    """
-    order = np.argsort(scores, kind="stable")
-    up, weights = positive[order], weights[:, order]
-    below = np.cumsum(weights * ~up, axis=1)
-    positives, negatives = (weights * up).sum(1), below[:, -1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((weights * up * below).sum(1) / (positives * negatives))
-
-
 def macro_auc(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """scores [N, C], labels [N, C] (1, 0, -1 unknown), weights [R, N] -> mean over the classes that have both kinds [R]."""
-    found = []
-    for column in range(labels.shape[1]):
-        known = labels[:, column] >= 0
-        found.append(auc(scores[known, column], labels[known, column] == 1, weights[:, known]))
-    return np.asarray(np.nanmean(np.stack(found), 0))
+    return macro(weighted_auc, scores, labels, weights)
 
 
 def _probe(share: str) -> Statistic:
@@ -90,8 +76,8 @@ METRICS: dict[str, Statistic] = {
     "probe 1%": _probe("0.01"),
     "probe 10%": _probe("0.1"),
     "probe 100%": _probe("1"),
-    **{f"image to text R@{k}": _recall("image_to_text", column) for column, k in enumerate((1, 5, 10))},
-    **{f"text to image R@{k}": _recall("text_to_image", column) for column, k in enumerate((1, 5, 10))},
+    **{f"image to text R@{k}": _recall("image_to_text", column) for column, k in enumerate(RECALL_AT)},
+    **{f"text to image R@{k}": _recall("text_to_image", column) for column, k in enumerate(RECALL_AT)},
     "pointing game": _pointed("pointed"),
     "attention in boxes": _pointed("attention_inside"),
     "error in boxes": _mean_of("error_inside"),

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.reader import iterate
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,18 +17,15 @@ from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.batch import Batch, Example, collate
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
-from mmclip_dist.evaluate.metrics import per_class_auc
+from mmclip_dist.evaluate.pointing import covered, pointed
+from mmclip_dist.evaluate.probe import SHARES, Featured, probe
+from mmclip_dist.evaluate.retrieval import hits, ranks
 from mmclip_dist.evaluate.zeroshot import class_directions
 from mmclip_dist.model.inputs import Plan
 from mmclip_dist.model.masking import patch_pixels
 from mmclip_dist.model.mmclip import MMCLIP
 
 _BATCH = 250
-SHARES = (0.01, 0.1, 1.0)
-_SUBSETS = {0.01: 5, 0.1: 3, 1.0: 1}  # a few labels are a matter of luck: the mean over some subsets, the same for every arm
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # C of logistic regression on standardised features
-RECALL_AT = (1, 5, 10)
-_TEMPERATURE = 0.1
 
 
 @dataclass(frozen=True)
@@ -110,45 +106,12 @@ def encoded(model: MMCLIP, held: HeldOut, padding: int) -> Tensor:
     return torch.cat([model.image.encode(model.image.embed(batch["image"])) for batch in held.batches(padding)])
 
 
-def linear_probe(features: Mapping[str, np.ndarray], probe: HeldOut, validation: HeldOut) -> dict[str, np.ndarray]:
-    """Scores [subsets, N, C] of the test images, by the share of the probe's labels that logistic regression was fitted on.
-
-    C is that of the best macro AUC on the validation patients, for each subset.
-    """
-    middle, spread = features["probe"].mean(0), features["probe"].std(0) + 1e-6
-    fitted, chosen, test = ((features[name] - middle) / spread for name in ("probe", "validation", "test"))
-    arrays = {}
-    for share in SHARES:
-        scores = []
-        for subset in range(_SUBSETS[share]):
-            rows = _patients_share(probe.patients, share, subset)
-            trials = []
-            for strength in _STRENGTHS:
-                models = [_fit(fitted[rows], probe.labels[rows, c], strength) for c in range(probe.labels.shape[1])]
-                on_validation = np.stack([_decide(one, chosen) for one in models], 1)
-                trials.append((np.nanmean(per_class_auc(on_validation, validation.labels)), models))
-            best = max(trials, key=lambda trial: trial[0])[1]
-            scores.append(np.stack([_decide(one, test) for one in best], 1))
-        arrays[f"probe_{share:g}"] = np.stack(scores).astype(np.float32)
-    return arrays
-
-
-def _patients_share(patients: np.ndarray, share: float, subset: int) -> np.ndarray:
-    """Rows of whole patients that make up about a share of all."""
-    names = np.unique(patients)
-    drawn = np.random.default_rng(subset).permutation(names)[: max(1, round(share * len(names)))]
-    return np.flatnonzero(np.isin(patients, drawn))
-
-
-def _fit(features: np.ndarray, labels: np.ndarray, strength: float) -> LogisticRegression | None:
-    known = labels >= 0
-    if len(np.unique(labels[known])) < 2:
-        return None  # a small subset may have no positive
-    return LogisticRegression(C=strength, max_iter=300).fit(features[known], labels[known])
-
-
-def _decide(model: LogisticRegression | None, features: np.ndarray) -> np.ndarray:
-    return np.zeros(len(features)) if model is None else model.decision_function(features)
+def linear_probe(features: Mapping[str, np.ndarray], train: HeldOut, validation: HeldOut) -> dict[str, np.ndarray]:
+    """Scores [subsets, N, C] of the test images, by the share of the probe's labels that logistic regression was fitted on."""
+    fitted, chosen = (
+        Featured(features[name], held.labels, held.patients) for name, held in (("probe", train), ("validation", validation))
+    )
+    return {f"probe_{share:g}": probe(fitted, chosen, features["test"], share).test.astype(np.float32) for share in SHARES}
 
 
 def retrieval(model: MMCLIP, held: HeldOut, images: Tensor, padding: int) -> dict[str, np.ndarray]:
@@ -157,14 +120,9 @@ def retrieval(model: MMCLIP, held: HeldOut, images: Tensor, padding: int) -> dic
     if any(example["report_id"] < 0 for example in held.examples):
         return {}
     texts = torch.cat([model.embed_texts(batch["tokens"], batch["token_mask"]) for batch in held.batches(padding)])
-    ids = torch.tensor([example["report_id"] for example in held.examples])
-    same, similar = ids[:, None] == ids[None], images @ texts.T
-    arrays = {}
-    for name, scores, right in (("image_to_text", similar, same), ("text_to_image", similar.T, same.T)):
-        top = scores.topk(max(RECALL_AT), dim=1).indices
-        hits = right.gather(1, top).cumsum(1) > 0
-        arrays[name] = hits[:, [k - 1 for k in RECALL_AT]].numpy()
-    return arrays
+    ids = [example["report_id"] for example in held.examples]
+    by_image, by_text, _ = ranks(images.numpy(), texts.numpy(), ids, once=False)
+    return {"image_to_text": hits(by_image), "text_to_image": hits(by_text)}
 
 
 def pointing(
@@ -172,39 +130,18 @@ def pointing(
 ) -> dict[str, np.ndarray]:
     """For every finding of a sample that has boxes: its sample [n] and disease [n], whether the patch that responds most to the
     disease's prompts lies in a box [n], the share of attention in boxes [n], and the boxes' share of the image [n]."""
-    side = model.config.model.image.grid
     patches = F.normalize(model.image_head(seen), dim=-1)
-    response = patches @ F.normalize(directions, dim=-1).T  # [N, P, C]
+    response = (patches @ F.normalize(directions, dim=-1).T).numpy()  # [N, P, C]
     rows = []
     for sample, boxes in enumerate(held.boxes):
         for name, corners in boxes.items():
-            if name not in diseases:
-                continue
-            disease = list(diseases).index(name)
-            scores = response[sample, :, disease]
-            inside = _inside(corners, side)
-            best = int(scores.argmax())
-            attention = torch.softmax(scores / _TEMPERATURE, 0).numpy()
-            centre = (best % side + 0.5) / side, (best // side + 0.5) / side
-            rows.append([sample, disease, _holds(corners, *centre), float((attention * inside).sum()), inside.mean()])
+            if name in diseases:
+                disease = list(diseases).index(name)
+                found = pointed(response[sample, :, disease], corners)
+                rows.append([sample, disease, found.hit, found.attention, found.box_share])
     table = np.array(rows, np.float32).reshape(-1, 5)
     names = ("pointed_sample", "pointed_disease", "pointed", "attention_inside", "box_share")
     return {name: table[:, column] for column, name in enumerate(names)}
-
-
-def _inside(corners: np.ndarray, side: int) -> np.ndarray:
-    """Share of each patch that lies in the boxes [side * side]; boxes of one finding hardly overlap, and at most all counts."""
-    edges = np.arange(side + 1) / side
-    covered = np.zeros((side, side))
-    for left, top, right, bottom in corners:
-        across = np.clip(np.minimum(edges[1:], right) - np.maximum(edges[:-1], left), 0, None) * side
-        down = np.clip(np.minimum(edges[1:], bottom) - np.maximum(edges[:-1], top), 0, None) * side
-        covered += down[:, None] * across[None]
-    return np.minimum(covered, 1).ravel()
-
-
-def _holds(corners: np.ndarray, x: float, y: float) -> bool:
-    return bool(((corners[:, 0] <= x) & (x < corners[:, 2]) & (corners[:, 1] <= y) & (y < corners[:, 3])).any())
 
 
 def reconstruction(model: MMCLIP, held: HeldOut, padding: int) -> dict[str, np.ndarray]:
@@ -219,8 +156,8 @@ def reconstruction(model: MMCLIP, held: HeldOut, padding: int) -> dict[str, np.n
         error = (model.rebuild_images(batch, masked) - target).square().mean(2)
         boxes = held.boxes[first : first + len(error)]
         first += len(error)
-        covered = np.stack([_inside(np.concatenate(list(b.values())), side) if b else np.zeros(side**2) for b in boxes])
-        inside = torch.from_numpy(covered >= 0.5)
+        shares = np.stack([covered(np.concatenate(list(b.values())), side) if b else np.zeros(side**2) for b in boxes])
+        inside = torch.from_numpy(shares >= 0.5)
         for collected, chosen in ((errors_inside, masked & inside), (errors_elsewhere, masked & ~inside)):
             count = chosen.sum(1)
             mean = (error * chosen).sum(1) / count.clamp(min=1)
