@@ -31,7 +31,7 @@ PROJECTS = {
     "mmclip-kernels": (ROOT / "kernels", {"mmclip_kernels"}),
     "mmclip-shards": (ROOT / "shards", {"mmclip_shards"}),
 }
-NEEDS_EXTRAS = {"mmclip_shards.testing"}
+NEEDS_EXTRAS = {"mmclip_shards.testing", "mmclip_dist.demo"}
 """Packages that import an extra at the top: a user installs it for them."""
 
 NOT_INSTALLED = {"mlflow": "mlflow-skinny", "open_clip": "open-clip-torch", "sklearn": "scikit-learn"}
