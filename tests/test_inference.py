@@ -217,6 +217,7 @@ def test_colour_frames_and_damage_in_dicom_are_one_line(model: MMCLIPModel) -> N
         (3, "int is no image"),
         (dicom(RAMP, SamplesPerPixel=3), "one grey frame is needed"),
         (dicom(RAMP, NumberOfFrames="2"), "one grey frame is needed"),
+        (dicom(RAMP, Rows=60_000, Columns=60_000), "60000 x 60000 pixels are more than"),
         (dicom(RAMP, PixelData=b"12"), "not a usable DICOM radiograph"),
         (b"\0" * 128 + b"DICM", "not a usable DICOM radiograph"),
     ):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from mmclip_shards.images import decode_image
+from mmclip_shards.images import check_pixels, decode_image
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -45,6 +45,7 @@ def decode_dicom(data: Path | bytes | Dataset) -> Image.Image:
         found = source if isinstance(source, pydicom.Dataset) else pydicom.dcmread(source)
         if int(found.get("NumberOfFrames") or 1) != 1 or found.get("SamplesPerPixel", 1) != 1:
             raise ValueError("it holds colours or several frames; one grey frame is needed")
+        check_pixels((int(found.get("Columns") or 0), int(found.get("Rows") or 0)))  # before they are decompressed
         values = pydicom.pixels.apply_modality_lut(found.pixel_array, found)
         values = np.asarray(pydicom.pixels.apply_voi_lut(values, found), dtype=np.float64)
     except (pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException, *_DAMAGE) as error:

@@ -65,7 +65,7 @@ def decode_image(data: bytes | Path | Image.Image | np.ndarray) -> Image.Image:
         return Image.fromarray(_array_to_8_bit(data))
     if isinstance(data, Image.Image):
         try:
-            _check_pixels(data.size)
+            check_pixels(data.size)
             return _grey(data)
         except _DECODE_ERRORS as error:
             raise ValueError(f"the Pillow image cannot be used: {_reason(error)}") from error
@@ -102,7 +102,7 @@ def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
     """Facts from an image's header. decode: also decode all of it. ValueError when that fails."""
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as source:
-            _check_pixels(source.size)
+            check_pixels(source.size)
             if decode:
                 source.load()
             return ImageFacts(_suffix(source), source.mode, source.width, source.height)
@@ -116,7 +116,7 @@ def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
         # Pillow knows some 40 formats, and some of them start other programs: allow only these two.
         source = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=("JPEG", "PNG"))
         with source:
-            _check_pixels(source.size)
+            check_pixels(source.size)
             suffix = _suffix(source)
             return _grey(source), suffix
     except _DECODE_ERRORS as error:
@@ -145,13 +145,14 @@ def _array_to_8_bit(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "uif":
         raise ValueError(f"{name} has pixels of type {array.dtype}; whole or floating-point numbers are needed")
     try:
-        _check_pixels((array.shape[1], array.shape[0]))
+        check_pixels((array.shape[1], array.shape[0]))
         return array if array.dtype == np.uint8 else rescale_to_8_bit(array)
     except ValueError as error:
         raise ValueError(f"{name} cannot be used: {error}") from error
 
 
-def _check_pixels(size: tuple[int, int]) -> None:
+def check_pixels(size: tuple[int, int]) -> None:
+    """ValueError for an image of (width, height) that would fill the memory when it is decoded."""
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
 
