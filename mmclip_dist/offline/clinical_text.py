@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -218,6 +219,7 @@ def lexicon_pipeline() -> Language:
         for written in (word, word.capitalize(), word.upper()):
             tokenizer.add_special_case(written, [{ORTH: written}])
     nlp.tokenizer = tokenizer
+    nlp.max_length = sys.maxsize  # spaCy's limit of a megabyte is for models that need memory by the length
     ruler: Any = nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"})
     ruler.add_patterns(lexicon_patterns(load_lexicon()))
     return nlp

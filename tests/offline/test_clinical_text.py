@@ -196,6 +196,21 @@ def test_batches_change_nothing_and_empty_reports_are_kept(extract: Extractor) -
     assert extract([""]) == [[]]
 
 
+@pytest.mark.slow
+def test_a_report_of_more_than_a_megabyte_is_read_to_its_end(extract: Extractor) -> None:
+    report = ("x" * 200 + ". No effusion. ") * 5_000 + "Possible mass."
+    entities = extract([report])[0]
+    assert len(report) > 1_000_000 and len(entities) == 5_001
+    assert all(entity.negated for entity in entities[:-1]) and entities[-1].uncertain
+
+
+@pytest.mark.parametrize(
+    "report", ["<p>Sin derrame pleural.</p>", "\x00\x01", "???", "Pulmones: sin hallazgos.", "a:b::", "No", "INDICATION:\n"]
+)
+def test_what_is_no_english_report_has_no_evidence_and_stops_nothing(extract: Extractor, report: str) -> None:
+    assert [entity for entity in extract([report])[0] if entity.label == "FINDING"] == []
+
+
 def test_as_json_leaves_unknown_concepts_out() -> None:
     entity = Entity(3, 11, "effusion", "FINDING", True, term="pleural effusion")
     assert as_json(entity) == {"start": 3, "end": 11, "text": "effusion", "label": "FINDING", "negated": True}
