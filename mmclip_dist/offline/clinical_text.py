@@ -243,7 +243,7 @@ def cue_finder(nlp: Language) -> Callable[[Doc], list[Cue]]:
 
     matcher = PhraseMatcher(nlp.vocab, attr="LOWER")
     for kind, phrases in cue_phrases(load_lexicon()["context"]).items():
-        matcher.add(kind, list(nlp.tokenizer.pipe(phrases)))
+        matcher.add(kind, [nlp.make_doc(phrase) for phrase in phrases])
     strings = nlp.vocab.strings
 
     def find(doc: Doc) -> list[Cue]:
