@@ -55,6 +55,7 @@ def test_the_longest_cue_wins_and_then_the_leftmost() -> None:
     short, long, right = Cue("a", 1, 2), Cue("b", 0, 3), Cue("c", 2, 4)
     assert longest([short, right, long]) == [long]
     assert longest([right, short]) == [short, right]
+    assert longest([Cue("e", 0, 2), Cue("f", 1, 4)]) == [Cue("f", 1, 4)]
     assert longest([Cue("d", 1, 3), right]) == [Cue("d", 1, 3)]
 
 
