@@ -21,7 +21,7 @@ class Batch(TypedDict):
     token_mask: Tensor  # [B, T] bool, True: a token
     masked_tokens: Tensor  # [B, T] int64, with entities masked
     target_tokens: Tensor  # [B, T] int64, the masked tokens, -100 elsewhere
-    evidence: Tensor  # [B, T] bool, tokens that may score patches: non-negated entities, else the words
+    evidence: Tensor  # [B, T] bool, tokens that may score patches: entities stated as seen, else the words
     report_id: Tensor  # [B] int64, equal for equal reports; -1: no report
     labels: Tensor  # [B, C] int64: 1 present, 0 absent, -1 uncertain or not mentioned
     attention: Tensor  # [B, g, g] float32, scores per patch

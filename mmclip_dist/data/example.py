@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from mmclip_shards.document import read_document
+from mmclip_shards.document import is_evidence, read_document
 from mmclip_shards.images import decode_image
 from mmclip_shards.schema import decode_npy
 from transformers import PreTrainedTokenizerBase
@@ -110,8 +110,8 @@ class ExampleMaker:
             words, [np.flatnonzero(overlap) for overlap in overlaps if overlap.any()], random,
             probability=self.entmlm.probability, word_probability=self.entmlm.word_probability,
         )  # fmt: skip
-        evidence = overlaps[[row for row, span in enumerate(spans) if not span["negated"]]].any(0)
-        if not evidence.any():  # only negated findings, or no entity: use all words
+        evidence = overlaps[[row for row, span in enumerate(spans) if is_evidence(span)]].any(0)
+        if not evidence.any():  # nothing stated, or no entity: use all words
             evidence = words >= 0
         return {
             "tokens": torch.from_numpy(tokens),

@@ -81,7 +81,7 @@ class TextMemory:
     """What guides an image: its report's tokens, or its disease prompts where it has none. Of the R images that are rebuilt.
 
     features [R, T + 2C, D], present [R, T + 2C]: for the image decoder. evidence [R, T + 2C]: the words that may score
-    patches, which a negated finding never does.
+    patches, which a negated, doubtful or past finding never does.
     """
 
     features: Tensor

@@ -1,7 +1,7 @@
 """Offline stage `attention`: how strongly each patch of every image responds to its report, as a sidecar.
 
-A frozen checkpoint scores each un-augmented image against the entity words of its report that are not negated, or
-against the prompts of its diseases. One float16 grid an image.
+A frozen checkpoint scores each un-augmented image against the entities that its report states as seen, or against
+the prompts of its diseases. One float16 grid an image.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Entities of radiology reports: a lexicon (default) or an installed spaCy/scispaCy model, with negation on top.
+"""Entities of radiology reports: a lexicon (default) or an installed spaCy/scispaCy model, each with what the report
+says of it (`context.py`).
 
     extract = build_extractor("lexicon")
     [[entity, ...], ...] = extract(["No effusion but a right apical pneumothorax.", ...])
 
 Words come from scispaCy's tokeniser, short forms defined in the report from its abbreviation detector (Schwartz and
-Hearst, 2003), negation from NegEx (Chapman et al., 2001) through negspacy. Everything that a radiologist may want to
-change is in `lexicon.yaml`. Line breaks in the middle of a phrase are ignored.
+Hearst, 2003). Everything that a radiologist may want to change is in `lexicon.yaml`. Line breaks in the middle of a phrase are
+ignored.
 
 Needs the extra `nlp`; its packages are imported only where they are used, as spaCy alone takes about three seconds.
 """
@@ -16,6 +17,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,19 +28,20 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mmclip_dist.offline.context import Cue, background_spans, cue_phrases, heading_pattern, longest, marks_of
+
 if TYPE_CHECKING:
     from spacy.language import Language
     from spacy.tokens import Doc, Span
 
 LEXICON_PATH = Path(__file__).with_name("lexicon.yaml")
 LEXICON_MODEL = "lexicon"
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Part of the extractor's hash. Raise it when this file changes what is extracted: old sidecars then become stale."""
 
-NLP_PACKAGES = ("spacy", "scispacy", "negspacy")
-SENTENCE_ENDS = [".", "!", "?", ";", "\n"]
+NLP_PACKAGES = ("spacy", "scispacy")
 UNUSED_PIPES = ["tagger", "attribute_ruler", "lemmatizer", "parser", "senter"]
-"""Parts of an installed model that entities do not need; its sentence splitter is replaced by ours."""
+"""Parts of an installed model that entities do not need; where a sentence ends is in `context.py`."""
 
 NEW_BLOCK = re.compile(
     r"\n[^\S\n]*\n"  # a blank line
@@ -51,7 +54,6 @@ SLASH = r"(?<=[A-Za-z])/(?=[A-Za-z])"
 SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 
-Match = tuple[int, int, int]
 Extractor = Callable[[Sequence[str]], "list[list[Entity]]"]
 
 
@@ -60,7 +62,10 @@ class Entity:
     """A span of a report: `report[start:end] == text`, in characters.
 
     label: FINDING, ANATOMY, LOCATION, SEVERITY or DEVICE with the lexicon; the model's own label otherwise.
-    negated: within the scope of a negation, so no evidence of the disease (any label, not only findings).
+    negated: the report says that it is not there, or no longer (any label, not only findings).
+    uncertain: possible, or one of several.
+    background: of the patient's past, or of the question that was asked, as in the section "Indication".
+    At most one of the three; an entity with any of them is no evidence of the disease.
     term: the lexicon's canonical name ("opacities" -> "lung opacity"); None with an installed model.
     cui: the UMLS concept, where the model gives one.
     """
@@ -69,17 +74,20 @@ class Entity:
     end: int
     text: str
     label: str
-    negated: bool
+    negated: bool = False
+    uncertain: bool = False
+    background: bool = False
     cui: str | None = None
     term: str | None = None
 
 
 def as_json(entity: Entity) -> dict[str, Any]:
-    """One item of an entity sidecar: `cui` only if known; `term` is not part of the format."""
+    """One item of an entity sidecar: `uncertain`, `background` and `cui` only where they say something; never `term`."""
     item = asdict(entity)
     del item["term"]
-    if entity.cui is None:
-        del item["cui"]
+    for name in ("uncertain", "background", "cui"):
+        if not item[name]:
+            del item[name]
     return item
 
 
@@ -92,26 +100,34 @@ def build_extractor(model: str = LEXICON_MODEL) -> Extractor:
     require_installed(model)
     nlp = lexicon_pipeline() if model == LEXICON_MODEL else installed_pipeline(model)
     detect_abbreviations = abbreviations(nlp)
+    find_cues = cue_finder(nlp)
+    headings = heading_pattern(load_lexicon()["sections"])
     # Only a model's entity may hold its negation ("no effusion").
-    negate = negation(nlp, entity_prefixes=model != LEXICON_MODEL)
+    prefixes = () if model == LEXICON_MODEL else tuple(load_lexicon()["entity_prefix"])
 
     def extract(reports: Sequence[str]) -> list[list[Entity]]:
         """Entities of each report, in the order of the reports."""
-        flat = [flatten(report) for report in reports]
+        flat = [flatten(report, headings) for report in reports]
         found = []
         # The zone frees new words of the vocabulary afterwards; without it a worker's memory grows with the corpus.
         with nlp.memory_zone():
             for report, (text, positions), doc in zip(reports, flat, nlp.pipe(text for text, _ in flat), strict=True):
                 if "(" in text:  # a definition needs one; skipping the detector saves a sixth of the run time
                     add_short_forms(detect_abbreviations(doc))
-                found.append([entity_of(span, report, positions) for span in negate(doc).ents])
+                spans = doc.ents
+                marks = marks_of([(span.start, span.end) for span in spans], find_cues(doc))
+                background = background_spans(text, list(headings.finditer(text))) if ":" in text else []
+                found.append([
+                    entity_of(span, in_report(mark, span, background, prefixes), report, positions)
+                    for span, mark in zip(spans, marks, strict=True)
+                ])  # fmt: skip
         return found
 
     return extract
 
 
 def extractor_hash(model: str = LEXICON_MODEL) -> str:
-    """sha256 (hex) of everything that affects the entities: lexicon, negation, rules, versions of model and packages."""
+    """sha256 (hex) of everything that affects the entities: lexicon, context, rules, versions of model and packages."""
     require_installed(model)
     if model == LEXICON_MODEL:
         source = {"lexicon": hashlib.sha256(LEXICON_PATH.read_bytes()).hexdigest()}
@@ -120,7 +136,7 @@ def extractor_hash(model: str = LEXICON_MODEL) -> str:
     configuration = {
         "model": model,
         "source": source,
-        "negation": load_lexicon()["negation"],
+        "context": [load_lexicon()[name] for name in ("context", "sections", "entity_prefix")],
         "rules": RULES_VERSION,
         "packages": {name: metadata.version(name) for name in NLP_PACKAGES},
     }
@@ -154,7 +170,7 @@ def is_installed(package: str) -> bool:
 
 @cache
 def load_lexicon() -> dict[str, Any]:
-    """The parsed lexicon file: `spellings`, `entities` and `negation`."""
+    """The parsed lexicon file: `spellings`, `entities`, `context`, `sections` and `entity_prefix`."""
     return yaml.safe_load(LEXICON_PATH.read_text(encoding="utf-8"))
 
 
@@ -188,7 +204,7 @@ def lexicon_patterns(lexicon: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def lexicon_pipeline() -> Language:
-    """Blank English with scispaCy's tokeniser, sentences, and the lexicon as entity ruler."""
+    """Blank English with scispaCy's tokeniser and the lexicon as entity ruler."""
     import spacy
     from scispacy.custom_tokenizer import combined_rule_tokenizer
     from spacy.symbols import ORTH
@@ -200,11 +216,13 @@ def lexicon_pipeline() -> Language:
     infixes = tokenizer.infix_finditer.__self__.pattern
     tokenizer.infix_finditer = re.compile(f"{infixes}|{SLASH}").finditer
     for word in SLASHED_WORDS:
-        tokenizer.add_special_case(word, [{ORTH: word}])
+        for written in (word, word.capitalize(), word.upper()):
+            tokenizer.add_special_case(written, [{ORTH: written}])
     nlp.tokenizer = tokenizer
+    nlp.max_length = sys.maxsize  # spaCy's limit of a megabyte is for models that need memory by the length
     ruler: Any = nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"})
     ruler.add_patterns(lexicon_patterns(load_lexicon()))
-    return add_sentences(nlp)
+    return nlp
 
 
 def installed_pipeline(model: str) -> Language:
@@ -216,55 +234,22 @@ def installed_pipeline(model: str) -> Language:
     nlp = spacy.load(model, exclude=UNUSED_PIPES)
     if not any("doc.ents" in nlp.get_pipe_meta(pipe).assigns for pipe in nlp.pipe_names):
         raise ValueError(f"model {model!r} recognises no entities (its parts: {', '.join(nlp.pipe_names) or 'none'})")
-    return add_sentences(nlp)
-
-
-def add_sentences(nlp: Language) -> Language:
-    """Put a sentence splitter first: a negation ends with its sentence."""
-    nlp.add_pipe("sentencizer", name="report_sentences", first=True, config={"punct_chars": SENTENCE_ENDS})
     return nlp
 
 
-def negation(nlp: Language, *, entity_prefixes: bool) -> Callable[[Doc], Doc]:
-    """NegEx with the lexicon's phrases; sets `span._.negated` on the entities of a document.
+def cue_finder(nlp: Language) -> Callable[[Doc], list[Cue]]:
+    """Finds the lexicon's cues in a document; they share no token and come in order."""
+    from spacy.matcher import PhraseMatcher
 
-    entity_prefixes: whether an entity that starts with a negation word is negated by it.
-    """
-    from negspacy.negation import Negex
+    matcher = PhraseMatcher(nlp.vocab, attr="LOWER")
+    for kind, phrases in cue_phrases(load_lexicon()["context"]).items():
+        matcher.add(kind, [nlp.make_doc(phrase) for phrase in phrases])
+    strings = nlp.vocab.strings
 
-    class LongestPhraseNegex(Negex):
-        """In negspacy "resolved" acts inside "has resolved", and a pseudo-negation cancels its right neighbour; here phrases
-        never overlap and the longest wins. It also lists a document's entities once per statement, which is more than half
-        of its run time; here once per document."""
+    def find(doc: Doc) -> list[Cue]:
+        return longest(Cue(strings[kind], start, end) for kind, start, end in matcher(doc))
 
-        def process_negations(self, doc: Doc) -> tuple[list[Match], list[Match], list[Match]]:
-            """The phrases of a document: (preceding, following, termination) as (kind, first token, end token)."""
-            kept: dict[str, list[Match]] = {"pseudo": [], "Preceding": [], "Following": [], "Termination": []}
-            for match in without_overlap(self.matcher(doc)):
-                kept[doc.vocab.strings[match[0]]].append(match)
-            return kept["Preceding"], kept["Following"], kept["Termination"]
-
-        def negex(self, doc: Doc) -> Doc:
-            """Set `span._.negated`, one statement (a sentence, or a part of it up to a termination) after another."""
-            preceding, following, terminating = self.process_negations(doc)
-            entities = doc.ents
-            for start, end in self.termination_boundaries(doc, terminating):
-                before = [match for match in preceding if start <= match[1] < end]
-                after = [match for match in following if start <= match[1] < end]
-                for entity in entities if before or after or self.chunk_prefix else ():
-                    if start <= entity.start < end:
-                        self._apply_negation(entity, before, after)
-            return doc
-
-    phrases = load_lexicon()["negation"]
-    termset = {
-        "pseudo_negations": phrases["pseudo"],
-        "preceding_negations": phrases["preceding"],
-        "following_negations": phrases["following"],
-        "termination": phrases["termination"],
-    }
-    prefixes = phrases["entity_prefix"] if entity_prefixes else None
-    return LongestPhraseNegex(nlp, "negation", neg_termset=termset, extension_name="negated", chunk_prefix=prefixes)
+    return find
 
 
 def abbreviations(nlp: Language) -> Callable[[Doc], Doc]:
@@ -277,26 +262,17 @@ def abbreviations(nlp: Language) -> Callable[[Doc], Doc]:
     return detector
 
 
-def without_overlap(matches: Sequence[Match]) -> list[Match]:
-    """Matches that share no token, longest first, then leftmost; returned in the order of the text."""
-    kept: list[Match] = []
-    for match in sorted(matches, key=lambda match: (match[1] - match[2], match[1])):
-        if all(match[2] <= other[1] or other[2] <= match[1] for other in kept):
-            kept.append(match)
-    return sorted(kept, key=lambda match: match[1])
-
-
 # --- one document ---------------------------------------------------------------------------------------------------
 
 
-def flatten(report: str) -> tuple[str, list[int] | None]:
-    """The report with each run of white space as one character: "\\n" before a new block, else " ".
+def flatten(report: str, headings: re.Pattern[str]) -> tuple[str, list[int] | None]:
+    """The report with each run of white space as one character: "\\n" before a new block or a heading, else " ".
 
     Wrapped lines and double spaces would otherwise split "pleural\\n effusion".
     Returns the text and, per character, its offset in the report (None: nothing moved).
     """
     if not FOLDED_BLANKS.search(report):
-        return report, None
+        return break_before(headings, report), None
     block_starts = {match.start() for match in NEW_BLOCK.finditer(report)}
     pieces: list[str] = []
     positions: list[int] = []
@@ -308,7 +284,17 @@ def flatten(report: str) -> tuple[str, list[int] | None]:
         last = end
     pieces.append(report[last:])
     positions.extend(range(last, len(report)))
-    return "".join(pieces), positions
+    return break_before(headings, "".join(pieces)), positions
+
+
+def break_before(headings: re.Pattern[str], text: str) -> str:
+    """The text with "\n" for the space before a heading: no statement reaches from one section into the next."""
+    if ":" not in text:
+        return text
+    for heading in headings.finditer(text):
+        at = heading.start()
+        text = text if at == 0 else f"{text[: at - 1]}\n{text[at:]}"
+    return text
 
 
 def add_short_forms(doc: Doc) -> Doc:
@@ -329,7 +315,16 @@ def add_short_forms(doc: Doc) -> Doc:
     return doc
 
 
-def entity_of(span: Span, report: str, positions: list[int] | None) -> Entity:
+def in_report(mark: str | None, span: Span, background: list[tuple[int, int]], prefixes: tuple[str, ...]) -> str | None:
+    """The mark of an entity, from that of its statement. background: sections that say nothing of the image, in characters."""
+    if prefixes and span.text.lower().startswith(prefixes):
+        return "negated"
+    if mark != "negated" and any(start <= span.start_char < end for start, end in background):
+        return "background"
+    return mark
+
+
+def entity_of(span: Span, mark: str | None, report: str, positions: list[int] | None) -> Entity:
     """A spaCy entity as `Entity`, with offsets of the original report."""
     start, end = span.start_char, span.end_char
     if positions is not None:
@@ -339,7 +334,9 @@ def entity_of(span: Span, report: str, positions: list[int] | None) -> Entity:
         end=end,
         text=report[start:end],
         label=span.label_,
-        negated=span._.negated,
+        negated=mark == "negated",
+        uncertain=mark == "uncertain",
+        background=mark == "background",
         cui=span.kb_id_ or None,
         term=span.ent_id_ or None,
     )

@@ -115,7 +115,8 @@ def check_fields(fields: Any, *, dataset: str, label_names: tuple[str, ...]) -> 
 
 
 def check_spans(spans: object) -> None:
-    """ValueError unless these are spans as `KEY.entities.json` holds them: start, end, text, label, negated, cui."""
+    """ValueError unless these are spans as `KEY.entities.json` holds them: start, end, text, label, negated; where
+    known, uncertain, background and cui."""
     if not isinstance(spans, list):
         raise ValueError("it is not a list of spans")
     for number, span in enumerate(spans):
@@ -130,8 +131,15 @@ def check_spans(spans: object) -> None:
             raise ValueError(f"span {number}: `text` must have `end` - `start` characters")
         if not (isinstance(span.get("label"), str) and span["label"] and isinstance(span.get("negated"), bool)):
             raise ValueError(f"span {number}: `label` must be a text and `negated` true or false")
+        if not all(isinstance(span.get(mark, False), bool) for mark in ("uncertain", "background")):
+            raise ValueError(f"span {number}: `uncertain` and `background` must be true or false")
         if not isinstance(span.get("cui", ""), str):
             raise ValueError(f"span {number}: `cui` must be a text")
+
+
+def is_evidence(span: Mapping[str, Any]) -> bool:
+    """Whether a report states an entity as seen: not negated, in doubt, or of the past. Older sidecars know only `negated`."""
+    return not (span["negated"] or span.get("uncertain") or span.get("background"))
 
 
 def _report(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> str:

@@ -60,6 +60,16 @@ def test_a_negated_finding_is_masked_but_is_no_evidence(words) -> None:
     assert torch.equal(example["masked_tokens"][~hidden], example["tokens"][~hidden])
 
 
+@pytest.mark.parametrize("mark", ["uncertain", "background"])
+def test_a_doubtful_or_past_finding_is_masked_but_is_no_evidence(words, mark: str) -> None:
+    sample = members(REPORT, [("effusion", False), ("pneumothorax", False)])
+    spans = json.loads(sample["entities.json"])
+    spans[0][mark] = True
+    example = maker(words)("key", sample | {"entities.json": json.dumps(spans).encode()}, 0)
+    assert named(words, example, example["evidence"]) == ["pneumothorax"]
+    assert named(words, example, example["target_tokens"] >= 0) == ["effusion", "pneumothorax"]
+
+
 @pytest.mark.parametrize("spans", [[("effusion", True)], []])
 def test_without_a_finding_that_is_present_all_words_are_evidence(words, spans: list[tuple[str, bool]]) -> None:
     example = maker(words)("key", members(REPORT, spans), 0)

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("negspacy", reason="needs the extra nlp")
 pytest.importorskip("scispacy", reason="needs the extra nlp")
 
 from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
 
 from mmclip_dist.offline import clinical_text
 from mmclip_dist.offline.clinical_text import Entity, Extractor, as_json, build_extractor, extractor_hash
+from mmclip_dist.offline.context import cue_phrases
 
 LABELS = {"F": "FINDING", "A": "ANATOMY", "L": "LOCATION", "S": "SEVERITY", "D": "DEVICE"}
-MARK = re.compile(r"\[([^|\]]+)\|([FALSD])(-?)\]")
+MARK = re.compile(r"\[([^|\]]+)\|([FALSD])([-?~]?)\]")
 
-# Our own sentences, labelled by hand: [text|label], a minus for negated.
+# Our own sentences, labelled by hand: [text|label], a minus for negated, ? for uncertain, ~ for background.
 LABELLED = r"""
 No [effusion|F-] but there is a [right|L] [apical|L] [pneumothorax|F].
 No [focal|L-] [consolidation|F-], [pleural effusion|F-], or [pneumothorax|F-].
@@ -34,9 +34,9 @@ There is no evidence of [pulmonary edema|F-].
 Negative for [acute|S-] [fracture|F-] or [dislocation|F-].
 The [pleural spaces|A] are free of [fluid collection|F-].
 [Linear atelectasis|F] rather than [pneumonia|F-].
-Cannot exclude a [small|S] [pneumothorax|F].
-A [small|S] [pneumothorax|F] cannot be excluded.
-Possible [left|L] [lower lobe|A] [pneumonia|F].
+Cannot exclude a [small|S?] [pneumothorax|F?].
+A [small|S?] [pneumothorax|F?] cannot be excluded.
+Possible [left|L?] [lower lobe|A?] [pneumonia|F?].
 [Pneumothorax|F-] is not seen.
 The [left|L-] [effusion|F-] has resolved.
 The [effusion|F-] has resolved and [pneumothorax|F] persists.
@@ -88,13 +88,13 @@ def extract() -> Extractor:
     return build_extractor()
 
 
-def read_markup(line: str) -> tuple[str, list[tuple[str, str, bool]]]:
-    """A line of LABELLED -> the sentence and its expected (text, label, negated)."""
-    return MARK.sub(r"\1", line), [(text, LABELS[code], minus == "-") for text, code, minus in MARK.findall(line)]
+def read_markup(line: str) -> tuple[str, list[tuple[str, str, str]]]:
+    """A line of LABELLED -> the sentence and its expected (text, label, mark)."""
+    return MARK.sub(r"\1", line), [(text, LABELS[code], mark) for text, code, mark in MARK.findall(line)]
 
 
-def summary(entities: list[Entity]) -> list[tuple[str, str, bool]]:
-    return [(entity.text, entity.label, entity.negated) for entity in entities]
+def summary(entities: list[Entity]) -> list[tuple[str, str, str]]:
+    return [(e.text, e.label, "-" * e.negated + "?" * e.uncertain + "~" * e.background) for e in entities]
 
 
 def findings(extract: Extractor, report: str) -> dict[str, bool]:
@@ -111,7 +111,7 @@ def test_hand_labelled_sentence(extract: Extractor, line: str) -> None:
 def test_enough_sentences_are_labelled() -> None:
     labelled = [expected for _, expected in map(read_markup, LABELLED.strip().splitlines())]
     assert len(labelled) >= 40
-    assert sum(negated for expected in labelled for _, _, negated in expected) >= 30
+    assert sum(mark == "-" for expected in labelled for _, _, mark in expected) >= 30
 
 
 def test_negation_ends_with_its_sentence_also_as_one_report(extract: Extractor) -> None:
@@ -151,6 +151,34 @@ def test_wrapped_line_continues_a_negation_and_a_heading_ends_it(extract: Extrac
     }
 
 
+@pytest.mark.parametrize(
+    "report",
+    [
+        "INDICATION: Pneumonia, rule out effusion\nFINDINGS: Small effusion. No nodule.",
+        "Clinical history: pneumonia. Comparison: none. Findings: Small effusion. No nodule.",
+        "FINAL REPORT INDICATION: r/o pneumonia FINDINGS: Small effusion. No nodule.",
+        "HISTORY:\n\n Pneumonia with fever\n\nSmall effusion. No nodule.",
+        "TECHNIQUE: PA view for pneumonia\n\nSmall  effusion.\n No nodule.",
+    ],
+)
+def test_sections_about_the_past_and_the_question_are_background(extract: Extractor, report: str) -> None:
+    entities = extract([report])[0]
+    background = {entity.term for entity in entities if entity.background}
+    assert "pneumonia" in background
+    body = entities[-3:]
+    assert [(entity.term, entity.background, entity.uncertain, entity.negated) for entity in body] == [
+        ("small", False, False, False), ("pleural effusion", False, False, False), ("nodule", False, False, True),
+    ]  # fmt: skip
+    assert all(report[entity.start : entity.end] == entity.text for entity in entities)
+
+
+@pytest.mark.parametrize("report", ["NO EFFUSION. POSSIBLE PNEUMONIA.", "H/O CHF", "R/O PTX. R/o PTX."])
+def test_capitals_change_no_mark(extract: Extractor, report: str) -> None:
+    upper, lower = (extract([text])[0] for text in (report, report.lower()))
+    assert [mark for _, _, mark in summary(upper)] == [mark for _, _, mark in summary(lower)]
+    assert all(mark for _, _, mark in summary(upper))
+
+
 def test_short_form_defined_in_the_report_is_an_entity(extract: Extractor) -> None:
     defined, undefined = extract(["Left basal consolidation (LBC). No LBC on the prior.", "LBC is stable."])
     short = [entity for entity in defined if entity.text == "LBC"]
@@ -168,11 +196,29 @@ def test_batches_change_nothing_and_empty_reports_are_kept(extract: Extractor) -
     assert extract([""]) == [[]]
 
 
+@pytest.mark.slow
+def test_a_report_of_more_than_a_megabyte_is_read_to_its_end(extract: Extractor) -> None:
+    report = ("x" * 200 + ". No effusion. ") * 5_000 + "Possible mass."
+    entities = extract([report])[0]
+    assert len(report) > 1_000_000 and len(entities) == 5_001
+    assert all(entity.negated for entity in entities[:-1]) and entities[-1].uncertain
+
+
+@pytest.mark.parametrize(
+    "report", ["<p>Sin derrame pleural.</p>", "\x00\x01", "???", "Pulmones: sin hallazgos.", "a:b::", "No", "INDICATION:\n"]
+)
+def test_what_is_no_english_report_has_no_evidence_and_stops_nothing(extract: Extractor, report: str) -> None:
+    assert [entity for entity in extract([report])[0] if entity.label == "FINDING"] == []
+
+
 def test_as_json_leaves_unknown_concepts_out() -> None:
     entity = Entity(3, 11, "effusion", "FINDING", True, term="pleural effusion")
     assert as_json(entity) == {"start": 3, "end": 11, "text": "effusion", "label": "FINDING", "negated": True}
     known = Entity(3, 11, "effusion", "FINDING", True, cui="C0032227")
     assert as_json(known) == {**as_json(entity), "cui": "C0032227"}
+    doubtful, past = Entity(0, 1, "x", "FINDING", uncertain=True), Entity(0, 1, "x", "FINDING", background=True)
+    assert as_json(doubtful) == {"start": 0, "end": 1, "text": "x", "label": "FINDING", "negated": False, "uncertain": True}
+    assert as_json(past) == {"start": 0, "end": 1, "text": "x", "label": "FINDING", "negated": False, "background": True}
 
 
 def test_synthetic_reports_agree_with_their_labels(extract: Extractor) -> None:
@@ -208,8 +254,9 @@ def test_form_of_two_terms_is_refused() -> None:
         clinical_text.lexicon_patterns(lexicon)
 
 
-def test_negation_phrases_have_one_meaning() -> None:
-    phrases = Counter(phrase for phrases in clinical_text.load_lexicon()["negation"].values() for phrase in phrases)
+def test_phrases_of_the_context_have_one_meaning() -> None:
+    kinds = cue_phrases(clinical_text.load_lexicon()["context"]).values()
+    phrases = Counter(phrase.lower() for phrases in kinds for phrase in phrases)
     assert [phrase for phrase, count in phrases.items() if count > 1] == []
 
 
@@ -254,7 +301,7 @@ def toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_installed_model_gets_the_same_negation(toy_model: str) -> None:
     extract = build_extractor(toy_model)
     entities = extract(["No effusion but a nodule. Mass is not seen."])[0]
-    assert summary(entities) == [("No effusion", "ENTITY", True), ("nodule", "ENTITY", False), ("Mass", "ENTITY", True)]
+    assert summary(entities) == [("No effusion", "ENTITY", "-"), ("nodule", "ENTITY", ""), ("Mass", "ENTITY", "-")]
     assert [entity.term for entity in entities] == [None, None, None]
     assert extractor_hash(toy_model) != extractor_hash()
 
@@ -272,8 +319,8 @@ def test_installed_package_that_is_no_model_is_refused() -> None:
 
 
 def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clinical_text, "is_installed", lambda package: package != "negspacy")
-    with pytest.raises(ValueError, match=r"negspacy.*pip install 'mmclip-dist\[nlp\]'"):
+    monkeypatch.setattr(clinical_text, "is_installed", lambda package: package != "scispacy")
+    with pytest.raises(ValueError, match=r"scispacy.*pip install 'mmclip-dist\[nlp\]'"):
         build_extractor()
 
 

@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-pytest.importorskip("negspacy", reason="needs the extra nlp")
 pytest.importorskip("scispacy", reason="needs the extra nlp")
 
 from mmclip_shards.document import check_spans

@@ -303,6 +303,7 @@ def test_arrays_of_objects_are_never_unpickled(tmp_path: Path) -> None:
         ("entities", canonical_json([SPAN, {**SPAN, "start": True}]), "span 1: `start` and `end`"),
         ("entities", canonical_json([{**SPAN, "text": "effusio"}]), "span 0: `text`"),
         ("entities", canonical_json([{**SPAN, "negated": None}]), "span 0: `label`"),
+        ("entities", canonical_json([{**SPAN, "uncertain": 1}]), "span 0: `uncertain` and `background`"),
         ("entities", canonical_json([{**SPAN, "cui": 3}]), "span 0: `cui`"),
         ("entities", canonical_json([7]), "span 0 is not an object"),
         ("attention", encode_npy(np.ones((2, 2), np.float32)), r"shape \(2, 2\) and type float32"),

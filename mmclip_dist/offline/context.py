@@ -1,0 +1,129 @@
+"""What a report says of each entity: stated, negated, uncertain or background. Pure; the phrases are in `lexicon.yaml`.
+
+ConText (Harkema et al., 2009), the successor of NegEx: a cue ("no", "may represent", "history of") marks the entities on one side
+of it, as far as its statement reaches. A sentence is one statement, until a termination ("but"), or until a new clause begins
+behind a comma or "and": there, a statement that is complete ends if what follows has a verb of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+MARKS = ("negated", "background", "uncertain")
+"""Strongest first: what is negated is not also uncertain."""
+SCOPES = ("preceding", "adjective", "following", "between")
+SENTENCE_END = "sentence end"
+SENTENCE_ENDS = [".", "!", ";", "\n"]
+_ENDS_ADJECTIVE = {"join", "predicate", "existential"}
+
+
+class Cue(NamedTuple):
+    """A phrase at tokens [start, end). kind: `MARK SCOPE`, or how it bounds a statement (a list of the lexicon)."""
+
+    kind: str
+    start: int
+    end: int
+
+
+def cue_phrases(context: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Kind of cue -> its phrases, from the lexicon's `context`."""
+    phrases = {SENTENCE_END: SENTENCE_ENDS}
+    for name, value in context.items():
+        if name in MARKS:
+            phrases |= {f"{name} {scope}": value[scope] for scope in SCOPES if scope in value}
+        else:
+            phrases[name] = value
+    return phrases
+
+
+def longest(cues: Iterable[Cue]) -> list[Cue]:
+    """Cues that share no token, longest first, then leftmost; in the order of the text."""
+    kept: list[Cue] = []
+    taken: set[int] = set()
+    for cue in sorted(cues, key=lambda cue: (cue.start - cue.end, cue.start)):
+        tokens = range(cue.start, cue.end)
+        if taken.isdisjoint(tokens):
+            taken.update(tokens)
+            kept.append(cue)
+    return sorted(kept, key=lambda cue: cue.start)
+
+
+def marks_of(entities: Sequence[tuple[int, int]], cues: Sequence[Cue]) -> list[str | None]:
+    """The mark of each entity, None for stated. entities: token ranges; cues: as `longest` gives them. Both in order."""
+    marks: list[str | None] = [None] * len(entities)
+    for start, end, inside in _statements(cues):
+        # Only the statement's own entities: a report of a megabyte takes seconds, not hours.
+        rows = range(bisect_left(entities, (start,)), bisect_left(entities, (end,)))
+        for mark in reversed(MARKS):  # the strongest last
+            for low, high in (_reach(cue, inside, start, end) for cue in inside if cue.kind.startswith(mark)):
+                for row in rows:
+                    if low <= entities[row][0] and entities[row][1] <= high:
+                        marks[row] = mark
+    return marks
+
+
+def _reach(cue: Cue, cues: Sequence[Cue], start: int, end: float) -> tuple[float, float]:
+    """Tokens that a cue of the statement [start, end) acts on."""
+    scope = cue.kind.split()[-1]
+    if scope == "preceding":
+        return cue.start, end
+    if scope == "following":
+        return start, cue.start
+    ends = _ENDS_ADJECTIVE if scope == "adjective" else {"join"}
+    right = min((other.start for other in cues if other.start >= cue.end and other.kind in ends), default=end)
+    if scope == "adjective":
+        return cue.start, right
+    left = max((other.end for other in cues if other.end <= cue.start and other.kind in ends), default=start)
+    return left, right
+
+
+def _statements(cues: Sequence[Cue]) -> Iterator[tuple[int, float, list[Cue]]]:
+    """(start, end, cues) of each statement that has a cue."""
+    start, complete, inside = 0, False, list[Cue]()
+    for row, cue in enumerate(cues):
+        clause = cue.kind == "join" and complete and _clause_follows(cues, row + 1)
+        if clause or cue.kind in (SENTENCE_END, "termination", "existential"):
+            if inside:
+                yield start, cue.start, inside
+            start, complete, inside = cue.start, False, []
+        inside.append(cue)
+        complete |= cue.kind in ("existential", "predicate") or cue.kind.startswith(MARKS)
+    if inside:
+        yield start, float("inf"), inside
+
+
+def _clause_follows(cues: Sequence[Cue], row: int) -> bool:
+    """Whether from cue `row` on a verb comes before the next comma, conjunction or end."""
+    for at in range(row, len(cues)):
+        cue = cues[at]
+        if cue.kind == "predicate" or cue.kind.endswith("following"):
+            return True
+        if cue.kind in ("join", "alternative", "termination", "existential", SENTENCE_END):
+            return False
+    return False
+
+
+# --- sections -------------------------------------------------------------------------------------------------------
+
+
+def heading_pattern(sections: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
+    """Finds headings ("INDICATION:"); group 1 holds those whose section is background."""
+    background, findings = (
+        "|".join(map(re.escape, sorted(sections[name], key=len, reverse=True))) for name in ("background", "findings")
+    )
+    return re.compile(rf"(?:(?<=\s)|^)(?:({background})|(?:{findings}))\s?:", re.IGNORECASE)
+
+
+def background_spans(text: str, headings: Sequence[re.Match[str]]) -> list[tuple[int, int]]:
+    """Characters of the sections that say nothing of the image. A section ends at the next heading or block of text."""
+    starts = [heading.start() for heading in headings] + [len(text)]
+    spans = []
+    for heading, limit in zip(headings, starts[1:], strict=True):
+        if heading[1]:
+            body = len(text) - len(text[heading.end() :].lstrip())
+            block = text.find("\n", body)
+            spans.append((heading.start(), limit if block < 0 else min(limit, block)))
+    return spans

@@ -1,0 +1,81 @@
+"""What each entity is marked as, from cues alone: tokens are letters, `marked` reads a line of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmclip_dist.offline.context import Cue, background_spans, cue_phrases, heading_pattern, longest, marks_of
+
+KINDS = {
+    "no": "negated preceding", "gone": "negated following", "maybe": "uncertain preceding", "possible": "uncertain adjective",
+    "unclear": "uncertain following", "versus": "uncertain between", "past": "background preceding", ".": "sentence end",
+    "but": "termination", "there-is": "existential", "is": "predicate", ",": "join", "or": "alternative", "fake": "pseudo",
+}  # fmt: skip
+
+
+def marked(line: str) -> str:
+    """Marks of the words in capitals, one letter each: s stated, n negated, u uncertain, b background."""
+    words = line.split()
+    cues = [Cue(KINDS[word], at, at + 1) for at, word in enumerate(words) if word in KINDS]
+    entities = [(at, at + 1) for at, word in enumerate(words) if word.isupper()]
+    return "".join((mark or "stated")[0] for mark in marks_of(entities, cues))
+
+
+@pytest.mark.parametrize(
+    ("line", "marks"),
+    [
+        ("A B", "ss"),
+        ("no A , B or C", "nnn"),
+        ("A gone B", "ns"),
+        ("A , B , C gone", "nnn"),
+        ("no A . B", "ns"),
+        ("no A but B", "ns"),
+        ("no A there-is B", "ns"),
+        ("no A , B is C", "nss"),  # a new clause: "no effusion, the heart is enlarged"
+        ("no A or B is seen", "nn"),  # the same clause goes on
+        ("A is B , C gone", "ssn"),
+        ("A , B is C", "sss"),
+        ("maybe A , B", "uu"),
+        ("possible A , B", "us"),
+        ("possible A or B", "uu"),
+        ("A , B versus C , D", "suus"),
+        ("A , B unclear", "uu"),
+        ("past A . B", "bs"),
+        ("no past A", "n"),
+        ("past maybe A", "b"),
+        ("fake A", "s"),
+        ("no A gone . maybe B", "nu"),
+    ],
+)
+def test_marks(line: str, marks: str) -> None:
+    assert marked(line) == marks
+
+
+def test_the_longest_cue_wins_and_then_the_leftmost() -> None:
+    short, long, right = Cue("a", 1, 2), Cue("b", 0, 3), Cue("c", 2, 4)
+    assert longest([short, right, long]) == [long]
+    assert longest([right, short]) == [short, right]
+    assert longest([Cue("e", 0, 2), Cue("f", 1, 4)]) == [Cue("f", 1, 4)]
+    assert longest([Cue("d", 1, 3), right]) == [Cue("d", 1, 3)]
+
+
+def test_phrases_get_their_kind() -> None:
+    context = {"negated": {"preceding": ["no"], "following": ["gone"]}, "join": [","]}
+    kinds = cue_phrases(context)
+    assert {name: kinds[name] for name in kinds if name != "sentence end"} == {
+        "negated preceding": ["no"], "negated following": ["gone"], "join": [","],
+    }  # fmt: skip
+
+
+def test_a_background_section_ends_at_the_next_heading_or_block() -> None:
+    pattern = heading_pattern({"background": ["history", "clinical history"], "findings": ["findings"]})
+    for text, background in (
+        ("History: A Findings: B", "History: A "),
+        ("CLINICAL HISTORY:\nA\nB", "CLINICAL HISTORY:\nA"),
+        ("A History: B", "History: B"),
+        ("Findings: A", ""),
+        ("prehistory: A", ""),
+        ("history of A", ""),
+    ):
+        spans = background_spans(text, list(pattern.finditer(text)))
+        assert "".join(text[start:end] for start, end in spans) == background
