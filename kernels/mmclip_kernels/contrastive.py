@@ -33,7 +33,7 @@ from mmclip_kernels.ranks import Group, Shards, all_reduce, rank_sizes
 
 Power = Callable[[Tensor], Tensor]
 # Losses [2], 1 / sums of weights [2], log-sum-exps [N + M], and the parts of `Weights`.
-Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Saved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def contrastive_loss(
@@ -175,7 +175,8 @@ def _forward(
         all_row_ids = Shards(row_sizes, group).spread(image_ids, -1)
     column_weight = None if col_weight is None else shards.spread(col_weight.to(precise), 0)
     weights: Weights = vectors.relate(image_ids, column_ids, all_row_ids, counts, row_weight, column_weight, mode, precise)
-    pairs = _pairs(scale, bias, exclude, diagonal, shards, precise, len(image), *weights[:3])
+    kept = image.new_empty(_kept_size(image, text, impl, group), dtype=precise)
+    pairs = replace(_pairs(scale, bias, exclude, diagonal, shards, precise, len(image), *weights[:3]), kept=kept)
     parts = [
         kernels.sweep(image, texts, _piece(pairs, shards, number), mode) for number, texts in enumerate(shards.gather(text))
     ]  # fmt: skip
@@ -194,19 +195,19 @@ def _forward(
     if mode == "sigmoid":
         lse, sums = total.new_zeros(len(weights.mean)), sums[:1].expand(2)
     normalizer = sums.reciprocal().nan_to_num(nan=torch.nan, posinf=0)  # without a positive, the loss is 0
-    return (total * normalizer).to(precise), normalizer, lse, *weights
+    return (total * normalizer).to(precise), normalizer, lse, *weights, kept
 
 
 def _backward(
     upstream: Tensor, losses: Tensor, normalizer: Tensor, lse: Tensor,
-    place: Tensor, mean: Tensor, share: Tensor, sums: Tensor, largest: Tensor,
+    place: Tensor, mean: Tensor, share: Tensor, sums: Tensor, largest: Tensor, kept: Tensor,
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: Mode, impl: Impl,
     group: Group, row_sizes: Sequence[int], column_sizes: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """upstream [2] -> gradients of image, text, scale and bias. Computes the logits again: only log-sum-exps were saved."""
+    """upstream [2] -> gradients of image, text, scale and bias. Computes most logits again."""
     kernels, vectors = (implementation(name, impl, image.device) for name in ("contrastive", "weights"))
-    kept = image, text
+    types = image.dtype, text.dtype
     if not diagonal:
         image, text = _taking_part(image, image_ids), _taking_part(text, text_ids)
     precise, count = losses.dtype, len(image)
@@ -216,7 +217,8 @@ def _backward(
     slopes: Slopes = vectors.slopes(upstream, losses, normalizer, scale.detach().to(precise), lse, weights, count, mode)
     shards = Shards(column_sizes, group)
     pairs = replace(
-        _pairs(scale, bias, exclude, diagonal, shards, precise, count, place, slopes.mean, slopes.share), unit=slopes.unit
+        _pairs(scale, bias, exclude, diagonal, shards, precise, count, place, slopes.mean, slopes.share), unit=slopes.unit,
+        kept=kept,
     )  # fmt: skip
     row_lse, column_lse = slopes.lse[:count], slopes.lse[count:]
     image_grads: list[Tensor] = []
@@ -235,10 +237,18 @@ def _backward(
     text_grad = shards.reduce(text_gradients())
     factor_grad, bias_grad = (reduce(torch.add, parts) for parts in zip(*scalar_grads, strict=True))
     return (
-        image_grads[0].to(kept[0].dtype), text_grad.to(kept[1].dtype),
+        image_grads[0].to(types[0]), text_grad.to(types[1]),
         factor_grad.reshape(scale.shape).to(scale.dtype),
         bias_grad.reshape(bias.shape).to(bias.dtype, copy=True),  # the outputs of an operator must not share memory
     )  # fmt: skip
+
+
+def _kept_size(image: Tensor, text: Tensor, impl: str, group: Group) -> int:
+    """Cosines that are kept for the backward pass: in one process only, as the pieces of several ranks would share the room."""
+    if group is not None:
+        return 0
+    size: int = implementation("contrastive", impl, image.device).kept_size(len(image), len(text), image.device)
+    return size
 
 
 def _pairs(
@@ -326,7 +336,7 @@ def _poison(image: Tensor, text: Tensor, factor: Tensor, bias: Tensor) -> Tensor
 def contrastive_op(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: str, impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _forward(
         image, text, scale, bias, image_ids, text_ids, row_weight, col_weight, exclude, diagonal,
         cast(Mode, mode), cast(Impl, impl), None, [len(image)], [len(text)],
@@ -334,23 +344,23 @@ def contrastive_op(
 
 
 @contrastive_op.register_fake
-def _(image: Tensor, text: Tensor, *_: Any) -> Saved:
+def _(image: Tensor, text: Tensor, *others: Any) -> Saved:
     precise = torch.promote_types(torch.float32, image.dtype)
     both, exact = len(image) + len(text), torch.float64
     weights = (both, torch.int32), (both, precise), (both, precise), (2, exact), (2, exact)
-    made = ((2, precise), (2, exact), (both, exact), *weights)
+    made = ((2, precise), (2, exact), (both, exact), *weights, (_kept_size(image, text, others[-1], None), precise))
     return tuple(image.new_empty(size, dtype=dtype) for size, dtype in made)  # type: ignore[return-value]
 
 
 @torch.library.custom_op("mmclip::contrastive_loss_backward", mutates_args=())
 def contrastive_backward_op(
     upstream: Tensor, losses: Tensor, normalizer: Tensor, lse: Tensor,
-    place: Tensor, mean: Tensor, share: Tensor, sums: Tensor, largest: Tensor,
+    place: Tensor, mean: Tensor, share: Tensor, sums: Tensor, largest: Tensor, kept: Tensor,
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor, text_ids: Tensor,
     row_weight: Tensor | None, col_weight: Tensor | None, exclude: Tensor | None, diagonal: bool, mode: str, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _backward(
-        upstream, losses, normalizer, lse, place, mean, share, sums, largest,
+        upstream, losses, normalizer, lse, place, mean, share, sums, largest, kept,
         image, text, scale, bias, image_ids, text_ids,
         row_weight, col_weight, exclude, diagonal, cast(Mode, mode), cast(Impl, impl), None, [len(image)], [len(text)],
     )  # fmt: skip
@@ -358,7 +368,7 @@ def contrastive_backward_op(
 
 @contrastive_backward_op.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(value.new_empty(value.shape) for value in arguments[9:13])
+    return tuple(value.new_empty(value.shape) for value in arguments[10:14])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,9 +16,17 @@ from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
 # Rows x columns of logits in memory at once: 3 x 2 MiB in float32, which fits a CPU cache (figures: kernels/bench/NOTES.md).
 BLOCK = 512, 1024
 
+# The backward sweep computes no product again for this share of all blocks, nor of more cosines than this.
+KEPT_SHARE, KEPT_MOST = 4, 1 << 24
+
 # One exponential serves both directions while no column's sum is below FAINT, where terms of it may be lost, and all log-sum-exps
 # lie within NEAR: the difference of one of them to the greatest then rounds to less than a logit of 16 does.
 FAINT, NEAR = 1e-20, 16.0
+
+
+def kept_size(rows: int, columns: int, device: torch.device) -> int:
+    """How many cosines the forward sweep may leave to the backward one. On a card the memory is worth more than the product."""
+    return min(rows * columns // KEPT_SHARE, KEPT_MOST) if device.type == "cpu" else 0
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
@@ -27,7 +35,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     rows = LogSums.empty(len(image), precise, image.device)
     columns = LogSums.empty(len(text), precise, image.device)
     total = torch.zeros(2, dtype=torch.float64, device=image.device)
-    for here, there, _, _, cosine, logits, spare, positive, out in _blocks(image, text, pairs):
+    for here, there, _, _, cosine, logits, spare, positive, out in _blocks(image, text, pairs, keep=True):
         torch.mul(cosine, pairs.factor, out=logits)
         if mode == "sigmoid":
             cost = torch.nn.functional.softplus(_against(logits.add_(pairs.bias), positive))
@@ -65,7 +73,7 @@ def gradient(
     highest = _common(row_lse, column_lse) if mode == "softmax" else None
     if highest is not None:
         row_mean, column_mean = pairs.row_mean * (highest - row_lse).exp(), pairs.column_mean * (highest - column_lse).exp()
-    for here, there, images, texts, cosine, slope, spare, positive, out in _blocks(image, text, pairs):
+    for here, there, images, texts, cosine, slope, spare, positive, out in _blocks(image, text, pairs, keep=False):
         torch.mul(cosine, pairs.factor, out=slope)
         if mode == "sigmoid":
             _against(_against(slope.add_(pairs.bias), positive).sigmoid_(), positive)
@@ -87,21 +95,28 @@ def gradient(
 
 
 def _blocks(
-    image: Tensor, text: Tensor, pairs: Pairs
+    image: Tensor, text: Tensor, pairs: Pairs, *, keep: bool
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
     """-> for each block its rows and columns, images [n, E] and texts [m, E], their cosines [n, m], two buffers [n, m], and as of
-    `_relation` its positives and what is left out. The cosines and buffers of the next block are in the same memory."""
+    `_relation` its positives and what is left out. The cosines and buffers of the next block are in the same memory.
+
+    keep: cosines go into `pairs.kept` as far as there is room; else they are taken from it."""
     precise = pairs.factor.dtype
     size = min(BLOCK[0], len(image)) * min(BLOCK[1], len(text))
     memory = torch.empty(3, size, dtype=precise, device=image.device)
+    kept = memory.new_empty(0) if pairs.kept is None else pairs.kept
     of_columns = [_extent(pairs.column_ids[there]) for there in _steps(len(text), BLOCK[1])]
     for here in _steps(len(image), BLOCK[0]):
         images, of_rows = image[here].to(precise), _extent(pairs.row_ids[here])
         for there, of_texts in zip(_steps(len(text), BLOCK[1]), of_columns, strict=True):
             texts = text[there].to(precise)
-            cosine, *buffers = memory[:, : len(images) * len(texts)].view(3, len(images), len(texts))
-            torch.mm(images, texts.T, out=cosine)  # out: autocast, which would round the features, leaves it alone
-            first, second = buffers
+            cosine, first, second = memory[:, : len(images) * len(texts)].view(3, len(images), len(texts))
+            room, kept = kept[: cosine.numel()], kept[cosine.numel() :]
+            stays = room.numel() == cosine.numel()
+            if stays:
+                cosine = room.view_as(cosine)
+            if keep or not stays:
+                torch.mm(images, texts.T, out=cosine)  # out: autocast, which would round the features, leaves it alone
             yield here, there, images, texts, cosine, first, second, *_relation(pairs, here, there, of_rows, of_texts)
 
 

@@ -21,6 +21,7 @@ class Pairs:
     Softmax mode: row_mean [N] and column_mean [M] are the weights of the log-sum-exps; row_share [N] and column_share [M] are
     those of one positive pair. Sigmoid mode: the weight of a pair is row_mean * column_mean.
     unit [2]: where weights are in a unit of their own, that unit, and the factor times it. None: they are not.
+    kept [K]: room for the cosines of the first blocks, which the forward sweep leaves to the backward one. None: there is none.
     """
 
     row_ids: Tensor
@@ -34,6 +35,7 @@ class Pairs:
     row_share: Tensor
     column_share: Tensor
     unit: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Weights(NamedTuple):

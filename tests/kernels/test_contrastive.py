@@ -157,13 +157,33 @@ def test_compiles_into_one_graph(mode: str, impl: str) -> None:
     torch.testing.assert_close(*results)
 
 
-def test_nothing_as_large_as_the_matrix_is_kept() -> None:
-    """4,096 x 4,096 logits are 64 MiB; the saved log-sum-exps and the blocks are far below that."""
+def test_no_more_than_a_quarter_of_the_matrix_is_kept() -> None:
+    """4,096 x 4,096 logits are 64 MiB. A quarter of the cosines spares as many products; the rest is far below that."""
     image, text = (features(4096, 8, seed, torch.float32).requires_grad_() for seed in (0, 1))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nelement()), t)[1], lambda t: t):
         contrastive_loss(image, text, torch.tensor(10.0)).backward()
-    assert max(sizes) == 4096 * 8
+    assert sorted(sizes)[-3:] == [4096 * 8, 4096 * 8, 4096**2 // 4]
+
+
+def test_what_is_kept_for_the_backward_pass_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices that the share divides, does not divide, and that have blocks of all sizes."""
+    for rows, columns in ((1024, 2048), (1100, 2300), (513, 4099)):
+        found = []
+        for most in (contrastive_torch.KEPT_MOST, 0):
+            monkeypatch.setattr(contrastive_torch, "KEPT_MOST", most)
+            inputs = [features(rows, 8, 0, torch.float32), features(columns, 8, 1, torch.float32), torch.tensor(10.0)]
+            ids = torch.arange(rows) % 700, torch.arange(columns) % 700
+            loss = contrastive_loss(*[value.requires_grad_() for value in inputs], image_ids=ids[0], text_ids=ids[1])
+            found.append([loss, *torch.autograd.grad(loss, inputs)])
+        monkeypatch.undo()
+        assert contrastive_torch.kept_size(rows, columns, torch.device("cpu")) >= 512 * 1024
+        assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+
+
+def test_what_is_kept_has_a_bound() -> None:
+    assert contrastive_torch.kept_size(1 << 20, 1 << 20, torch.device("cpu")) == 1 << 24  # 64 MiB
+    assert contrastive_torch.kept_size(1 << 20, 1 << 20, torch.device("cuda")) == 0
 
 
 @every_impl
