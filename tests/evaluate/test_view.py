@@ -95,13 +95,13 @@ def test_boxes_and_names_that_would_break_out(sets, tmp_path: Path) -> None:
 
 def test_a_report_is_cut_at_its_entities() -> None:
     spans = [
-        {"start": 9, "end": 13, "label": "ANATOMY", "negated": False, "cui": "C1"},
+        {"start": 9, "end": 13, "label": "ANATOMY", "negated": False, "uncertain": True, "cui": "C1"},
         {"start": 3, "end": 8, "label": "FINDING", "negated": True},
         {"start": 4, "end": 6, "label": "FINDING", "negated": False},  # inside another one
     ]
     assert list(pieces("No edema lung.", spans)) == [
-        Piece("No "), Piece("edema", "FINDING", True, "FINDING, negated"), Piece(" "),
-        Piece("lung", "ANATOMY", False, "ANATOMY, C1"), Piece("."),
+        Piece("No "), Piece("edema", "FINDING", "negated", "FINDING, negated"), Piece(" "),
+        Piece("lung", "ANATOMY", "uncertain", "ANATOMY, uncertain, C1"), Piece("."),
     ]  # fmt: skip
 
 

@@ -25,11 +25,12 @@ _VALUES = {1: "present", 0: "absent", -1: "uncertain", None: "not mentioned"}
 
 @dataclass(frozen=True)
 class Piece:
-    """Some text of a report. kind: of the entity that it is, or None; note: what its tooltip says."""
+    """Some text of a report. kind: of the entity that it is, or None; mark: why it is no evidence, or ""; note: what its tooltip
+    says."""
 
     text: str
     kind: str | None = None
-    negated: bool = False
+    mark: str = ""
     note: str = ""
 
 
@@ -151,7 +152,8 @@ def pieces(report: str, spans: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         if report[at : span["start"]]:
             yield Piece(report[at : span["start"]])
         at = span["end"]
-        note = [span["label"], *(["negated"] if span["negated"] else []), *([span["cui"]] if span.get("cui") else [])]
-        yield Piece(report[span["start"] : at], span["label"], span["negated"], ", ".join(note))
+        mark = next((name for name in ("negated", "background", "uncertain") if span.get(name)), "")
+        note = ", ".join(word for word in (span["label"], mark, span.get("cui", "")) if word)
+        yield Piece(report[span["start"] : at], span["label"], mark, note)
     if report[at:]:
         yield Piece(report[at:])
