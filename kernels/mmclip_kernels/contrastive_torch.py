@@ -16,8 +16,9 @@ from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
 # Rows x columns of logits in memory at once: 3 x 2 MiB in float32, which fits a CPU cache (figures: kernels/bench/NOTES.md).
 BLOCK = 512, 1024
 
-# The backward sweep computes no product again for this share of all blocks, nor of more cosines than this.
-KEPT_SHARE, KEPT_MOST = 4, 1 << 24
+# Sixteenths of the cosines, and how many at most, that the backward sweep does not compute again. With three of them the loss takes
+# a tenth of the memory of eager PyTorch; each spares a sixteenth of one of four products.
+KEPT_SIXTEENTHS, KEPT_MOST = 3, 1 << 24
 
 # One exponential serves both directions while no column's sum is below FAINT, where terms of it may be lost, and all log-sum-exps
 # lie within NEAR: the difference of one of them to the greatest then rounds to less than a logit of 16 does.
@@ -26,7 +27,7 @@ FAINT, NEAR = 1e-20, 16.0
 
 def kept_size(rows: int, columns: int, device: torch.device) -> int:
     """How many cosines the forward sweep may leave to the backward one. On a card the memory is worth more than the product."""
-    return min(rows * columns // KEPT_SHARE, KEPT_MOST) if device.type == "cpu" else 0
+    return min(rows * columns * KEPT_SIXTEENTHS // 16, KEPT_MOST) if device.type == "cpu" else 0
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
