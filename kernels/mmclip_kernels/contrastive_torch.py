@@ -16,8 +16,8 @@ from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
 # Rows x columns of logits in memory at once: 3 x 2 MiB in float32, which fits a CPU cache (figures: kernels/bench/NOTES.md).
 BLOCK = 512, 1024
 
-# Sixteenths of the cosines, and how many at most, that the backward sweep does not compute again. With three of them the loss takes
-# a tenth of the memory of eager PyTorch; each spares a sixteenth of one of four products.
+# Sixteenths of the cosines, and how many at most, that the backward sweep does not compute again. With three of them the loss
+# takes a tenth of the memory of eager PyTorch; each spares a sixteenth of one of four products.
 KEPT_SIXTEENTHS, KEPT_MOST = 3, 1 << 24
 
 # One exponential serves both directions while no column's sum is below FAINT, where terms of it may be lost, and all log-sum-exps
