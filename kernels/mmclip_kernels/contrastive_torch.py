@@ -16,9 +16,9 @@ from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials, finite
 # Rows x columns of logits in memory at once: 3 x 2 MiB in float32, which fits a CPU cache (figures: kernels/bench/NOTES.md).
 BLOCK = 512, 1024
 
-# Sixteenths of the cosines, and how many at most, that the backward sweep does not compute again. With three of them the loss
-# takes a tenth of the memory of eager PyTorch; each spares a sixteenth of one of four products.
-KEPT_SIXTEENTHS, KEPT_MOST = 3, 1 << 24
+# Cosines of each 32, and how many at most, that the backward sweep does not compute again. Each spares 1/32 of one of four
+# products; with five of them the loss still takes less than a tenth of the memory of eager PyTorch.
+KEPT_OF_32, KEPT_MOST = 5, 1 << 24
 
 # One exponential serves both directions while no column's sum is below FAINT, where terms of it may be lost, and all log-sum-exps
 # lie within NEAR: the difference of one of them to the greatest then rounds to less than a logit of 16 does.
@@ -27,7 +27,7 @@ FAINT, NEAR = 1e-20, 16.0
 
 def kept_size(rows: int, columns: int, device: torch.device) -> int:
     """How many cosines the forward sweep may leave to the backward one. On a card the memory is worth more than the product."""
-    return min(rows * columns * KEPT_SIXTEENTHS // 16, KEPT_MOST) if device.type == "cpu" else 0
+    return min(rows * columns * KEPT_OF_32 // 32, KEPT_MOST) if device.type == "cpu" else 0
 
 
 def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
