@@ -378,7 +378,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # else zeros in place of the gradient of what is kept
 
 
-def _differentiate(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:  # nothing depends on the losses
+        return (None,) * 12
     return *contrastive_backward_op(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 8
 
 
