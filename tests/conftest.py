@@ -210,3 +210,17 @@ def real_data() -> Path:
     if not (REAL_DATA / "covid_cxr" / "pairs.csv").is_file():
         pytest.skip(f"no real radiographs at {REAL_DATA}: set MMCLIP_REAL_DATA to test on them")
     return REAL_DATA
+
+@pytest.fixture(scope="session")
+def untrained(sets: Sets, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of random weights, of step 3."""
+    from mmclip_dist.checkpoint.folder import Meta, checkpoint_path
+    from mmclip_dist.checkpoint.model_files import write_model
+    from mmclip_dist.model.build import build_model
+
+    torch.manual_seed(0)
+    folder, diseases = tmp_path_factory.mktemp("untrained"), load_manifest(sets.test).labels
+    checkpoint_path(folder, 3).mkdir(parents=True)
+    model = build_model(sets.config(), tokenizer, diseases)
+    write_model(checkpoint_path(folder, 3), model, tokenizer, sets.config(), Meta(3, 1, 1, diseases, ()))
+    return folder

@@ -15,23 +15,14 @@ from mmclip_shards.dicom import decode_dicom
 from PIL import Image
 
 from mmclip_dist import MMCLIPModel, class_directions, crop_image, load_prompts, tokenize_prompts
-from mmclip_dist.checkpoint.folder import Meta, checkpoint_path
-from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.data.transforms import WHOLE
-from mmclip_dist.model.build import build_model
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
-def run(sets, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with one checkpoint of random weights."""
-    torch.manual_seed(0)
-    folder, diseases = tmp_path_factory.mktemp("inference"), load_manifest(sets.test).labels
-    checkpoint_path(folder, 3).mkdir(parents=True)
-    model = build_model(sets.config(), tokenizer, diseases)
-    write_model(checkpoint_path(folder, 3), model, tokenizer, sets.config(), Meta(3, 1, 1, diseases, ()))
-    return folder
+def run(untrained: Path) -> Path:
+    return untrained
 
 
 @pytest.fixture(scope="module")

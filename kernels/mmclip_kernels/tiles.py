@@ -1,6 +1,7 @@
 """Block sizes of the Triton kernels: one static table, the same on every call, so results repeat.
 
-Not tuned on a GPU yet. Chosen so that ptxas (Triton 3.9; sm_80, sm_90 and sm_100) spills no registers and shared memory fits.
+Not tuned on a GPU yet. Chosen so that shared memory fits and ptxas (Triton 3.9; sm_80, sm_90) spills no registers;
+on sm_100 the backward sweep spills 24 to 48 bytes, which costs less than the tiles that spill none (kernels/bench/NOTES.md).
 `kernels/bench/first_hour.py` measures other tiles on a card and prints the lines for `BY_ARCHITECTURE`.
 """
 

@@ -32,10 +32,12 @@ _TEXTS = 128  # at once
 
 
 class Encoder(ABC):
-    """A dual encoder. name: what the user called it; sha256: of its weights; window: tokens of a text at most; prompts: the file
-    of the prompts that it was trained with, None for the embedded ones; trained_on: sha256 of the training shards, seen: their
-    patients and images, each None if the model does not tell. features_are: what `features` gives, in words for a result."""
+    """A dual encoder. model: whose mode is changed for the time of an evaluation; name: what the user called it; sha256: of its
+    weights; window: tokens of a text at most; prompts: the file of the prompts that it was trained with, None for the embedded
+    ones; trained_on: sha256 of the training shards, seen: their patients and images, each None if the model does not tell.
+    features_are: what `features` gives, in words for a result."""
 
+    model: Any
     name: str
     sha256: str
     window: int
@@ -45,18 +47,13 @@ class Encoder(ABC):
     features_are: ClassVar[str] = "pooled, before the projection"
 
     @property
-    @abstractmethod
-    def module(self) -> nn.Module:
-        """The model, whose mode is changed for the time of an evaluation."""
-
-    @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return next(self.model.parameters()).device
 
     @property
-    @abstractmethod
     def blank(self) -> Tensor:
         """An image without content [1, channels, S, S]."""
+        return self.pixels(Image.new("L", (32, 32)))[None]
 
     @abstractmethod
     def pixels(self, image: Image.Image) -> Tensor:
@@ -90,13 +87,13 @@ class Encoder(ABC):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Without gradients and in evaluation mode, then in the mode of before."""
-        training = self.module.training
-        self.module.eval()
+        training = self.model.training
+        self.model.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.module.train(training)
+            self.model.train(training)
 
 
 class Trained(Encoder):
@@ -111,10 +108,6 @@ class Trained(Encoder):
         self.model, self.tokenizer, self.name, self.sha256, self.prompts = model, tokenizer, name, sha256, prompts
         self.trained_on, self.seen = trained_on, seen
         self.window, self.size = model.config.model.text.max_tokens, model.config.model.image.size
-
-    @property
-    def module(self) -> nn.Module:
-        return self.model
 
     @property
     def device(self) -> torch.device:
@@ -159,14 +152,6 @@ class Transformers(Encoder):
         self.whole_window = model.config.model_type.startswith("siglip")
         self.grey = getattr(model.config.vision_config, "num_channels", 3) == 1
 
-    @property
-    def module(self) -> nn.Module:
-        return self.model
-
-    @property
-    def blank(self) -> Tensor:
-        return self.pixels(Image.new("L", (32, 32)))[None]
-
     def pixels(self, image: Image.Image) -> Tensor:
         made = self.processor(images=[image if self.grey else image.convert("RGB")], return_tensors="pt")
         return torch.as_tensor(made["pixel_values"][0])
@@ -206,14 +191,6 @@ class OpenClip(Encoder):
     def __init__(self, model: Any, transform: Any, tokenizer: Any, name: str) -> None:
         self.model, self.transform, self.tokenizer, self.name = model, transform, tokenizer, name
         self.sha256, self.window = state_hash(model), int(tokenizer.context_length)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.model
-
-    @property
-    def blank(self) -> Tensor:
-        return self.pixels(Image.new("L", (32, 32)))[None]
 
     def pixels(self, image: Image.Image) -> Tensor:
         return self.transform(image.convert("RGB"))
@@ -270,10 +247,10 @@ def open_encoder(name: str, *, average: bool = False, trust_remote_code: bool = 
                 model, tokenizer, name=name, sha256=weights_hash(folder, average=average), prompts=config.prompts.file,
                 trained_on=meta.trained_on, seen=load_seen(folder / SEEN) if (folder / SEEN).is_file() else None,
             )  # fmt: skip
-            encoder.module.to(device)
+            encoder.model.to(device)
             yield encoder
         return
-    encoder.module.eval().to(device)
+    encoder.model.eval().to(device)
     yield encoder
 
 

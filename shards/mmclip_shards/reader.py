@@ -41,7 +41,7 @@ class ShardReader:
         self._local = storage.local_path(url) is not None
         self._index = lru_cache(open_shards)(self._load_index)
         self._file = lru_cache(open_shards)(self._open_file)
-        self._remote = lru_cache(open_shards)(self._remote_of)
+        self._where = lru_cache(open_shards)(self._url_of)  # asked for by every sample
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.url, self.manifest, self._open_shards, self.chunks, self.chunk_bytes)
@@ -107,10 +107,10 @@ class ShardReader:
 
     # -- Inside ---------------------------------------------------------------------------------------------------
 
-    def _where(self, shard_number: int) -> str:
+    def _url_of(self, shard_number: int) -> str:
         return storage.join(self.url, self.manifest.shards[shard_number].path)
 
-    def _remote_of(self, shard_number: int) -> RemoteShard:
+    def _remote(self, shard_number: int) -> RemoteShard:
         shard = self.manifest.shards[shard_number]
         return RemoteShard(self._where(shard_number), shard.sha256, shard.bytes, self.chunk_bytes)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import xxhash
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader, iterate
 
+from mmclip_dist import train
+from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.data import seen as module
 from mmclip_dist.data.seen import SEEN, Seen, load_seen
 
@@ -75,3 +80,25 @@ def test_another_manifest_name_changes_no_hash(sets) -> None:
     manifest = replace(load_manifest(sets.test), dataset="other")
     one, other = Seen.of([ShardReader(sets.test, manifest)]), Seen.of([reader_of(sets.test)])
     assert one.common(other) == (len(one.patients), len(one.images)) and one.datasets != other.datasets
+
+
+def test_a_resumed_run_takes_it_from_its_checkpoint(
+    sets, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If that trained on the same shards; a damaged list is made anew."""
+    monkeypatch.setattr(train, "agreed", nullcontext)
+    monkeypatch.setattr(train, "gathered", lambda value: [value])
+    shutil.copytree(untrained, tmp_path / "run")
+    kept, made = Seen.of([reader_of(sets.test)]), Seen.of([reader_of(sets.paired)])
+    list_of_checkpoint = checkpoint_path(tmp_path / "run", 3) / SEEN
+
+    def found(trained_on: tuple[str, ...]) -> list[int]:
+        data = SimpleNamespace(trained_on=trained_on, seen=lambda rank, world: made)
+        return train.seen_by_all(tmp_path / "run", data, 0, 1).images.tolist()
+
+    assert found(()) == made.images.tolist()  # it has none yet
+    kept.save(list_of_checkpoint)
+    assert found(()) == kept.images.tolist()
+    assert found(("other",)) == made.images.tolist()
+    list_of_checkpoint.write_bytes(b"damaged")
+    assert found(()) == made.images.tolist()

@@ -18,7 +18,7 @@ from mmclip_kernels import tiles
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 CASES = [
     *((90, case) for case in ("bf16", "bf16, one row", "bf16, one column", "bf16, sigmoid")),
-    (80, "bf16"), (80, "fp16, sigmoid, pairs excluded"), (90, "fp32, sigmoid"),
+    (80, "bf16"), (100, "bf16"), (80, "fp16, sigmoid, pairs excluded"), (90, "fp32, sigmoid"),
     (90, "vectors"), (80, "vectors, one row, sigmoid"),
     (90, "masking, bf16, 196 scores, split"), (90, "masking, bf16, 196 tokens"), (90, "masking, bf16, 1024 tokens"),
 ]  # fmt: skip
@@ -48,14 +48,15 @@ def test_the_computed_time_of_a_loss_is_within_its_goal(monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_machine_code_is_that_of_the_committed_table(compiler: Executor) -> None:
-    """One row and one column compile, too, which Triton makes constants. Nothing is spilled, and no kernel has grown by more than
-    a tenth."""
+    """One row and one column compile, too, which Triton makes constants. Nothing is spilled but a little by the backward sweep on
+    sm_100, and no kernel has grown by more than a tenth."""
     document = json.loads((BENCH / "results" / "machine_code.json").read_text())
     table = {(row["architecture"], row["case"], row["kernel"]): row for row in document["rows"]}
     for (architecture, case), codes in zip(CASES, compiler.map(_codes, *zip(*CASES, strict=True)), strict=True):
         for code in codes:
             found = architecture, case, code["kernel"]
-            assert code["programs"] >= 1 and code["spilled"] == 0, found  # it fits an SM, shared memory included
+            spilled = 48 if found == (100, "bf16", "_gradient_tile") else 0  # why: tiles.py
+            assert code["programs"] >= 1 and code["spilled"] <= spilled, found  # it fits an SM, shared memory included
             if code["kernel"] == "_select":
                 assert code["programs"] * code["warps"] >= 16, found  # a quarter of an SM's warps, to hide its loads behind
             if triton.__version__ == document["triton"]:  # another compiler makes other code
