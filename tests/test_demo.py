@@ -150,6 +150,8 @@ def test_a_browser_uploads_an_image_and_then_a_bad_file(run: Path, sets, image: 
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.expected_conditions import presence_of_element_located
+    from selenium.webdriver.support.wait import WebDriverWait
 
     (tmp_path / "good.png").write_bytes(image)
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -164,19 +166,23 @@ def test_a_browser_uploads_an_image_and_then_a_bad_file(run: Path, sets, image: 
         command = [sys.executable, "-m", "mmclip_dist.cli", "demo", str(run), "--data", sets.test, "--port", str(port)]
         demo = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     browser = None
+
+    def answered(part: str) -> str:  # a click returns before the page that answers it has come
+        return WebDriverWait(browser, 60).until(presence_of_element_located((By.ID, part))).text
+
     try:
         wait_for(lambda: demo.poll() is not None or "open http" in log.read_text())
         browser = webdriver.Chrome(options=options, service=Service(str(shutil.which("chromedriver"))))
         browser.get(f"http://127.0.0.1:{port}/")
         browser.find_element(By.NAME, "image").send_keys(str(tmp_path / "good.png"))
         browser.find_element(By.TAG_NAME, "button").click()
-        told = browser.find_element(By.ID, "answer").text
+        told = answered("answer")
         assert "Attention for" in told and "Nearest reports" in told
         drawn = browser.execute_script("return document.querySelector('#answer svg').getBoundingClientRect().height")
         assert drawn > 50
         browser.find_element(By.NAME, "image").send_keys(str(tmp_path / "bad.png"))
         browser.find_element(By.TAG_NAME, "button").click()
-        assert "not a usable JPEG or PNG" in browser.find_element(By.ID, "fault").text
+        assert "not a usable JPEG or PNG" in answered("fault")
         blocked = [entry for entry in browser.get_log("browser") if entry["source"] != "network"]  # by the page's policy
         assert not blocked
     finally:
