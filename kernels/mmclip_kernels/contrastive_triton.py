@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mmclip_kernels import tiles
 from mmclip_kernels.pairs import LogSums, Mode, Pairs, Partials
@@ -40,7 +41,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     """-> log-sum-exp partials of every row and column, in base 2, and the loss's sums over positives. See `Partials`."""
     device = image.device
     tile = tiles.logits_tile("sweep", image.dtype, pairs.exclude is not None or mode == "sigmoid", _architecture())
-    image, text, options = _whole(image, tile), _whole(text, tile), _options(tile, pairs)
+    image, text, options = _whole(image, tile), _whole(text, tile), _options(tile, pairs, image.dtype)
     blocks = list(_blocks(len(image), len(text), tiles.SWEEP_BLOCK))
     counts = [triton.cdiv(len(image[here]), tile.rows) * triton.cdiv(len(text[there]), tile.columns) for here, there in blocks]
     if blocks:
@@ -51,7 +52,7 @@ def sweep(image: Tensor, text: Tensor, pairs: Pairs, mode: Mode) -> Partials:
     for (here, there), count, own in zip(blocks, counts, by_tile.split(counts), strict=True):
         high, wide = here.stop - here.start, there.stop - there.start
         exclude, row_step, column_step = _exclusions(pairs, here, there)
-        features = image[here], text[there], pairs.row_ids[here], pairs.column_ids[there], exclude, pairs.factor
+        features = *_tiled(image[here], text[there], tile), pairs.row_ids[here], pairs.column_ids[there], exclude, pairs.factor
         sizes = high, wide, image.shape[1], row_step, column_step
         if mode == "sigmoid":
             weights = pairs.bias, pairs.row_mean[here], pairs.column_mean[there]
@@ -90,11 +91,11 @@ def gradient(
         slope = torch.empty(len(images), len(texts), dtype=image.dtype, device=image.device)
         exclude, row_step, column_step = _exclusions(pairs, here, there)
         _gradient_tile[(count,)](
-            images, texts, pairs.row_ids[here], pairs.column_ids[there], exclude, pairs.factor, pairs.bias,
+            *_tiled(images, texts, tile), pairs.row_ids[here], pairs.column_ids[there], exclude, pairs.factor, pairs.bias,
             pairs.row_mean[here], pairs.column_mean[there], pairs.row_share[here], pairs.column_share[there],
             row_lse[here], column_lse[there], pairs.unit, slope, own,
             len(images), len(texts), image.shape[1], row_step, column_step,
-            SIGMOID=mode == "sigmoid", **_options(tile, pairs),
+            SIGMOID=mode == "sigmoid", **_options(tile, pairs, image.dtype),
         )  # fmt: skip
         _add_product(image_grad[here], slope, texts, new=there.start == 0)
         _add_product(text_grad[there], slope.T, images, new=here.start == 0)
@@ -122,14 +123,32 @@ def _exclusions(pairs: Pairs, here: slice, there: slice) -> tuple[Tensor | None,
 
 
 def _whole(features: Tensor, tile: tiles.Tile) -> Tensor:
-    """Features with zeros up to a multiple of the tile's depth. Rows of another width could not be copied asynchronously."""
+    """Features with zeros up to a multiple of the tile's depth, from an address that a descriptor may have."""
     missing = -features.shape[1] % tile.depth
-    return torch.nn.functional.pad(features, (0, missing)) if missing else features.contiguous()
+    if missing:
+        return torch.nn.functional.pad(features, (0, missing))
+    features = features.contiguous()
+    return features if features.data_ptr() % 16 == 0 else features.clone()
 
 
-def _options(tile: tiles.Tile, pairs: Pairs) -> dict[str, int | bool]:
+def _described(dtype: torch.dtype) -> bool:
+    """Whether features are copied by tensor descriptors: from sm_90 on, one instruction of one thread for each step. sm_80 has
+    none, and what Triton puts in their place is not asynchronous. In float32 they would spill."""
+    return dtype != torch.float32 and (INTERPRETED or _architecture() >= 90)
+
+
+def _tiled(image: Tensor, text: Tensor, tile: tiles.Tile) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    if not _described(image.dtype):
+        return image, text
+    return (
+        TensorDescriptor.from_tensor(image, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(text, [tile.columns, tile.depth]),
+    )
+
+
+def _options(tile: tiles.Tile, pairs: Pairs, dtype: torch.dtype) -> dict[str, int | bool]:
     return {
-        "SOME_OUT": pairs.some_out, "UPCAST": INTERPRETED,
+        "SOME_OUT": pairs.some_out, "DESCRIBED": _described(dtype), "UPCAST": INTERPRETED,
         "ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
@@ -159,24 +178,28 @@ def _place(high, wide, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _cosines(
-    image, text, rows, columns, high, wide, width,
-    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    image, text, down, across, high, wide, width,
+    DESCRIBED: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """<image_i, text_j> of a tile, in float32; width is a multiple of DEPTH. Rows past the end repeat the last row: the caller
-    must mask them."""
-    row = tl.minimum(rows, high - 1).to(tl.int64)
-    column = tl.minimum(columns, wide - 1).to(tl.int64)
-    depth = tl.arange(0, DEPTH)
-    image_at = image + row[:, None] * width + depth[None, :]
-    text_at = text + column[None, :] * width + depth[:, None]
+    """<image_i, text_j> of a tile, in float32; width is a multiple of DEPTH. Past the end, where a descriptor gives zeros and an
+    address the last row again, the caller must mask them."""
     cosine = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(0, width, DEPTH):
-        a, b = tl.load(image_at), tl.load(text_at)
+    if not DESCRIBED:
+        row = tl.minimum(down * ROWS + tl.arange(0, ROWS), high - 1).to(tl.int64)
+        column = tl.minimum(across * COLUMNS + tl.arange(0, COLUMNS), wide - 1).to(tl.int64)
+        depth = tl.arange(0, DEPTH)
+        image_at = image + row[:, None] * width + depth[None, :]
+        text_at = text + column[None, :] * width + depth[:, None]
+    for at in range(0, width, DEPTH):
+        if DESCRIBED:
+            a, b = image.load([down * ROWS, at]), text.load([across * COLUMNS, at]).T
+        else:
+            a, b = tl.load(image_at), tl.load(text_at)
+            image_at += DEPTH
+            text_at += DEPTH
         if UPCAST:  # Triton 3.9's interpreter gives wrong products of two-byte types
             a, b = a.to(tl.float32), b.to(tl.float32)
         cosine = tl.dot(a, b, cosine, input_precision="ieee")
-        image_at += DEPTH
-        text_at += DEPTH
     return cosine
 
 
@@ -204,15 +227,16 @@ def _may_match(row_id, column_id):
 
 @triton.jit
 def _logits(
-    image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
-    SOME_OUT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    image, text, row_ids, column_ids, exclude, factor, down, across, high, wide, width, row_step, column_step,
+    SOME_OUT: tl.constexpr, DESCRIBED: tl.constexpr, UPCAST: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """-> the logits of a tile in base 2, -inf for pairs that are left out; cosines; ids; and which rows and columns take part.
 
     An addition of 0 or -inf for each row and column costs half of what a mask does.
     """
-    cosine = _cosines(image, text, rows, columns, high, wide, width, UPCAST, ROWS, COLUMNS, DEPTH)
+    cosine = _cosines(image, text, down, across, high, wide, width, DESCRIBED, UPCAST, ROWS, COLUMNS, DEPTH)
+    rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     row_in, column_in = rows < high, columns < wide
     row_id, column_id = tl.load(row_ids + rows, row_in, -1), tl.load(column_ids + columns, column_in, -1)
     row_takes, column_takes = row_in & (row_id >= 0), column_in & (column_id >= 0)
@@ -243,7 +267,7 @@ def _store_sums(
 @triton.jit
 def _sweep_tile(
     image, text, row_ids, column_ids, exclude, factor, by_row, by_column, by_tile, high, wide, width, row_step, column_step,
-    SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
+    SOME_OUT: tl.constexpr, DESCRIBED: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Writes by_row [2, tiles across, high] and by_column [2, tiles down, wide]: (maximum, sum of powers) of each tile's rows and
@@ -252,8 +276,8 @@ def _sweep_tile(
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     logits, _, row_id, column_id, row_takes, column_takes = _logits(
-        image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
-        SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
+        image, text, row_ids, column_ids, exclude, factor, down, across, high, wide, width, row_step, column_step,
+        SOME_OUT, DESCRIBED, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     # Usually one exponential, around the tile's maximum, serves the sums of rows and columns.
     highest = tl.max(tl.max(logits, 1), 0)
@@ -276,7 +300,7 @@ def _sweep_tile(
 def _rare_tile(
     image, text, row_ids, column_ids, exclude, factor, row_share, column_share,
     by_row, by_column, by_tile, high, wide, width, row_step, column_step,
-    SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
+    SOME_OUT: tl.constexpr, DESCRIBED: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """What `_sweep_tile` marked: a tile's sums, each around its own maximum; its positives. In a kernel of its own, because this
@@ -287,8 +311,8 @@ def _rare_tile(
         down, across = _place(high, wide, ROWS, COLUMNS)
         rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
         logits, _, row_id, column_id, _, _ = _logits(
-            image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
-            SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
+            image, text, row_ids, column_ids, exclude, factor, down, across, high, wide, width, row_step, column_step,
+            SOME_OUT, DESCRIBED, UPCAST, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
         if task >= 2:  # in float64: the loss is a small difference of these and the log-sum-exps
             pull = tl.where((row_id[:, None] == column_id[None, :]) & (logits > -float("inf")), logits, 0.0)
@@ -346,13 +370,13 @@ def _merge_tiles(
 def _sigmoid_tile(
     image, text, row_ids, column_ids, exclude, factor, bias, row_mean, column_mean, by_tile,
     high, wide, width, row_step, column_step,
-    SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
+    SOME_OUT: tl.constexpr, DESCRIBED: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Writes by_tile [tiles]: the tile's part of the sigmoid loss."""
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
-    cosine = _cosines(image, text, rows, columns, high, wide, width, UPCAST, ROWS, COLUMNS, DEPTH)
+    cosine = _cosines(image, text, down, across, high, wide, width, DESCRIBED, UPCAST, ROWS, COLUMNS, DEPTH)
     row_in, column_in = rows < high, columns < wide
     row_id, column_id = tl.load(row_ids + rows, row_in, -1), tl.load(column_ids + columns, column_in, -1)
     taking = _taking_part(row_id, column_id, exclude, rows, columns, high, wide, row_step, column_step, SOME_OUT)
@@ -372,7 +396,7 @@ def _sigmoid_tile(
 def _gradient_tile(
     image, text, row_ids, column_ids, exclude, factor, bias, row_mean, column_mean, row_share, column_share,
     row_lse, column_lse, unit, slopes, by_tile, high, wide, width, row_step, column_step,
-    SIGMOID: tl.constexpr, SOME_OUT: tl.constexpr, UPCAST: tl.constexpr,
+    SIGMOID: tl.constexpr, SOME_OUT: tl.constexpr, DESCRIBED: tl.constexpr, UPCAST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Writes slopes [high, wide]: dL/ds in the unit of the weights; and by_tile [tiles, 2]: the sums of dL/ds x cosine and of
@@ -380,8 +404,8 @@ def _gradient_tile(
     down, across = _place(high, wide, ROWS, COLUMNS)
     rows, columns = down * ROWS + tl.arange(0, ROWS), across * COLUMNS + tl.arange(0, COLUMNS)
     logits, cosine, row_id, column_id, _, _ = _logits(
-        image, text, row_ids, column_ids, exclude, factor, rows, columns, high, wide, width, row_step, column_step,
-        SOME_OUT, UPCAST, ROWS, COLUMNS, DEPTH,
+        image, text, row_ids, column_ids, exclude, factor, down, across, high, wide, width, row_step, column_step,
+        SOME_OUT, DESCRIBED, UPCAST, ROWS, COLUMNS, DEPTH,
     )  # fmt: skip
     row_in, column_in = rows < high, columns < wide
     row_weight = tl.load(row_mean + rows, row_in, 0.0)

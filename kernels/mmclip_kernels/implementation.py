@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from types import ModuleType
 from typing import Literal
 
@@ -19,9 +20,18 @@ def implementation(operator: str, impl: str, device: torch.device) -> ModuleType
         module = importlib.import_module(f"mmclip_kernels.{operator}_{impl}")
     except ImportError as error:
         raise ValueError(f"impl='triton' needs the triton package ({error}); use impl='torch'") from error
-    if impl == "triton" and device.type != "cuda" and not module.INTERPRETED:
-        raise ValueError(f"impl='triton' needs CUDA tensors, found {device.type}; use impl='torch' there")
+    if impl == "triton" and not module.INTERPRETED:
+        if device.type != "cuda":
+            raise ValueError(f"impl='triton' needs CUDA tensors, found {device.type}; use impl='torch' there")
+        _check_compiler(device)
     return module
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Triton 3.6 and 3.7 fail to compile the contrastive loss for sm_100: "parent layout must have at least rank >= 2"."""
+    version = metadata.version("triton")
+    if torch.cuda.get_device_capability(device)[0] == 10 and tuple(map(int, version.split(".")[:2])) < (3, 8):
+        raise ValueError(f"impl='triton' needs Triton 3.8 or newer on this card, found {version}; update it or use impl='torch'")
 
 
 def check_impl(impl: str, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from mmclip_kernels import contrastive_loss, contrastive_triton, reference, tiles
+from mmclip_kernels.implementation import implementation
 from torch import Tensor
 
 from tests.contrastive_cases import cone, device_of, evaluate, features, meaning
@@ -192,7 +193,7 @@ def test_a_tile_that_is_tried_is_used_in_both_passes_and_no_longer_afterwards(mo
     sweep, gradient = tiles.Tile(16, 32, 16, 4, 2), tiles.Tile(32, 16, 16, 4, 2)
     seen = []
     options = contrastive_triton._options
-    monkeypatch.setattr(contrastive_triton, "_options", lambda tile, pairs: seen.append(tile) or options(tile, pairs))
+    monkeypatch.setattr(contrastive_triton, "_options", lambda tile, *rest: seen.append(tile) or options(tile, *rest))
     monkeypatch.setitem(tiles.BY_ARCHITECTURE, 0, {"sweep": tiles.Tile(64, 16, 16, 4, 2)})
     image, text = cone(40, 16, 0, torch.bfloat16)
     with tiles.trying("sweep", sweep), tiles.trying("gradient", gradient):
@@ -261,6 +262,42 @@ def _refusal() -> str:
 @pytest.mark.slow
 def test_cpu_tensors_without_the_interpreter_are_refused(compiler: Executor) -> None:
     assert compiler.submit(_refusal).result() == "impl='triton' needs CUDA tensors, found cpu; use impl='torch' there"
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_addresses_and_descriptors_give_the_same_bits(mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cards before sm_90 copy features by address, and all do in float32."""
+    image, text = features(130, 72, 0, dtype), features(70, 72, 1, dtype)
+    options = {"mode": mode, "image_ids": torch.arange(130), "text_ids": torch.arange(70)}
+    described = check(image, text, 20.0, **options)
+    monkeypatch.setattr(contrastive_triton, "_described", lambda dtype: False)
+    by_address = check(image, text, 20.0, **options)
+    for one, other in zip(described, by_address, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_features_at_an_odd_address() -> None:
+    """A descriptor's begin is a multiple of 16 bytes; a view may begin anywhere."""
+    image, text = (features(40, 64, seed, torch.bfloat16) for seed in (0, 1))
+    shifted = torch.empty(40 * 64 + 1, dtype=torch.bfloat16)[1:].view(40, 64).copy_(image)
+    assert shifted.data_ptr() % 16 and shifted.is_contiguous()
+    scale = torch.tensor(20.0)
+    assert torch.equal(fused(shifted.to(DEVICE), text.to(DEVICE), scale), fused(image.to(DEVICE), text.to(DEVICE), scale))
+
+
+@pytest.mark.parametrize(("triton", "major", "refused"), [("3.7.1", 10, True), ("3.8.0", 10, False), ("3.6.0", 9, False)])
+def test_a_compiler_that_fails_on_a_card_is_refused(
+    triton: str, major: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contrastive_triton, "INTERPRETED", False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: triton)
+    if refused:
+        with pytest.raises(ValueError, match=r"needs Triton 3\.8 or newer on this card, found 3\.7\.1"):
+            implementation("contrastive", "triton", torch.device("cuda"))
+    else:
+        assert implementation("contrastive", "triton", torch.device("cuda")) is contrastive_triton
 
 
 # -- On a card ------------------------------------------------------------------------------------------------------------
