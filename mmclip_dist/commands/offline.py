@@ -15,6 +15,7 @@ Address = Annotated[
     str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
 ]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Progress as one JSON object a line.")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable samples that may get empty rows; 0: none.")]
 
 
@@ -25,6 +26,7 @@ def entities(
     workers: Workers = 2,
     max_bad_fraction: MaxBad = 1e-3,
     address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Find the medical entities of every report, on Ray."""
     from mmclip_dist.offline.entities import entities_stage
@@ -32,7 +34,8 @@ def entities(
 
     stage = entities_stage(base, out or join(base, "entities"), model)
     with _ray(connect, address):
-        manifest = run_stage(stage, workers=workers, report=progress_line("shards"), max_bad_fraction=max_bad_fraction)
+        report = progress_line("shards", as_json=as_json)
+        manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)
     print(f"{stage.out}: entities of {manifest.samples} samples")
 
 
@@ -45,6 +48,7 @@ def attention(
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; by default it runs on the CPU.")] = 0,
     max_bad_fraction: MaxBad = 1e-3,
     address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score how strongly each patch responds to the report, on Ray."""
     from mmclip_dist.offline.attention import attention_stage
@@ -52,7 +56,8 @@ def attention(
 
     stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities, gpus)
     with _ray(connect, address):
-        manifest = run_stage(stage, workers=workers, report=progress_line("shards"), max_bad_fraction=max_bad_fraction)
+        report = progress_line("shards", as_json=as_json)
+        manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)
     print(f"{stage.out}: attention scores of {manifest.samples} samples")
 
 

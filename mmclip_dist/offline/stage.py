@@ -5,7 +5,8 @@ the manifest, once all shards exist; until then it keeps a journal of finished s
 journal. Same input, same bytes.
 
 A sample that cannot be read gets an empty row and a line in quarantine.jsonl. A shard is tried again after an error that is not
-the data's fault, and after the death of its worker.
+the data's fault, and after the death of its worker. One that fails for good is left out and named at the end, when all others are
+made; the same command then makes what is missing.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ MAX_BAD_FRACTION = 1e-3
 _MEND = "delete it, and every shard is made again"
 _BATCH = 64
 _PUBLISH_EVERY_S = 2.0
+_PUBLISH_SHARE = 0.02  # of the driver's time at most: a journal grows with the shards that it names
 _TRIES = 3  # of one shard
-_SHOWN = 3  # keys in a message
+_LOST_AT_MOST = 10  # shards: beyond, what fails is not the shards' own
+_SHOWN = 3  # keys or shards in a message
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,9 @@ def run_stage(
     """Make all missing sidecar shards with `workers` processes, then the manifest.
 
     report(done, total) in shards. max_bad_fraction: share of the samples that may be unreadable (two may always be, unless it is
-    0); they are listed in quarantine.jsonl. ValueError above it, if a shard is damaged, if `out` holds sidecars of another
-    configuration, or if the entities were made from other shards. OSError if workers fail or die again and again.
+    0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, or if the
+    entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die again and again
+    at them; all others are made then, unless more than ten fail.
     """
     base = load_manifest(stage.base)
     if base.kind != "base":
@@ -185,6 +189,7 @@ def _make_missing(
     paths = list(wanted)
     waiting = deque(number for number in range(len(paths)) if number not in done)
     failures: Counter[int] = Counter()
+    lost: dict[str, str] = {}  # path of a shard -> what happened to it
     running: dict[Any, tuple[int, Any]] = {}
 
     def start(worker: Any) -> None:
@@ -194,39 +199,48 @@ def _make_missing(
 
     for _ in range(min(workers, len(waiting))):
         start(new_worker())
-    published = time.monotonic()
-    while running:
+    publish_at = time.monotonic() + _PUBLISH_EVERY_S
+    while running and len(lost) <= _LOST_AT_MOST:
         (finished,), _ = ray.wait(list(running), num_returns=1)
         number, worker = running.pop(finished)
         try:
             done[number] = ray.get(finished)
         except ray.exceptions.RayError as error:
             failures[number] += 1
-            _raise_final(error, paths[number], failures[number])
-            waiting.appendleft(number)
-            start(new_worker() if isinstance(error, ray.exceptions.RayActorError) else worker)
+            if final := _final(error, failures[number]):
+                lost[paths[number]] = final
+            else:
+                waiting.appendleft(number)
+            start(new_worker() if isinstance(error, ray.exceptions.RayActorError) and waiting else worker)
             continue
         start(worker)
-        if time.monotonic() - published > _PUBLISH_EVERY_S or not running:
+        if (began := time.monotonic()) > publish_at:
             _write_journal(stage, wanted, done)
-            published = time.monotonic()
+            ended = time.monotonic()
+            publish_at = ended + max(_PUBLISH_EVERY_S, (ended - began) / _PUBLISH_SHARE)
         report(len(done), len(wanted))
         _check_bad(stage, done, most_bad)
+    _write_journal(stage, wanted, done)
+    if lost:
+        told = "; ".join(f"shard {path}: {what}" for path, what in list(lost.items())[:_SHOWN])
+        more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise OSError(f"{len(done)} of {len(paths)} shards are made; the same command makes the others. {told}{more}")
 
 
-def _raise_final(error: ray.exceptions.RayError, path: str, failures: int) -> None:
-    """Raise what ends the stage, in one line that names the shard: faults of the data at once, others at the last try."""
+def _final(error: ray.exceptions.RayError, failures: int) -> str:
+    """What to say of a shard that is not tried again: faults of the data at once, others at the last try; else "". ValueError or
+    OSError if workers cannot start."""
     cause = getattr(error, "cause", None)
     told = " ".join(str(cause).split())
     if isinstance(cause, ValueError):
-        raise ValueError(f"shard {path}: {told}") from None
+        return told
     last_line = str(error).strip().splitlines()[-1].strip()
     if getattr(error, "actor_init_failed", False):
         mendable = last_line.startswith("ValueError: ")
         raise (ValueError if mendable else OSError)(f"a worker cannot start: {last_line.removeprefix('ValueError: ')}") from None
-    if failures >= _TRIES:
-        what = f"{type(cause).__name__}: {told}" if cause else f"its worker died ({last_line})"
-        raise OSError(f"shard {path}: failed {failures} times: {what}") from None
+    if failures < _TRIES:
+        return ""
+    return f"failed {failures} times: " + (f"{type(cause).__name__}: {told}" if cause else f"its worker died ({last_line})")
 
 
 def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Made]) -> None:
@@ -251,16 +265,20 @@ def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
         raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
 
 
-def progress_line(unit: str) -> Callable[[int, int], None]:
-    """Prints "done/total unit, rate, time left" as it changes."""
+def progress_line(unit: str, *, as_json: bool = False) -> Callable[[int, int], None]:
+    """Prints "done/total unit, rate, time left" as it changes, or the same as one JSON object a line."""
     started, first = time.monotonic(), -1
 
     def report(done: int, total: int) -> None:
         nonlocal first
         first = done if first < 0 else first
         made, elapsed = done - first, time.monotonic() - started
-        left = f", {elapsed / made * (total - done):.0f} s left" if made else ""
-        print(f"{done}/{total} {unit}, {made / max(elapsed, 1e-9):.2f}/s{left}", flush=True)
+        rate, left = made / max(elapsed, 1e-9), elapsed / made * (total - done) if made else None
+        if as_json:
+            document = {"unit": unit, "done": done, "total": total, "per_s": round(rate, 3), "left_s": left and round(left, 1)}
+            print(json.dumps(document), flush=True)
+        else:
+            print(f"{done}/{total} {unit}, {rate:.2f}/s" + ("" if left is None else f", {left:.0f} s left"), flush=True)
 
     return report
 

@@ -19,7 +19,7 @@ def build_failing(fault: str, counter: str):
             raise RuntimeError("the model is gone")
         if fault == "dies" or (fault == "dies twice at each of two shards" and count() in (1, 2, 4, 5)):
             os._exit(9)
-        if fault == "damaged":
+        if fault == "damaged" or (fault == "first damaged" and count() == 1):
             raise ValueError("key k-7, offset 512:\n  damaged")
         return [(key, {"entities.json": b"[]"}) for key, _ in samples]
 

@@ -28,7 +28,7 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, run_stage
+from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, progress_line, run_stage
 from tests.conftest import wait_for, write_sidecar
 from tests.offline.failing_maker import build_failing
 
@@ -121,19 +121,34 @@ def failing(sets, out: Path, fault: str) -> Stage:
     [
         ("bug", OSError, r"shard 00000\d\.tar: failed 3 times: RuntimeError: the model is gone"),
         ("dies", OSError, r"shard 00000\d\.tar: failed 3 times: its worker died"),
-        ("damaged", ValueError, r"shard 00000\d\.tar: key k-7, offset 512: damaged"),
+        ("damaged", OSError, r"0 of 4 shards are made.* shard 00000\d\.tar: key k-7, offset 512: damaged"),
         ("no start", ValueError, "a worker cannot start: no such model here"),
     ],
 )
 def test_what_fails_again_and_again_is_named_in_one_line(
-    sets, cluster: None, tmp_path: Path, fault: str, kind: type[Exception], told: str
+    sets, cluster: None, tmp_path: Path, fault: str, kind: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mmclip_dist.offline.stage._LOST_AT_MOST", 0)
     with pytest.raises(kind, match=told) as caught:
         run(failing(sets, tmp_path / "out", fault), workers=1)
     assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert str(caught.value).count("shard 0") == (fault != "no start")  # it ended before the second
     assert not (tmp_path / "out" / "manifest.json").exists()
     # Its workers are gone while the error is still at hand: they would keep their CPUs from the next stage.
     wait_for(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], 30)
+
+
+def test_a_shard_that_fails_for_good_costs_no_other(sets, cluster: None, tmp_path: Path) -> None:
+    """The others are made and kept; the same command makes the one that is missing."""
+    stage, made = failing(sets, tmp_path / "out", "first damaged"), []
+    total = len(load_manifest(sets.paired).shards)
+    with pytest.raises(OSError, match=rf"{total - 1} of {total} shards are made; the same command makes .* damaged") as caught:
+        run_stage(stage, workers=1, report=lambda done, total: made.append(done))
+    assert caught.type is OSError and made[-1] == total - 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    manifest, seen = run(stage, workers=1)
+    assert seen[0] == (total - 1, total) and len(manifest.shards) == total
+    JoinedSet(Source(url=sets.paired, entities=str(tmp_path / "out")))
 
 
 @pytest.mark.timeout(120)
@@ -321,3 +336,12 @@ def test_undecodable_images_get_no_scores_and_stop_nothing(sets, checkpoint: Pat
     samples[1] = (samples[1][0], samples[1][1] | {"png": b"broken"})
     grids = [decode_npy(row["attention.npy"]) for _, row in make(samples)]
     assert grids[1].max() == 0 and grids[0].max() > 0 and grids[2].max() > 0
+
+
+def test_progress_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    report = progress_line("shards", as_json=True)
+    report(1, 4)
+    report(3, 4)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"unit": "shards", "done": 1, "total": 4, "per_s": 0.0, "left_s": None}
+    assert (second["done"], second["total"]) == (3, 4) and second["per_s"] > 0 and second["left_s"] >= 0
