@@ -54,6 +54,11 @@ PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
 
 
+AllowPhi = Annotated[
+    bool, typer.Option("--allow-phi-like", help="Pack reports that seem to hold names, numbers or dates that identify people.")
+]
+
+
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
     from mmclip_shards.journal import QUARANTINE, read_quarantine
 
@@ -84,6 +89,7 @@ def pack_csv(
     short_side: ShortSide = 512,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
+    allow_phi_like: AllowPhi = False,
     workers: Workers = 1,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
@@ -103,7 +109,8 @@ def pack_csv(
             splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=workers, progress=report,
+            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction,
+            phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -126,6 +133,7 @@ def pack_recipe(
     short_side: ShortSide = 512,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
+    allow_phi_like: AllowPhi = False,
     workers: Workers = 1,
 ) -> None:
     """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
@@ -156,7 +164,7 @@ def pack_recipe(
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, config_hash=prepared.config_hash,
             patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
-            workers=workers, progress=report,
+            phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
