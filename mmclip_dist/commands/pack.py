@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, find_recipe, recipe_names
+from mmclip_shards.datasets.table import Records
 from mmclip_shards.manifest import Manifest
+from mmclip_shards.schema import Record
 from mmclip_shards.storage import join, write_atomic
 from typer.core import TyperGroup
 
@@ -59,6 +64,28 @@ AllowPhi = Annotated[
 ]
 
 
+LabelsFromReports = Annotated[
+    bool, typer.Option("--labels-from-reports", help="CheXpert's 14 observations, by rules on the reports, as the labels.")
+]
+
+
+def _from_reports(records: Sequence[Record], config_hash: str) -> dict[str, Any]:
+    """What `pack` needs to pack these records with labels from their reports."""
+    from mmclip_dist.offline.labels import build_labeller, label_once, labeller_hash
+
+    identity = labeller_hash()
+    labels: list[dict[str, int | None]] = []
+    with progress_bar("label", "reports") as report:
+        for found in label_once((record.report for record in records), build_labeller()):
+            labels.append(found)
+            report(len(labels), len(records))
+    return dict(
+        records=Records(range(len(records)), lambda place: replace(records[place], labels=labels[place])),
+        config_hash=hashlib.sha256(f"{config_hash} {identity}".encode()).hexdigest(),
+        labels_by=f"mmclip_dist's rules for CheXpert's observations ({identity[:12]})",
+    )
+
+
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
     from mmclip_shards.journal import QUARANTINE, read_quarantine
 
@@ -90,6 +117,7 @@ def pack_csv(
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     allow_phi_like: AllowPhi = False,
+    labels_from_reports: LabelsFromReports = False,
     workers: Workers = 1,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
@@ -103,14 +131,16 @@ def pack_csv(
         empty_reports=empty_reports,
     )  # fmt: skip
     records = read_table(table, images, **options)  # type: ignore[arg-type]
+    source: dict[str, Any] = dict(records=records, config_hash=table_hash(table, **options))
+    if labels_from_reports:
+        source = _from_reports(**source)
     with progress_bar("pack", "images") as report:
         manifests = pack(
-            records, dest, dataset=dataset or Path(dest.rstrip("/")).name,
+            **source, dest=dest, dataset=dataset or Path(dest.rstrip("/")).name,
             splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction,
-            phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
+            max_bad_fraction=max_bad_fraction, phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -134,6 +164,7 @@ def pack_recipe(
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     allow_phi_like: AllowPhi = False,
+    labels_from_reports: LabelsFromReports = False,
     workers: Workers = 1,
 ) -> None:
     """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
@@ -158,12 +189,15 @@ def pack_recipe(
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
     print("\n".join(describe(prepared)))
+    source: dict[str, Any] = dict(records=prepared.records, config_hash=prepared.config_hash)
+    if labels_from_reports:
+        source = _from_reports(**source)
     with progress_bar("pack", "images") as report:
         manifests = pack(
-            prepared.records, dest, dataset=dataset or name,
+            **source, dest=dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
-            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, config_hash=prepared.config_hash,
-            patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
+            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, patient_key=key,
+            max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
             phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)

@@ -27,7 +27,7 @@ def verify(
     base: Annotated[str | None, typer.Option(help="The packed set that the sidecars at URL belong to.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Shards checked at once.")] = 1,
     allow_phi_like: Annotated[
-        bool, typer.Option("--allow-phi-like", help="Reports that seem to identify people are no problem, whatever the manifest says.")
+        bool, typer.Option("--allow-phi-like", help="Reports may seem to identify people, whatever the manifest says.")
     ] = False,
 ) -> None:
     """Check every byte of a set and of its sidecars. One line for each problem; exit code 1 if there is any."""
@@ -139,6 +139,7 @@ def _facts(split: SplitStats) -> dict[str, str]:
         "licence": split.licence or "not stated",
         "access": split.access or "not stated",
         "identifying reports": _phi(split),
+        "labels made by": split.labels_by or "the data set",
         "samples": str(split.samples),
         "shards": str(split.shards),
         "bytes": f"{split.bytes:,}",

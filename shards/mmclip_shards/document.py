@@ -110,9 +110,13 @@ def check_fields(fields: Any, *, dataset: str, label_names: tuple[str, ...]) -> 
         raise ValueError("`width` and `height` must be positive whole numbers")
     if not (_is_number(fields.get("age", 0), whole=True) and 0 <= fields.get("age", 0) <= OLDEST):
         raise ValueError(f"`age` must be whole years, those above {OLDEST - 1} as {OLDEST}")
-    if not isinstance(fields.get("boxes", []), list):
+    _check_boxes(fields.get("boxes", []))
+
+
+def _check_boxes(boxes: Any) -> None:
+    if not isinstance(boxes, list):
         raise ValueError("`boxes` must be a list")
-    for box in fields.get("boxes", []):
+    for box in boxes:
         if not (isinstance(box, dict) and isinstance(box.get("label"), str) and box["label"]):
             raise ValueError("a box has no `label`")
         if not all(_is_number(box.get(side)) for side in ("x", "y", "width", "height")):

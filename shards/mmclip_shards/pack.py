@@ -51,6 +51,7 @@ def pack(
     licence: str | None = None,
     access: str | None = None,
     phi_like: Literal["refuse", "allow", "unscanned"] = "refuse",
+    labels_by: str | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
@@ -65,7 +66,7 @@ def pack(
     DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
     licence, access: terms of the raw data set, for the manifests.
     phi_like: whether reports may seem to identify people (`phi`). The manifests hold the counts; unscanned is for reports that
-    a program wrote.
+    a program wrote. labels_by: for the manifests, the program that made the records' labels from their reports.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
@@ -115,9 +116,14 @@ def pack(
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
         manifests |= {
             split: writer.finish(
-                dataset, split, found.label_names, licence=licence, access=access,
+                dataset,
+                split,
+                found.label_names,
+                licence=licence,
+                access=access,
                 phi_scan=None if scan is None else scan.document(split),
-            )  # fmt: skip
+                labels_by=labels_by,
+            )
             for split, writer in writers.items()
         }
     return {split: manifests[split] for split in plan}
@@ -143,7 +149,7 @@ def _survey(
     records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int,
     scan: PhiScan | None,
 ) -> _Survey:  # fmt: skip
-    """scan: is given all reports. ValueError that names the first record that cannot be stored, or has no split, or shares a key."""
+    """scan: is given all reports. ValueError that names the first record that cannot be stored, has no split, or shares a key."""
     if (splits is None) == (split_of_record is None):
         raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
     if splits is not None:

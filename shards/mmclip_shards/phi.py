@@ -34,7 +34,10 @@ _BLANK = "\N{REPLACEMENT CHARACTER}"  # in place of what was removed; part of no
 
 _DIGITS = re.compile(r"\d(?:[\s()./-]{0,2}\d){3}")
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
-_DAY = rf"(?:\d{{1,4}}[./-]\d{{1,2}}[./-]\d{{2,4}}|(?:\d{{1,2}}(?:st|nd|rd|th)?\s+)?{_MONTH}\s+(?:\d{{1,2}},?\s+)?\d{{4}}|(?:19|20)\d\d)"
+_DAY = (
+    r"(?:\d{1,4}[./-]\d{1,2}[./-]\d{2,4}"
+    rf"|(?:\d{{1,2}}(?:st|nd|rd|th)?\s+)?{_MONTH}\s+(?:\d{{1,2}},?\s+)?\d{{4}}|(?:19|20)\d\d)"
+)
 
 _NO_NAME = (  # what follows "Dr." or "Patient:" and is no name
     "the|this|these|there|that|at|on|in|by|of|for|from|and|or|no|not|to|with|was|is|has|please|patient|findings?|impression|comparison"
@@ -50,7 +53,9 @@ _RULES = (
         "date of birth",
         _DIGITS,
         re.compile(
-            rf"\b(?:date\s+of\s+birth|birth\s?-?date|d\.?o\.?b\b\.?|born(?:\s+on)?)[\s:#=]*(?:is\s+|was\s+|in\s+)?{_DAY}\b", re.IGNORECASE
+            r"\b(?:date\s+of\s+birth|birth\s?-?date|d\.?o\.?b\b\.?|born(?:\s+on)?)[\s:#=]*"
+            rf"(?:is\s+|was\s+|in\s+)?{_DAY}\b",
+            re.IGNORECASE,
         ),
     ),
     _Rule(
@@ -126,12 +131,8 @@ class PhiScan:
         """ValueError with the counts if there are any. It names the first record of each kind, and no content."""
         total = sum(self._counts.values(), Counter[str]())
         if total:
+            found = [f"{total[kind]:,} x {kind} (first in record {self._first[kind]})" for kind in KINDS if total[kind]]
             raise ValueError(
-                f"reports seem to identify people: {describe({kind: total[kind] for kind in KINDS}, self._first)}. Remove that from "
-                "the reports, or, if you may keep it, pack with --allow-phi-like"
+                f"reports seem to identify people: {', '.join(found)}. Remove that from the reports, or, if you may keep "
+                "it, pack with --allow-phi-like"
             )
-
-
-def describe(counts: dict[str, int], first: dict[str, int]) -> str:
-    """`3 x phone number (first in record 7), ...`, in the order of `KINDS`."""
-    return ", ".join(f"{counts[kind]:,} x {kind} (first in record {first[kind]})" for kind in KINDS if counts.get(kind))

@@ -45,9 +45,9 @@ class LabelCounts:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One split. manifest: hash of its manifest, which holds those of its shards; config_hash, licence, access, phi_scan: as the
-    manifest has them; bytes: of the tars; words: per report, without empty ones; widths, heights: of the images, in pixels; ages:
-    of the patients, an image each, in years.
+    """One split. manifest: hash of its manifest, which holds those of its shards; config_hash, licence, access, phi_scan,
+    labels_by: as the manifest has them; bytes: of the tars; words: per report, without empty ones; widths, heights: of
+    the images, in pixels; ages: of the patients, an image each, in years.
 
     report_words, ages_of, sizes: how many reports have so many words, images a patient of this age, images "WIDTH x HEIGHT"
     pixels. together: label -> other label that comes after it -> samples in which both are present.
@@ -61,6 +61,7 @@ class SplitStats:
     licence: str | None
     access: str | None
     phi_scan: dict[str, int] | None
+    labels_by: str | None
     split: str
     shards: int
     samples: int
@@ -86,7 +87,8 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class SetStats:
-    """All splits of a set. patients: of all splits, each once. patients_in_several_splits: must be 0, or evaluation sees patients of the training."""
+    """All splits of a set. patients: of all splits, each once. patients_in_several_splits: must be 0, or evaluation sees
+    patients of the training."""
 
     splits: tuple[SplitStats, ...]
     patients: int
@@ -196,6 +198,7 @@ class _Counts:
             licence=manifest.licence,
             access=manifest.access,
             phi_scan=manifest.phi_scan,
+            labels_by=manifest.labels_by,
             split=manifest.split,
             shards=len(manifest.shards),
             samples=self.samples,

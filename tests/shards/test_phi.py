@@ -1,5 +1,5 @@
-"""What identifies people is found and counted, what de-identification leaves is not; sets that hold it are refused, and no content
-is ever told."""
+"""What identifies people is found and counted, what de-identification leaves is not; sets that hold it are refused, and no
+content is ever told."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from mmclip_dist import cli
 KEY = b"k" * 32
 FOUND = {
     "date of birth": [
-        "DOB: 03/04/1951", "D.O.B. 3.4.51", "Date of birth 1951-04-03.", "born on 3 May 1951", "Born: May 3, 1951", "was born in 1951",
+        "DOB: 03/04/1951", "D.O.B. 3.4.51", "Date of birth 1951-04-03.", "born on 3 May 1951", "Born: May 3, 1951",
+        "was born in 1951",
     ],
     "record number": [
         "MRN 0012345", "MRN: A-123456", "Medical record number 12 34 56", "Medical Record #: 998877", "Patient ID: 40123",
@@ -42,12 +43,14 @@ FOUND = {
 }  # fmt: skip
 CLEAN = [
     "A 3.5 cm mass at T12, 2.5 x 3.4 x 10 mm; C3-C4, ribs 4-6.", "Comparison: 12/03/2019, 2019-12-03 and 3 May 2018 at 10:30.",
-    "Dr. ___ was called at ___ on ___.", "Dr. XXXX, Mrs. XXXX and XXXX, M.D.", "Dr. [**Last Name (NI) 123**], pager [**Numeric Identifier 9**]",
-    "MRN: ___", "DOB: [**1951-4-3**]", "Patient: [REDACTED NAME] <NAME>", "Phone: ___-___-____", "[**2151-3-1**] [**Telephone/Fax (1) 555-123-4567**]",
-    "Recommend MR. Comparison is made. MR. FURTHER STUDY", "Chest DR and CT.", "Discussed with the doctor. Heart normal.", "Dr. The lungs",
-    "Patient: Rotated to the left", "Patient is a 90-year-old male, born abroad.", "Newborn, 1951 g.", "PA and lateral, PA view.",
-    "Catheter tip 1234 mm; extension of the line.", "Accession number: none", "Mobile 12.03.2019", "St. Jude valve, Swan-Ganz", "Mild edema @ bases.",
-    "on admission no change, 2019 film", "heart rate 120 140 160", "5-10-15 mm", "Mass. Nodule. Ms", "1. No effusion. 2. 120-130 degrees.",
+    "Dr. ___ was called at ___ on ___.", "Dr. XXXX, Mrs. XXXX and XXXX, M.D.",
+    "Dr. [**Last Name (NI) 123**], pager [**Numeric Identifier 9**]", "MRN: ___", "DOB: [**1951-4-3**]",
+    "Patient: [REDACTED NAME] <NAME>", "Phone: ___-___-____", "[**2151-3-1**] [**Telephone/Fax (1) 555-123-4567**]",
+    "Recommend MR. Comparison is made. MR. FURTHER STUDY", "Chest DR and CT.", "Discussed with the doctor. Heart normal.",
+    "Dr. The lungs", "Patient: Rotated to the left", "Patient is a 90-year-old male, born abroad.", "Newborn, 1951 g.",
+    "PA and lateral, PA view.", "Catheter tip 1234 mm; extension of the line.", "Accession number: none", "Mobile 12.03.2019",
+    "St. Jude valve, Swan-Ganz", "Mild edema @ bases.", "on admission no change, 2019 film", "heart rate 120 140 160",
+    "5-10-15 mm", "Mass. Nodule. Ms", "1. No effusion. 2. 120-130 degrees.",
 ]  # fmt: skip
 
 
