@@ -69,6 +69,18 @@ LabelsFromReports = Annotated[
 ]
 
 
+PrivatePaths = Annotated[
+    bool, typer.Option("--private-paths", help="Paths name patients: store keyed hashes in place of keys and paths.")
+]
+
+
+def _tell_named_patients(records: Sequence[Record]) -> None:
+    from mmclip_shards.datasets.prepared import names_patient
+
+    if named := sum(map(names_patient, records)):
+        print(f"{named:,} of {len(records):,} paths hold the patient's id, and are stored; --private-paths stores hashes instead")
+
+
 def _from_reports(records: Sequence[Record], config_hash: str) -> dict[str, Any]:
     """What `pack` needs to pack these records with labels from their reports."""
     from mmclip_dist.offline.labels import build_labeller, label_once, labeller_hash
@@ -118,26 +130,33 @@ def pack_csv(
     max_bad_fraction: MaxBad = 0.0,
     allow_phi_like: AllowPhi = False,
     labels_from_reports: LabelsFromReports = False,
+    private_paths: PrivatePaths = False,
     workers: Workers = 1,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
+    from mmclip_shards.datasets.prepared import without_patient
     from mmclip_shards.datasets.table import read_table, splits_of, table_hash
     from mmclip_shards.pack import pack
-    from mmclip_shards.split import parse_splits
+    from mmclip_shards.split import parse_splits, patient_key
 
     options = dict(
         image_column=image_column, patient_column=patient_column, text_column=text_column, labels_column=labels_column,
         labels_separator=labels_separator, view_column=view_column, split_column=split_column, key_column=key_column,
         empty_reports=empty_reports,
     )  # fmt: skip
-    records = read_table(table, images, **options)  # type: ignore[arg-type]
-    source: dict[str, Any] = dict(records=records, config_hash=table_hash(table, **options))
+    records, identity = read_table(table, images, **options), table_hash(table, **options)  # type: ignore[arg-type]
+    name, key = dataset or Path(dest.rstrip("/")).name, patient_key()
+    if private_paths:
+        records = Records(records, lambda record: without_patient(record, name, key))
+        identity = hashlib.sha256(f"{identity} private paths of {name}".encode()).hexdigest()
+    else:
+        _tell_named_patients(records)
+    source: dict[str, Any] = dict(records=records, config_hash=identity)
     if labels_from_reports:
         source = _from_reports(**source)
     with progress_bar("pack", "images") as report:
         manifests = pack(
-            **source, dest=dest, dataset=dataset or Path(dest.rstrip("/")).name,
-            splits=None if split_column else parse_splits(splits),
+            **source, dest=dest, dataset=name, patient_key=key, splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
             max_bad_fraction=max_bad_fraction, phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
@@ -165,6 +184,7 @@ def pack_recipe(
     max_bad_fraction: MaxBad = 0.0,
     allow_phi_like: AllowPhi = False,
     labels_from_reports: LabelsFromReports = False,
+    private_paths: PrivatePaths = False,
     workers: Workers = 1,
 ) -> None:
     """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
@@ -175,6 +195,7 @@ def pack_recipe(
     from mmclip_shards.split import parse_splits, patient_key
 
     found = find_recipe(str(context.info_name))
+    found = replace(found, private_paths=found.private_paths or private_paths)
     name = Path(str(context.info_name)).stem
     _print_terms(name, found)
     if split is not None and splits is not None:
@@ -189,6 +210,8 @@ def pack_recipe(
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
     print("\n".join(describe(prepared)))
+    if found.licence is None and not private_paths:  # published sets: the recipe knows
+        _tell_named_patients(prepared.records)
     source: dict[str, Any] = dict(records=prepared.records, config_hash=prepared.config_hash)
     if labels_from_reports:
         source = _from_reports(**source)

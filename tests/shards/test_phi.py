@@ -155,3 +155,25 @@ def test_the_command_ends_with_one_line_and_goes_on_when_allowed(
         told = capsys.readouterr()
         assert end.value.code == wanted and "Zebra" not in told.err + told.out
         assert ("1 x name after a title (first in record 1)" in told.err) == bool(wanted)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_paths_of_ones_own_that_name_patients_are_counted_and_hashed_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("MMCLIP_PATIENT_KEY", "k" * 32)
+    monkeypatch.chdir(tmp_path)
+    Path("PAT77").mkdir()
+    for name in ("PAT77/a.png", "b.png"):
+        Image.new("L", (8, 8)).save(name)
+    Path("rows.jsonl").write_text('{"image": "PAT77/a.png", "patient": "PAT77"}\n{"image": "b.png", "patient": "PAT78"}\n')
+    Path("rows.csv").write_text("image,patient\nPAT77/a.png,PAT77\nb.png,PAT78\n")
+    options = ["--table", "rows.csv", "--images", ".", "--image-column", "image", "--patient-column", "patient"]
+    for name, more in (("plain", []), ("hashed", ["--private-paths"])):
+        own = [form, *(["."] if form == "jsonl" else []), name, *(options if form == "csv" else []), "--splits", "train=1", *more]
+        monkeypatch.setattr("sys.argv", ["mmclip", "pack", *own])
+        assert cli.main() == 0
+    told = capsys.readouterr().out
+    assert told.count("1 of 2 paths hold the patient's id") == 1
+    tars = {name: Path(name, "train", "000000.tar").read_bytes() for name in ("plain", "hashed")}
+    assert b"PAT77" in tars["plain"] and b"PAT7" not in tars["hashed"]
