@@ -18,7 +18,7 @@ from mmclip_shards.phi import _RULES, KINDS, SCAN_VERSION, phi_like
 from mmclip_shards.verify import verify
 from PIL import Image
 
-from mmclip_dist import cli
+from tests.test_cli import call
 
 KEY = b"k" * 32
 FOUND = {
@@ -149,11 +149,9 @@ def test_the_command_ends_with_one_line_and_goes_on_when_allowed(
     Path("rows.jsonl").write_text('{"image": "a.png", "patient": "1", "report": "Dr. Zebra was told."}\n')
     arguments = ["jsonl", ".", "set", "--splits", "train=1"]
     for more, wanted in (([], 2), (["--allow-phi-like"], 0)):
-        monkeypatch.setattr("sys.argv", ["mmclip", "pack", *arguments, *more])
-        with pytest.raises(SystemExit) as end:
-            raise SystemExit(cli.main())
+        code, _ = call("pack", *arguments, *more)
         told = capsys.readouterr()
-        assert end.value.code == wanted and "Zebra" not in told.err + told.out
+        assert code == wanted and "Zebra" not in told.err + told.out
         assert ("1 x name after a title (first in record 1)" in told.err) == bool(wanted)
 
 
@@ -171,8 +169,7 @@ def test_paths_of_ones_own_that_name_patients_are_counted_and_hashed_on_request(
     options = ["--table", "rows.csv", "--images", ".", "--image-column", "image", "--patient-column", "patient"]
     for name, more in (("plain", []), ("hashed", ["--private-paths"])):
         own = [form, *(["."] if form == "jsonl" else []), name, *(options if form == "csv" else []), "--splits", "train=1", *more]
-        monkeypatch.setattr("sys.argv", ["mmclip", "pack", *own])
-        assert cli.main() == 0
+        assert call("pack", *own)[0] == 0
     told = capsys.readouterr().out
     assert told.count("1 of 2 paths hold the patient's id") == 1
     tars = {name: Path(name, "train", "000000.tar").read_bytes() for name in ("plain", "hashed")}
