@@ -159,7 +159,7 @@ def pack_csv(
             **source, dest=dest, dataset=name, patient_key=key, splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            max_bad_fraction=max_bad_fraction, phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
+            max_bad_fraction=max_bad_fraction, allow_phi_like=allow_phi_like, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -221,7 +221,7 @@ def pack_recipe(
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, patient_key=key,
             max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
-            phi_like="allow" if allow_phi_like else "refuse", workers=workers, progress=report,
+            allow_phi_like=allow_phi_like, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage
@@ -50,7 +49,7 @@ def pack(
     max_bad_fraction: float = 0.0,
     licence: str | None = None,
     access: str | None = None,
-    phi_like: Literal["refuse", "allow", "unscanned"] = "refuse",
+    allow_phi_like: bool = False,
     labels_by: str | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -65,8 +64,8 @@ def pack(
     max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
     DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
     licence, access: terms of the raw data set, for the manifests.
-    phi_like: whether reports may seem to identify people (`phi`). The manifests hold the counts; unscanned is for reports that
-    a program wrote. labels_by: for the manifests, the program that made the records' labels from their reports.
+    allow_phi_like: whether reports may seem to identify people (`phi`); the manifests hold the counts. Reports of drawn images
+    are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
@@ -79,9 +78,9 @@ def pack(
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
     key = stored_patient_key() if patient_key is None else patient_key
     records = records if isinstance(records, Sequence) else list(records)
-    scan = None if phi_like == "unscanned" else PhiScan()
+    scan = PhiScan()
     found = _survey(records, splits, split_of_record, seed, scan)
-    if scan is not None and phi_like == "refuse":
+    if not allow_phi_like:
         scan.check()
     plan = _assign(found, records, splits, split_of_record)
     full_hash = _hash_settings(
@@ -121,7 +120,7 @@ def pack(
                 found.label_names,
                 licence=licence,
                 access=access,
-                phi_scan=None if scan is None else scan.document(split),
+                phi_scan=scan.document(split),
                 labels_by=labels_by,
             )
             for split, writer in writers.items()
@@ -147,9 +146,9 @@ class _Survey:
 
 def _survey(
     records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int,
-    scan: PhiScan | None,
+    scan: PhiScan,
 ) -> _Survey:  # fmt: skip
-    """scan: is given all reports. ValueError that names the first record that cannot be stored, has no split, or shares a key."""
+    """scan: is given the reports. ValueError that names the first record that cannot be stored, has no split, or shares a key."""
     if (splits is None) == (split_of_record is None):
         raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
     if splits is not None:
@@ -167,7 +166,7 @@ def _survey(
         split = split_of(record.patient, splits, seed) if splits is not None else (split_of_record or {}).get(record.key)
         if split is None:
             raise ValueError(f"record {number} has no split: give every record one, or split by fractions")
-        if scan is not None:
+        if not callable(record.image):
             scan.add(split, number, (record.report, record.findings, record.impression))
         keys.append(record.key)
         label_names.update(record.labels)

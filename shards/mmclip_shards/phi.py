@@ -119,13 +119,14 @@ class PhiScan:
 
     def add(self, split: str, number: int, texts: Iterable[str | None]) -> None:
         """The texts of record `number`. They count once together."""
+        counts = self._counts.setdefault(split, Counter())
         for kind in phi_like("\n".join(filter(None, texts))):
-            self._counts.setdefault(split, Counter())[kind] += 1
+            counts[kind] += 1
             self._first.setdefault(kind, number)
 
-    def document(self, split: str) -> dict[str, int]:
-        """What the manifest of a split says: the version of the scan, and records by kind."""
-        return {"version": SCAN_VERSION, **self._counts.get(split, {})}
+    def document(self, split: str) -> dict[str, int] | None:
+        """What the manifest of a split says: the version of the scan, and records by kind; None if no record was scanned."""
+        return {"version": SCAN_VERSION, **self._counts[split]} if split in self._counts else None
 
     def check(self) -> None:
         """ValueError with the counts if there are any. It names the first record of each kind, and no content."""

@@ -55,8 +55,8 @@ def test_the_card_holds_what_the_set_holds_and_is_the_same_again(folder: Path, t
 
 
 def test_what_a_set_lacks_is_said(tmp_path: Path) -> None:
-    records = [Record("a", np.zeros((4, 4), np.uint8), "1", "a.png")]
-    pack(records, tmp_path / "set", dataset="toy", splits={"train": 1}, config_hash="c", patient_key=KEY, phi_like="unscanned")
+    records = [Record("a", lambda: (np.zeros((4, 4), np.uint8), ()), "1", "a.png")]
+    pack(records, tmp_path / "set", dataset="toy", splits={"train": 1}, config_hash="c", patient_key=KEY)
     build_card(collect_stats(tmp_path / "set"), tmp_path / "card.html")
     page = (tmp_path / "card.html").read_text()
     for said in ("It has no labels.", "holds no ages", "holds no reports", "were not scanned", "Licence: not stated"):
@@ -66,7 +66,7 @@ def test_what_a_set_lacks_is_said(tmp_path: Path) -> None:
 def test_patients_in_two_splits_and_reports_that_identify_stand_out(tmp_path: Path) -> None:
     for split in ("train", "val"):
         records = [Record(split, np.zeros((4, 4), np.uint8), "1", "a.png", report="Dr. Zebra was told.")]
-        pack(records, tmp_path / split, dataset="toy", splits={split: 1}, config_hash="c", patient_key=KEY, phi_like="allow")
+        pack(records, tmp_path / split, dataset="toy", splits={split: 1}, config_hash="c", patient_key=KEY, allow_phi_like=True)
     (tmp_path / "set").mkdir()
     for split in ("train", "val"):
         (tmp_path / split / split).rename(tmp_path / "set" / split)

@@ -15,6 +15,7 @@ from mmclip_shards import Record, load_manifest
 from mmclip_shards.manifest import save_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.phi import _RULES, KINDS, SCAN_VERSION, phi_like
+from mmclip_shards.schema import Box
 from mmclip_shards.verify import verify
 from PIL import Image
 
@@ -96,6 +97,10 @@ def pack_to(dest: Path, of: list[Record], **changes):  # type: ignore[no-untyped
     return pack(of, dest, dataset="toy", splits={"train": 1.0}, config_hash="c", patient_key=KEY, **changes)
 
 
+def draw() -> tuple[np.ndarray, tuple[Box, ...]]:
+    return np.zeros((4, 4), np.uint8), ()
+
+
 SECRETS = ("Call Dr. Zebra at 555-123-4567.", "Clear.", "Dr. Yak was told. Dr. Xerus, too.")
 
 
@@ -112,15 +117,16 @@ def test_packing_refuses_before_it_writes_and_tells_counts_alone(tmp_path: Path)
 
 
 def test_the_manifest_says_what_the_scan_found_in_its_split(tmp_path: Path) -> None:
-    found = pack_to(tmp_path / "set", records(*SECRETS), phi_like="allow")["train"]
+    found = pack_to(tmp_path / "set", records(*SECRETS), allow_phi_like=True)["train"]
     assert found.phi_scan == {"version": SCAN_VERSION, "phone number": 1, "name after a title": 2}
     assert load_manifest(tmp_path / "set" / "train") == found
     clean = pack(
-        records(*SECRETS), tmp_path / "two", dataset="toy", splits=None, config_hash="c", patient_key=KEY, phi_like="allow",
+        records(*SECRETS), tmp_path / "two", dataset="toy", splits=None, config_hash="c", patient_key=KEY, allow_phi_like=True,
         split_of_record={"k0": "train", "k1": "test", "k2": "train"},
     )["test"]  # fmt: skip
     assert clean.phi_scan == {"version": SCAN_VERSION}
-    none = pack_to(tmp_path / "drawn", records("Clear."), phi_like="unscanned")["train"]
+    drawn = [replace(record, image=draw) for record in records(*SECRETS)]
+    none = pack_to(tmp_path / "drawn", drawn)["train"]  # a program wrote these
     assert none.phi_scan is None and b"phi_scan" not in (tmp_path / "drawn" / "train" / "manifest.json").read_bytes()
     for wrong in ({"phone number": 1}, {"version": "1"}, [1]):
         with pytest.raises(ValueError, match="phi_scan must be null"):
@@ -128,7 +134,7 @@ def test_the_manifest_says_what_the_scan_found_in_its_split(tmp_path: Path) -> N
 
 
 def test_verify_finds_what_the_manifest_does_not_allow(tmp_path: Path) -> None:
-    manifest = pack_to(tmp_path / "set", records(*SECRETS), phi_like="allow")["train"]
+    manifest = pack_to(tmp_path / "set", records(*SECRETS), allow_phi_like=True)["train"]
     folder = tmp_path / "set" / "train"
     assert not verify(folder).findings
     save_manifest(folder, replace(manifest, phi_scan={"version": SCAN_VERSION, "phone number": 1, "name after a title": 1}))

@@ -45,7 +45,6 @@ def pack_synthetic(
         samples_per_shard=samples_per_shard,
         config_hash=_identity(count=count, seed=seed, size=size, unpaired=unpaired),
         patient_key=_PATIENT_KEY,
-        phi_like="unscanned",
         workers=workers,
         progress=progress,
     )
