@@ -36,7 +36,8 @@ def read_document(members: Mapping[str, bytes]) -> Document:
         report = _report(members, fields)
     except ValueError as error:
         raise ValueError(f"the sample's json or txt is {error}; `mmclip verify` lists such samples") from error
-    patient, view, age = (fields.get(name) for name in ("patient", "view", "age"))
+    patient, view = fields.get("patient"), fields.get("view")
+    age: Any = fields.get("age")
     return Document(
         report=report if report.strip() else "",
         labels=legal_labels(fields.get("labels")) or {},
