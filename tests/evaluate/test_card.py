@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +97,16 @@ def test_labels_together_are_shares_of_the_row() -> None:
     found = co_occurrence(counts, {"A": {"B": 1}})
     assert found is not None and found.names == ("A", "B") and found.cells == ((None, 0.25), (0.5, None)) and not found.left_out
     assert co_occurrence({"A": counts["A"]}, {}) is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs the Debian package chromium")
+def test_the_card_fits_a_phone(folder: Path, tmp_path: Path) -> None:
+    build_card(collect_stats(folder), tmp_path / "card.html")
+    frame = f'<iframe id="f" width="390" height="900" srcdoc="{escape((tmp_path / "card.html").read_text())}"></iframe>'
+    measure = "onload = () => { document.title = 'width ' + f.contentDocument.documentElement.scrollWidth }"
+    (tmp_path / "phone.html").write_text(f"<!doctype html><title></title>{frame}<script>{measure}</script>")
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{tmp_path / 'phone.html'}"]
+    page = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    width = re.search(r"<title>width (\d+)</title>", page)
+    assert width and int(width[1]) <= 390
