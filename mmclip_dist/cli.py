@@ -20,7 +20,7 @@ app.add_typer(pack.pack_app, name="pack")
 app.add_typer(evaluate.evaluate_app, name="evaluate")
 for command in (
     sets.verify, sets.stats, sets.view, sets.index, training.tokenizer, training.config, offline.entities, offline.attention,
-    plan.plan, evaluate.report, export.export, demo.demo,
+    offline.labels, plan.plan, evaluate.report, export.export, demo.demo,
 ):  # fmt: skip
     app.command()(command)
 app.command("bench-loader")(sets.bench_loader)

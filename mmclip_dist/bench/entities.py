@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import yaml
@@ -157,18 +158,31 @@ MAIN_FINDINGS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Name -> MeSH heading (matched at its start, case ignored), terms of the lexicon that say the same."""
 
 
-def read_reports(archive: Path) -> list[tuple[str, list[str]]]:
-    """(text with its headings, MeSH headings) of each report that people indexed; reports without text are left out."""
+class Report(NamedTuple):
+    """A report of Open-i. sections: "FINDINGS" -> text, in the report's order; mesh: headings that people gave it."""
+
+    number: int
+    sections: dict[str, str]
+    mesh: list[str]
+
+    @property
+    def text(self) -> str:
+        """All sections, each with its heading."""
+        return "\n".join(f"{name}: {text}" for name, text in self.sections.items())
+
+
+def read_reports(archive: Path) -> list[Report]:
+    """The reports that people indexed; those without text are left out."""
     reports = []
     with tarfile.open(archive) as members:
         for member in members:
             if not member.name.endswith(".xml"):
                 continue
             root = ElementTree.parse(members.extractfile(member)).getroot()  # type: ignore[arg-type]
-            text = "\n".join(f"{part.get('Label')}: {part.text}" for part in root.iter("AbstractText") if part.text)
+            sections = {str(part.get("Label")): part.text for part in root.iter("AbstractText") if part.text}
             headings = [heading.text or "" for heading in root.iter("major")]
-            if text and headings != ["No Indexing"]:
-                reports.append((text, headings))
+            if sections and headings != ["No Indexing"]:
+                reports.append(Report(int(Path(member.name).stem), sections, headings))
     return reports
 
 
@@ -190,15 +204,15 @@ class Agreement:
         return f"| {name} | {self.named:,} | {self.found:,} | {recall:.3f} | {precision:.3f} |"
 
 
-def mesh_table(reports: list[tuple[str, list[str]]], found: list[list[Entity]]) -> list[str]:
+def mesh_table(reports: list[Report], found: list[list[Entity]]) -> list[str]:
     """Rows of a Markdown table: every main finding, and all of them together by what counts as found."""
     each = {name: Agreement() for name in MAIN_FINDINGS}
     totals = {"**all, stated**": Agreement(), "all, stated or uncertain": Agreement(), "all, whatever the mark": Agreement()}
     counted = [{"stated"}, {"stated", "uncertain"}, set(MARKS.values())]
-    for (_, headings), entities in zip(reports, found, strict=True):
+    for report, entities in zip(reports, found, strict=True):
         marks = [(entity.term, mark_of(entity)) for entity in entities]
         for name, (mesh, terms) in MAIN_FINDINGS.items():
-            named = any(re.match(mesh, heading, re.IGNORECASE) for heading in headings)
+            named = any(re.match(mesh, heading, re.IGNORECASE) for heading in report.mesh)
             each[name].add(named, (stated := any(term in terms and mark == "stated" for term, mark in marks)))
             for total, allowed in zip(totals.values(), counted, strict=True):
                 total.add(named, stated or any(term in terms and mark in allowed for term, mark in marks))
@@ -214,7 +228,7 @@ def main() -> None:
     extract = build_extractor()
     rows, failures = gold_table(extract, arguments.gold)
     reports = read_reports(arguments.reports)
-    texts = [text for text, _ in reports]
+    texts = [report.text for report in reports]
     extract(texts[:200])  # the first reports fill spaCy's vocabulary
     # Processor time of this one process: what a core does, whoever else uses the machine.
     started = time.process_time()

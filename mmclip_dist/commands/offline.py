@@ -39,6 +39,21 @@ def entities(
     print(f"{stage.out}: entities of {manifest.samples} samples")
 
 
+def labels(
+    base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
+    out: Annotated[str, typer.Option(help="The table: a key and CheXpert's 14 observations a row.")] = "labels.csv",
+) -> None:
+    """Label every report with CheXpert's 14 observations, by rules. `mmclip pack --labels-from-reports` puts them into a set."""
+    from mmclip_dist.commands.progress import progress_bar
+    from mmclip_dist.offline.labels import label_set
+
+    with progress_bar("label", "reports") as report:
+        counts = label_set(base, out, report)
+    for name, (present, uncertain, absent) in counts.items():
+        print(f"{name}: {present} present, {uncertain} uncertain, {absent} absent")
+    print(f"{out}: labels by rules; how they agree with people: mmclip_dist/bench/results/labeller.md")
+
+
 def attention(
     base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
     checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],

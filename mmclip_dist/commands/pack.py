@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+from collections.abc import Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, find_recipe, recipe_names
+from mmclip_shards.datasets.table import Records
 from mmclip_shards.manifest import Manifest
+from mmclip_shards.schema import Record
 from mmclip_shards.storage import join, write_atomic
 from typer.core import TyperGroup
 
@@ -54,6 +59,45 @@ PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
 
 
+AllowPhi = Annotated[
+    bool, typer.Option("--allow-phi-like", help="Pack reports that seem to hold names, numbers or dates that identify people.")
+]
+
+
+LabelsFromReports = Annotated[
+    bool, typer.Option("--labels-from-reports", help="CheXpert's 14 observations, by rules on the reports, as the labels.")
+]
+
+
+PrivatePaths = Annotated[
+    bool, typer.Option("--private-paths", help="Paths name patients: store keyed hashes in place of keys and paths.")
+]
+
+
+def _tell_named_patients(records: Sequence[Record]) -> None:
+    from mmclip_shards.datasets.prepared import names_patient
+
+    if named := sum(map(names_patient, records)):
+        print(f"{named:,} of {len(records):,} paths hold the patient's id, and are stored; --private-paths stores hashes instead")
+
+
+def _from_reports(records: Sequence[Record], config_hash: str) -> dict[str, Any]:
+    """What `pack` needs to pack these records with labels from their reports."""
+    from mmclip_dist.offline.labels import build_labeller, label_once, labeller_hash
+
+    identity = labeller_hash()
+    labels: list[dict[str, int | None]] = []
+    with progress_bar("label", "reports") as report:
+        for found in label_once((record.report for record in records), build_labeller()):
+            labels.append(found)
+            report(len(labels), len(records))
+    return dict(
+        records=Records(range(len(records)), lambda place: replace(records[place], labels=labels[place])),
+        config_hash=hashlib.sha256(f"{config_hash} {identity}".encode()).hexdigest(),
+        labels_by=f"mmclip_dist's rules for CheXpert's observations ({identity[:12]})",
+    )
+
+
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
     from mmclip_shards.journal import QUARANTINE, read_quarantine
 
@@ -84,26 +128,38 @@ def pack_csv(
     short_side: ShortSide = 512,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
+    allow_phi_like: AllowPhi = False,
+    labels_from_reports: LabelsFromReports = False,
+    private_paths: PrivatePaths = False,
     workers: Workers = 1,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
+    from mmclip_shards.datasets.prepared import without_patient
     from mmclip_shards.datasets.table import read_table, splits_of, table_hash
     from mmclip_shards.pack import pack
-    from mmclip_shards.split import parse_splits
+    from mmclip_shards.split import parse_splits, patient_key
 
     options = dict(
         image_column=image_column, patient_column=patient_column, text_column=text_column, labels_column=labels_column,
         labels_separator=labels_separator, view_column=view_column, split_column=split_column, key_column=key_column,
         empty_reports=empty_reports,
     )  # fmt: skip
-    records = read_table(table, images, **options)  # type: ignore[arg-type]
+    records, identity = read_table(table, images, **options), table_hash(table, **options)  # type: ignore[arg-type]
+    name, key = dataset or Path(dest.rstrip("/")).name, patient_key()
+    if private_paths:
+        records = Records(records, lambda record: without_patient(record, name, key))
+        identity = hashlib.sha256(f"{identity} private paths of {name}".encode()).hexdigest()
+    else:
+        _tell_named_patients(records)
+    source: dict[str, Any] = dict(records=records, config_hash=identity)
+    if labels_from_reports:
+        source = _from_reports(**source)
     with progress_bar("pack", "images") as report:
         manifests = pack(
-            records, dest, dataset=dataset or Path(dest.rstrip("/")).name,
-            splits=None if split_column else parse_splits(splits),
+            **source, dest=dest, dataset=name, patient_key=key, splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=workers, progress=report,
+            max_bad_fraction=max_bad_fraction, allow_phi_like=allow_phi_like, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -126,6 +182,9 @@ def pack_recipe(
     short_side: ShortSide = 512,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
+    allow_phi_like: AllowPhi = False,
+    labels_from_reports: LabelsFromReports = False,
+    private_paths: PrivatePaths = False,
     workers: Workers = 1,
 ) -> None:
     """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
@@ -136,6 +195,7 @@ def pack_recipe(
     from mmclip_shards.split import parse_splits, patient_key
 
     found = find_recipe(str(context.info_name))
+    found = replace(found, private_paths=found.private_paths or private_paths)
     name = Path(str(context.info_name)).stem
     _print_terms(name, found)
     if split is not None and splits is not None:
@@ -150,13 +210,18 @@ def pack_recipe(
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
     print("\n".join(describe(prepared)))
+    if found.licence is None and not private_paths:  # published sets: the recipe knows
+        _tell_named_patients(prepared.records)
+    source: dict[str, Any] = dict(records=prepared.records, config_hash=prepared.config_hash)
+    if labels_from_reports:
+        source = _from_reports(**source)
     with progress_bar("pack", "images") as report:
         manifests = pack(
-            prepared.records, dest, dataset=dataset or name,
+            **source, dest=dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
-            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, config_hash=prepared.config_hash,
-            patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
-            workers=workers, progress=report,
+            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, patient_key=key,
+            max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
+            allow_phi_like=allow_phi_like, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 

@@ -26,12 +26,15 @@ def verify(
     url: SetUrl,
     base: Annotated[str | None, typer.Option(help="The packed set that the sidecars at URL belong to.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Shards checked at once.")] = 1,
+    allow_phi_like: Annotated[
+        bool, typer.Option("--allow-phi-like", help="Reports may seem to identify people, whatever the manifest says.")
+    ] = False,
 ) -> None:
     """Check every byte of a set and of its sidecars. One line for each problem; exit code 1 if there is any."""
     from mmclip_shards.verify import verify as check
 
     with progress_bar("verify", "shards") as report:
-        verdict = check(url, base=base, workers=workers, progress=report)
+        verdict = check(url, base=base, workers=workers, allow_phi_like=allow_phi_like, progress=report)
     for finding in verdict.findings:
         print(finding)
     for folder in verdict.unjoined:
@@ -42,12 +45,24 @@ def verify(
         raise typer.Exit(1)
 
 
-def stats(url: SetUrl, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def stats(
+    url: SetUrl,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a data card instead: one self-contained page.")] = None,
+) -> None:
     """Count a set: samples, labels, reports, images, patients, and patients in more than one split."""
+    if as_json and html is not None:
+        raise ValueError("--json prints and --html writes a page: give one of them")
     from mmclip_shards.stats import collect_stats
 
     with progress_bar("stats", "samples") as report:
         found = collect_stats(url, report)
+    if html is not None:
+        from mmclip_dist.evaluate.report.card import build_card
+
+        build_card(found, html)
+        print(f"{html}: {sum(split.samples for split in found.splits)} samples in {len(found.splits)} splits")
+        return
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
@@ -123,6 +138,8 @@ def _facts(split: SplitStats) -> dict[str, str]:
         "data set": split.dataset,
         "licence": split.licence or "not stated",
         "access": split.access or "not stated",
+        "identifying reports": _phi(split),
+        "labels made by": split.labels_by or "the data set",
         "samples": str(split.samples),
         "shards": str(split.shards),
         "bytes": f"{split.bytes:,}",
@@ -130,6 +147,7 @@ def _facts(split: SplitStats) -> dict[str, str]:
         "words of a report*": str(split.words or "-"),
         "image widths*": str(split.widths or "-"),
         "image heights*": str(split.heights or "-"),
+        "ages*": str(split.ages or "-"),
         "views": ", ".join([*views, *(["..."] if len(split.views) > _VIEWS else [])]),
         "patients": str(split.patients),
         "images of a patient*": str(split.images_per_patient or "-"),
@@ -137,6 +155,12 @@ def _facts(split: SplitStats) -> dict[str, str]:
         "unreadable text or JSON": str(split.unreadable),
         "unusable images": str(split.undecodable),
     }
+
+
+def _phi(split: SplitStats) -> str:
+    if split.phi_scan is None:
+        return "not scanned"
+    return ", ".join(f"{count} {kind}" for kind, count in split.phi_scan.items() if kind != "version") or "none found"
 
 
 def bench_loader(

@@ -8,19 +8,21 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mmclip_shards.schema import LABEL_VALUES
+from mmclip_shards.schema import LABEL_VALUES, OLDEST
 
 _PATIENT = re.compile(r"[0-9a-f]{32}")
 _FOREIGN_REPORTS = ("report", "text", "caption")  # fields of foreign JSON that may hold the report's text
 
 
 class Document(NamedTuple):
-    """The document of a sample. report: its text, or ""; labels: as in `schema.Record`, empty if unknown."""
+    """The document of a sample. report: its text, or ""; labels: as in `schema.Record`, empty if unknown; age: in years, those
+    above 89 as 90."""
 
     report: str
     labels: dict[str, int | None]
     patient: str | None
     view: str | None
+    age: int | None = None
 
 
 def read_document(members: Mapping[str, bytes]) -> Document:
@@ -35,11 +37,13 @@ def read_document(members: Mapping[str, bytes]) -> Document:
     except ValueError as error:
         raise ValueError(f"the sample's json or txt is {error}; `mmclip verify` lists such samples") from error
     patient, view = fields.get("patient"), fields.get("view")
+    age: Any = fields.get("age")
     return Document(
         report=report if report.strip() else "",
         labels=legal_labels(fields.get("labels")) or {},
         patient=patient if isinstance(patient, str) and patient.strip() else None,
         view=view if isinstance(view, str) and view.strip() else None,
+        age=min(age, OLDEST) if _is_number(age, whole=True) and age >= 0 else None,
     )
 
 
@@ -105,9 +109,15 @@ def check_fields(fields: Any, *, dataset: str, label_names: tuple[str, ...]) -> 
         raise ValueError("`source` must be a name or a relative path")
     if not all(_is_number(fields.get(side), whole=True) and fields[side] > 0 for side in ("width", "height")):
         raise ValueError("`width` and `height` must be positive whole numbers")
-    if not isinstance(fields.get("boxes", []), list):
+    if not (_is_number(fields.get("age", 0), whole=True) and 0 <= fields.get("age", 0) <= OLDEST):
+        raise ValueError(f"`age` must be whole years, those above {OLDEST - 1} as {OLDEST}")
+    _check_boxes(fields.get("boxes", []))
+
+
+def _check_boxes(boxes: Any) -> None:
+    if not isinstance(boxes, list):
         raise ValueError("`boxes` must be a list")
-    for box in fields.get("boxes", []):
+    for box in boxes:
         if not (isinstance(box, dict) and isinstance(box.get("label"), str) and box["label"]):
             raise ValueError("a box has no `label`")
         if not all(_is_number(box.get(side)) for side in ("x", "y", "width", "height")):
@@ -140,6 +150,13 @@ def check_spans(spans: object) -> None:
 def is_evidence(span: Mapping[str, Any]) -> bool:
     """Whether a report states an entity as seen: not negated, in doubt, or of the past. Older sidecars know only `negated`."""
     return not (span["negated"] or span.get("uncertain") or span.get("background"))
+
+
+def report_texts(fields: Mapping[str, Any]) -> list[str]:
+    """Every text of a report in the fields of `KEY.json`, of our sets and of foreign ones."""
+    found = (fields.get(name) for name in _FOREIGN_REPORTS)
+    values = [text for value in found for text in (value.values() if isinstance(value, dict) else [value])]
+    return [text for text in values if isinstance(text, str)]
 
 
 def _report(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> str:

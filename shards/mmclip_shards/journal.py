@@ -121,12 +121,16 @@ class Unfinished:
             self._publish()
 
     def finish(
-        self, dataset: str, split: str, labels: tuple[str, ...], *, licence: str | None = None, access: str | None = None
-    ) -> Manifest:
-        """Publish the quarantine and the manifest, remove the journal -> the manifest."""
+        self, dataset: str, split: str, labels: tuple[str, ...], *, licence: str | None = None, access: str | None = None,
+        phi_scan: dict[str, int] | None = None, labels_by: str | None = None,
+    ) -> Manifest:  # fmt: skip
+        """Publish the quarantine and the manifest, remove the journal -> the manifest. phi_scan, labels_by: as in `Manifest`."""
         self.write_quarantine()
         shards = tuple(done.shard for done in self._done)
-        manifest = Manifest("base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access)
+        manifest = Manifest(
+            "base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access, phi_scan=phi_scan,
+            labels_by=labels_by,
+        )  # fmt: skip
         save_manifest(self._url, manifest)
         storage.remove(storage.join(self._url, JOURNAL))
         return manifest

@@ -22,7 +22,7 @@ _PATH_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TAR_BLOCK = 512
-_TERMS = ("licence", "access")
+_UNSTATED = ("licence", "access", "phi_scan", "labels_by")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class Manifest:
 
     base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
     checkpoint: hash of the checkpoint (attention sidecars only). licence, access: the terms of the raw data set, if its recipe
-    states them. ValueError when the fields do not fit together.
+    states them. phi_scan: what the scan of the reports found (`phi.PhiScan`): its version, and records by kind; None if they were
+    not scanned. labels_by: the program that made the labels from the reports; None if they are the data set's own. ValueError
+    when the fields do not fit together.
     """
 
     kind: Kind
@@ -65,6 +67,8 @@ class Manifest:
     checkpoint: str | None = None
     licence: str | None = None
     access: str | None = None
+    phi_scan: dict[str, int] | None = None
+    labels_by: str | None = None
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -85,8 +89,13 @@ class Manifest:
         for path, sha256 in (self.base or {}).items():
             check_relative(path)
             _check_sha256(sha256, f"base shard {path}")
-        if not all(text is None or isinstance(text, str) for text in (self.checkpoint, self.licence, self.access)):
-            raise ValueError("checkpoint, licence and access must be texts or null")
+        texts = (self.checkpoint, self.licence, self.access, self.labels_by)
+        if not all(text is None or isinstance(text, str) for text in texts):
+            raise ValueError("checkpoint, licence, access and labels_by must be texts or null")
+        if self.phi_scan is not None and not (
+            isinstance(self.phi_scan, dict) and "version" in self.phi_scan and all(map(_is_count, self.phi_scan.values()))
+        ):
+            raise ValueError("phi_scan must be null, or hold `version` and counts by kind")
 
     @property
     def samples(self) -> int:
@@ -230,9 +239,9 @@ def check_relative(path: str) -> None:
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
-    """The fields of a manifest and the number of its samples. Terms that are not stated are left out: a manifest of a set
-    without any, and its hash, are those of releases that knew no terms."""
-    fields = {name: value for name, value in asdict(manifest).items() if value is not None or name not in _TERMS}
+    """The fields of a manifest and the number of its samples. Terms and a scan that are not stated are left out: the manifest of
+    a set without them, and its hash, are those of releases that did not know them."""
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None or name not in _UNSTATED}
     return {**fields, "samples": manifest.samples}
 
 

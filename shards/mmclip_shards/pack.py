@@ -15,6 +15,7 @@ from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage
 from mmclip_shards.journal import JOURNAL, QUARANTINE, Unfinished, read_journal, read_quarantine
 from mmclip_shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from mmclip_shards.phi import PhiScan
 from mmclip_shards.preparation import cannot_be_used, prepare_all
 from mmclip_shards.schema import Record, canonical_json, check_record, sample_document
 from mmclip_shards.split import (
@@ -48,6 +49,8 @@ def pack(
     max_bad_fraction: float = 0.0,
     licence: str | None = None,
     access: str | None = None,
+    allow_phi_like: bool = False,
+    labels_by: str | None = None,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
@@ -61,6 +64,8 @@ def pack(
     max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
     DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
     licence, access: terms of the raw data set, for the manifests.
+    allow_phi_like: whether reports may seem to identify people (`phi`); the manifests hold the counts. Reports of drawn images
+    are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
@@ -73,7 +78,10 @@ def pack(
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
     key = stored_patient_key() if patient_key is None else patient_key
     records = records if isinstance(records, Sequence) else list(records)
-    found = _survey(records, splits, split_of_record, seed)
+    scan = PhiScan()
+    found = _survey(records, splits, split_of_record, seed, scan)
+    if not allow_phi_like:
+        scan.check()
     plan = _assign(found, records, splits, split_of_record)
     full_hash = _hash_settings(
         config=config_hash,
@@ -106,7 +114,15 @@ def pack(
                     progress(done, total)
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
         manifests |= {
-            split: writer.finish(dataset, split, found.label_names, licence=licence, access=access)
+            split: writer.finish(
+                dataset,
+                split,
+                found.label_names,
+                licence=licence,
+                access=access,
+                phi_scan=scan.document(split),
+                labels_by=labels_by,
+            )
             for split, writer in writers.items()
         }
     return {split: manifests[split] for split in plan}
@@ -129,9 +145,10 @@ class _Survey:
 
 
 def _survey(
-    records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int
-) -> _Survey:
-    """ValueError that names the first record that cannot be stored, or has no split, or shares a key."""
+    records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int,
+    scan: PhiScan,
+) -> _Survey:  # fmt: skip
+    """scan: is given the reports. ValueError that names the first record that cannot be stored, has no split, or shares a key."""
     if (splits is None) == (split_of_record is None):
         raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
     if splits is not None:
@@ -149,6 +166,8 @@ def _survey(
         split = split_of(record.patient, splits, seed) if splits is not None else (split_of_record or {}).get(record.key)
         if split is None:
             raise ValueError(f"record {number} has no split: give every record one, or split by fractions")
+        if not callable(record.image):
+            scan.add(split, number, (record.report, record.findings, record.impression))
         keys.append(record.key)
         label_names.update(record.labels)
         numbers.append(names.setdefault(split, len(names)))

@@ -32,6 +32,9 @@ ENTITIES_SUFFIX = "entities.json"
 ATTENTION_SUFFIX = "attention.npy"
 IMAGE_SUFFIXES = ("jpg", "png")
 
+OLDEST = 90
+"""Ages above 89 are stored as this: a higher one can name a patient (HIPAA, Safe Harbor)."""
+
 LABEL_VALUES = (1, 0, -1, None)
 """present, absent, uncertain, not mentioned."""
 
@@ -69,7 +72,7 @@ class Record:
     labels: disease -> 1 present, 0 absent, -1 uncertain, None not mentioned.
     patient: the raw patient id; only its keyed hash is ever written.
     source: the image's path relative to the raw data set (or any stable name).
-    split: the split that the data set itself gives this image, if any.
+    split: the split that the data set itself gives this image, if any. age: of the patient at the study, in whole years.
     """
 
     key: str
@@ -84,6 +87,7 @@ class Record:
     boxes: tuple[Box, ...] = ()
     split: str | None = None
     sections: dict[str, str] = field(default_factory=dict)
+    age: int | None = None
 
 
 def check_key(key: str) -> None:
@@ -172,8 +176,10 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def check_record(record: Record) -> None:
-    """ValueError unless key, labels and boxes of a record can be stored."""
+    """ValueError unless key, age, labels and boxes of a record can be stored."""
     check_key(record.key)
+    if record.age is not None and not (type(record.age) is int and record.age >= 0):
+        raise ValueError(f"the age is {record.age!r}; it must be whole years, or None")
     if not all(map(str.strip, record.labels)):
         raise ValueError("a label has an empty name")
     # Without a loop where all is well: a table may have 190 labels for each of 160,000 images.
@@ -208,6 +214,8 @@ def sample_document(
         "width": width,
         "height": height,
     }
+    if record.age is not None:
+        document["age"] = min(record.age, OLDEST)
     if boxes:
         document["boxes"] = [
             {"label": box.label, "x": box.x, "y": box.y, "width": box.width, "height": box.height} for box in boxes

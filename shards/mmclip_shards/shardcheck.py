@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from mmclip_shards import storage
-from mmclip_shards.document import check_fields, check_spans, decode_text, parse_json
+from mmclip_shards.document import check_fields, check_spans, decode_text, parse_json, report_texts
 from mmclip_shards.foreign import foreign_member, is_foreign, may_hold
 from mmclip_shards.images import ImageFacts, image_facts
 from mmclip_shards.manifest import Manifest, ShardIndex, load_index
+from mmclip_shards.phi import phi_like
 from mmclip_shards.schema import (
     ATTENTION_SUFFIX,
     ENTITIES_SUFFIX,
@@ -42,13 +44,15 @@ class Finding(NamedTuple):
 
 
 class ShardVerdict(NamedTuple):
-    """The result of checking one shard. first_key, last_key: "" when it could not be read."""
+    """The result of checking one shard. first_key, last_key: "" when it could not be read. phi: kind (`phi.KINDS`) -> samples
+    whose reports seem to hold it."""
 
     findings: list[Finding]
     samples: int
     bytes: int
     first_key: str
     last_key: str
+    phi: Counter[str]
 
 
 class ShardPlace(NamedTuple):
@@ -96,6 +100,8 @@ class _Check:
         self.keys: list[str] = []
         self.seen: set[str] = set()  # the same keys
         self.sample: dict[str, object] = {}  # of the current sample: suffix -> result of `_content`
+        self.texts: list[str] = []  # of its report
+        self.phi: Counter[str] = Counter()
         self.samples = self.bytes = self.faults = 0
 
     def run(self) -> ShardVerdict:
@@ -107,7 +113,8 @@ class _Check:
             self._find("", f"cannot be read: {error}")
         keys = self.index.keys if self.index else self.keys
         self._compare_with_base(keys)
-        return ShardVerdict(self.findings, self.samples, self.bytes, keys[0] if keys else "", keys[-1] if keys else "")
+        ends = (keys[0], keys[-1]) if keys else ("", "")
+        return ShardVerdict(self.findings, self.samples, self.bytes, *ends, self.phi)
 
     def _find(self, member: str, problem: str) -> None:
         self.findings.append(Finding(self.place.url, member, problem))
@@ -223,9 +230,11 @@ class _Check:
             if suffix == ATTENTION_SUFFIX:
                 _check_grid(array)
         elif extension == "txt":
-            decode_text(data)
+            self.texts.append(decode_text(data))
         else:
             value = parse_json(data)
+            if suffix == "json" and isinstance(value, dict):
+                self.texts += report_texts(value)
             if suffix == ENTITIES_SUFFIX:
                 check_spans(value)
             elif suffix == "json" and packed:
@@ -244,6 +253,8 @@ class _Check:
     def _end_sample(self) -> None:
         """Check that the members of the current sample belong together. After a damaged header they may be incomplete."""
         sample, self.sample = self.sample, {}
+        texts, self.texts = self.texts, []
+        self.phi.update(phi_like("\n".join(texts)))
         images = [suffix for suffix in sample if suffix in IMAGE_SUFFIXES]
         self.samples += bool(images) if self.foreign else bool(sample)
         if not sample or self.faults or self.foreign:

@@ -7,12 +7,12 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
 from math import ceil
 
 from mmclip_shards.document import read_document
 from mmclip_shards.images import image_facts
-from mmclip_shards.manifest import Manifest, find_sets, load_manifest
+from mmclip_shards.manifest import Manifest, find_sets, load_manifest, manifest_hash
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import IMAGE_SUFFIXES
 from mmclip_shards.storage import Url
@@ -45,26 +45,39 @@ class LabelCounts:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One split. licence, access: the terms in its manifest; bytes: of the tars; words: per report, without empty ones; widths,
-    heights: of the images, in pixels.
+    """One split. manifest: hash of its manifest, which holds those of its shards; config_hash, licence, access, phi_scan,
+    labels_by: as the manifest has them; bytes: of the tars; words: per report, without empty ones; widths, heights: of
+    the images, in pixels; ages: of the patients, an image each, in years.
 
+    report_words, ages_of, sizes: how many reports have so many words, images a patient of this age, images "WIDTH x HEIGHT"
+    pixels. together: label -> other label that comes after it -> samples in which both are present.
     unreadable: samples whose text or JSON cannot be read; undecodable: samples whose image has no usable header.
     """
 
     folder: str
     dataset: str
+    manifest: str
+    config_hash: str
     licence: str | None
     access: str | None
+    phi_scan: dict[str, int] | None
+    labels_by: str | None
     split: str
     shards: int
     samples: int
     bytes: int
     views: dict[str, int]
     labels: dict[str, LabelCounts]
+    together: dict[str, dict[str, int]]
     without_report: int
     words: Spread | None
     widths: Spread | None
     heights: Spread | None
+    ages: Spread | None
+    without_age: int
+    report_words: dict[int, int]
+    ages_of: dict[int, int]
+    sizes: dict[str, int]
     patients: int
     without_patient: int
     images_per_patient: Spread | None
@@ -74,9 +87,11 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class SetStats:
-    """All splits of a set. patients_in_several_splits: must be 0, or evaluation sees patients of the training."""
+    """All splits of a set. patients: of all splits, each once. patients_in_several_splits: must be 0, or evaluation sees
+    patients of the training."""
 
     splits: tuple[SplitStats, ...]
+    patients: int
     patients_in_several_splits: int
 
 
@@ -105,7 +120,7 @@ def collect_stats(url: Url, progress: Callable[[int, int], None] | None = None) 
                     progress(done, total)
         splits.append(counts.result(folder, manifest))
         splits_of_patient.update(counts.patients.keys())
-    return SetStats(tuple(splits), sum(count > 1 for count in splits_of_patient.values()))
+    return SetStats(tuple(splits), len(splits_of_patient), sum(count > 1 for count in splits_of_patient.values()))
 
 
 def spread(histogram: Mapping[int, int]) -> Spread | None:
@@ -125,9 +140,10 @@ class _Counts:
     def __init__(self) -> None:
         self.views: Counter[str] = Counter()
         self.labels: Counter[tuple[str, int | None]] = Counter()
+        self.together: Counter[tuple[str, str]] = Counter()
+        self.ages: Counter[int] = Counter()
+        self.sizes: Counter[tuple[int, int]] = Counter()
         self.words: Counter[int] = Counter()
-        self.widths: Counter[int] = Counter()
-        self.heights: Counter[int] = Counter()
         self.patients: Counter[bytes] = Counter()
         self.samples = self.without_report = self.without_patient = self.unreadable = self.undecodable = 0
 
@@ -139,8 +155,7 @@ class _Counts:
         except (ValueError, StopIteration):
             self.undecodable += 1
         else:
-            self.widths[facts.width] += 1
-            self.heights[facts.height] += 1
+            self.sizes[facts.width, facts.height] += 1
         try:
             document = read_document(members)
         except ValueError:
@@ -148,6 +163,9 @@ class _Counts:
             return
         self.views[document.view or NO_VIEW] += 1
         self.labels.update(document.labels.items())
+        self.together.update(combinations(sorted(name for name, value in document.labels.items() if value == 1), 2))
+        if document.age is not None:
+            self.ages[document.age] += 1
         if document.report:
             self.words[len(document.report.split())] += 1
         else:
@@ -165,21 +183,38 @@ class _Counts:
         for name in manifest.labels:
             present, absent, uncertain = (self.labels[name, value] for value in (1, 0, -1))
             labels[name] = LabelCounts(present, absent, uncertain, self.samples - present - absent - uncertain)
+        together: dict[str, dict[str, int]] = {}
+        for (first, second), count in sorted(self.together.items()):
+            together.setdefault(first, {})[second] = count
+        widths, heights = Counter[int](), Counter[int]()
+        for (width, height), count in self.sizes.items():
+            widths[width] += count
+            heights[height] += count
         return SplitStats(
             folder=folder,
             dataset=manifest.dataset,
+            manifest=manifest_hash(manifest),
+            config_hash=manifest.config_hash,
             licence=manifest.licence,
             access=manifest.access,
+            phi_scan=manifest.phi_scan,
+            labels_by=manifest.labels_by,
             split=manifest.split,
             shards=len(manifest.shards),
             samples=self.samples,
             bytes=sum(shard.bytes for shard in manifest.shards),
             views=dict(self.views.most_common()),
             labels=labels,
+            together=together,
             without_report=self.without_report,
             words=spread(self.words),
-            widths=spread(self.widths),
-            heights=spread(self.heights),
+            widths=spread(widths),
+            heights=spread(heights),
+            ages=spread(self.ages),
+            without_age=self.samples - self.ages.total(),
+            report_words=dict(sorted(self.words.items())),
+            ages_of=dict(sorted(self.ages.items())),
+            sizes={f"{width} x {height}": count for (width, height), count in self.sizes.most_common()},
             patients=len(self.patients),
             without_patient=self.without_patient,
             images_per_patient=spread(Counter(self.patients.values())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import NamedTuple, get_args
 
 from mmclip_shards import storage
 from mmclip_shards.manifest import MANIFEST_NAME, Kind, Manifest, find_sets, find_split, load_manifest
+from mmclip_shards.phi import KINDS
 from mmclip_shards.shardcheck import Finding, ShardPlace, check_shard
 from mmclip_shards.storage import Url
 
@@ -38,12 +40,14 @@ def verify(
     *,
     base: Url | None = None,
     workers: int = 1,
+    allow_phi_like: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
     """Check the set at `url`, or every split below it, and the sidecars `entities` and `attention` in their folders.
 
     base: the set (or folder of splits) that the sidecars at `url` belong to; not needed for sidecars inside their base set.
-    workers: threads that check shards. progress(done, total): in shards. The check goes on after a fault; findings come in
+    workers: threads that check shards. allow_phi_like: reports that seem to identify people are no finding, though the set was
+    not packed so. progress(done, total): in shards. The check goes on after a fault; findings come in
     the order of the shards. ValueError when there is no set at `url` or `base`.
     """
     verdict = Verdict()
@@ -55,6 +59,7 @@ def verify(
         for each in sets
         for number in range(len(each.manifest.shards))
     ]
+    phi: dict[str, Counter[str]] = {}
     pool = ThreadPoolExecutor(
         workers, "mmclip-verify"
     )  # threads suffice: decoding and hashing release the interpreter's lock
@@ -70,11 +75,22 @@ def verify(
             verdict.shards += 1
             verdict.samples += found.samples
             verdict.bytes += found.bytes
+            phi.setdefault(place.folder, Counter()).update(found.phi)
             if progress is not None:
                 progress(done, len(places))
     finally:
         pool.shutdown(cancel_futures=True)
+    if not allow_phi_like:
+        verdict.findings += [problem for each in sets for problem in _identifying(each, phi[each.folder])]
     return verdict
+
+
+def _identifying(each: _Set, counts: Counter[str]) -> Iterator[Finding]:
+    """A finding if the reports of a set hold more that identifies people than its manifest says. It tells no content."""
+    allowed = each.manifest.phi_scan or {}
+    if more := [f"{counts[kind]:,} x {kind}" for kind in KINDS if counts[kind] > allowed.get(kind, 0)]:
+        problem = f"reports seem to identify people: {', '.join(more)}: pack from cleaned reports, or give --allow-phi-like"
+        yield Finding(storage.join(each.folder, MANIFEST_NAME), "", problem)
 
 
 def _sets(url: Url, base: Url | None, verdict: Verdict) -> Iterator[_Set]:

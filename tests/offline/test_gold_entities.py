@@ -69,8 +69,9 @@ def test_reports_of_open_i_meet_their_mesh(extract: Extractor, tmp_path: Path) -
             member.size = len(xml)
             archive.addfile(member, io.BytesIO(xml.encode()))
     reports = read_reports(tmp_path / "reports.tgz")
-    assert reports == [(f"FINDINGS: {text}", [mesh]) for text, mesh in (texts["1"], texts["2"])]
-    table = mesh_table(reports, extract([text for text, _ in reports]))
+    wanted = [(number, f"FINDINGS: {texts[str(number)][0]}", [texts[str(number)][1]]) for number in (1, 2)]
+    assert [(report.number, report.text, report.mesh) for report in reports] == wanted
+    table = mesh_table(reports, extract([report.text for report in reports]))
     assert "| **all, stated** | 2 | 1 | 0.500 | 1.000 |" in table
     assert "| all, stated or uncertain | 2 | 2 | 1.000 | 1.000 |" in table
     assert "| all, whatever the mark | 2 | 3 | 1.000 | 0.667 |" in table

@@ -18,7 +18,7 @@ from mmclip_shards.datasets.padchest import read_list
 from mmclip_shards.datasets.prepared import Prepared, prepare_records
 from mmclip_shards.datasets.recipe import find_recipe
 from mmclip_shards.datasets.siim_acr import box_of_runs
-from mmclip_shards.datasets.upstream import StudyLabels, label_value, read_csv
+from mmclip_shards.datasets.upstream import StudyLabels, label_value, read_age, read_csv
 from mmclip_shards.images import decode_image, prepare_image
 from mmclip_shards.pack import pack
 from mmclip_shards.schema import Box, Record
@@ -142,7 +142,7 @@ def test_jsonl(tmp_path: Path) -> None:
     [
         ("{", "line 2, is no JSON"),
         ("[]", "line 2, is no object"),
-        ('{"image": "a.png", "patient": "SECRET", "lables": {}}', "unknown field 'lables'; the fields are boxes, image"),
+        ('{"image": "a.png", "patient": "SECRET", "lables": {}}', "unknown field 'lables'; the fields are age, boxes, image"),
         ('{"image": "a.png"}', "line 2: 'patient' must be a text and be there"),
         ('{"image": "../a.png", "patient": "SECRET"}', "names an image outside"),
         ('{"image": "a.png", "patient": "SECRET", "labels": {"Edema": 2}}', "'labels' must be like"),
@@ -220,6 +220,7 @@ def test_nih(nih: Path) -> None:
     assert [box.label for box in records[3].boxes] == ["Atelectasis", "Infiltration"]
     assert records[3].boxes[1] == Box("Infiltration", 1, 2, 3, 4)
     assert [(r.patient, r.view) for r in records] == [("1", "PA"), ("1", "PA"), ("2", "AP"), ("13118", "PA")]
+    assert [record.age for record in records] == [57, 58, 80, 69]
     assert not any("0000" in record.key + record.source for record in records)
     assert [record.split for record in read("nih", nih, "mrm")] == ["train", "train", "val", "test"]
 
@@ -366,7 +367,7 @@ def test_brax(tmp_path: Path) -> None:
     write(tmp_path, {"master_spreadsheet_update.csv": f"{header},ViewPosition,Rows,Columns,Manufacturer\n{row}L,10,10,x\n"})
     (record,) = read("brax", tmp_path)
     assert record.labels == FORM | {"Edema": 1, "Consolidation": -1, "Pneumonia": 0}
-    assert (record.view, record.patient) == ("LATERAL", "77") and "77" not in record.source.split("/")[0]
+    assert (record.view, record.patient, record.age) == ("LATERAL", "77", 40) and "77" not in record.source.split("/")[0]
     assert record.image == tmp_path / "images/id_77/Study_1.2.3/Series_4.5/image-6.7.png"
 
 
@@ -483,6 +484,20 @@ def test_padchest(tmp_path: Path) -> None:
     assert [record.view for record in found.records] == ["PA", "LATERAL", "AP SUPINE", None]
     assert (first.report, third.report) == ("sin hallazg patolog .", "")
     assert third.image == tmp_path / "54/3_c.png"
+
+
+def test_padchest_gives_years_of_birth_and_of_the_study(tmp_path: Path) -> None:
+    header = ",ImageID,ImageDir,StudyDate_DICOM,PatientID,PatientBirth,Projection,Report,Labels"
+    rows = ["0,1_a.png,0,20140915,839,1930.0,PA,x,['normal']", "1,2_b.png,0,20140915,840,,PA,x,['normal']"]
+    write(tmp_path, {"PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv": "\n".join([header, *rows])})
+    assert [record.age for record in read("padchest", tmp_path)] == [84, None]
+
+
+@pytest.mark.parametrize(
+    ("cell", "age"), [("58", 58), ("058Y", 58), ("58.0", 58), ("018M", 1), ("003D", 0), ("414", None), ("", None), ("old", None)]
+)
+def test_ages_are_whole_years(cell: str, age: int | None) -> None:
+    assert read_age(cell) == age
 
 
 def test_a_list_of_labels_is_a_python_list_and_nothing_else() -> None:
@@ -717,6 +732,7 @@ def test_covidx(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert found.records[0].patient != found.records[1].patient  # number 3 of two sources
     assert found.records[0].image == tmp_path / "train/a.jpg"
+    assert not any("RICORD" in record.key + record.source for record in found.records)  # such names hold the patient
     write(tmp_path, {"splits/mavl/test.txt": "3 a.jpg positive cohen\n"})
     with pytest.raises(ValueError, match="not in split mavl"):
         read("covidx", tmp_path, "mavl")
@@ -741,7 +757,7 @@ def test_rexgradient(tmp_path: Path) -> None:
     first, second = found.records[:2]
     assert (first.report, first.view, second.view) == ("Clear. Stable.\nNormal.", "PA", None)
     assert first.image == tmp_path / "deid_png/PATIENT9/s1/studies/1.2/series/3.4/instances/5.6.png"
-    assert first.patient == "PATIENT9" and "PATIENT9" not in first.key + first.source
+    assert (first.patient, first.age) == ("PATIENT9", 7) and "PATIENT9" not in first.key + first.source
     assert first.key != second.key  # whose names differ only after a dot
 
 

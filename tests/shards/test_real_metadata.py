@@ -53,6 +53,7 @@ def test_nih(real: Path, tmp_path: Path, prepare: Callable[[str], Prepared]) -> 
     found = prepare("nih")
     assert len(found.records) == 112_120 and len({record.patient for record in found.records}) == 30_805
     assert Counter(record.view for record in found.records) == {"PA": 67_310, "AP": 44_810}
+    assert all(record.age is not None and record.age <= 100 for record in found.records)
     assert counts(found) == {
         "Atelectasis": 11_559, "Cardiomegaly": 2_776, "Consolidation": 4_667, "Edema": 2_303, "Effusion": 13_317,
         "Emphysema": 2_516, "Fibrosis": 1_686, "Hernia": 227, "Infiltration": 19_894, "Mass": 5_782, "Nodule": 6_331,
@@ -72,6 +73,7 @@ def test_padchest(real: Path, tmp_path: Path, prepare: Callable[[str], Prepared]
     assert 88_000 < views["PA"] < 91_728 and 45_000 < views["LATERAL"] <= 49_579  # fewer: some are left out
     labels = counts(found)
     assert "" not in labels and all(name == name.strip() for name in labels)
+    assert sum(record.age is None for record in found.records) <= 6
     assert 185 <= len(labels) <= 193 and "normal" not in labels and "exclude" not in labels
     assert sum(value is None for value in (next(iter(record.labels.values())) for record in found.records)) >= 90
 

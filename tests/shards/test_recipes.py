@@ -278,6 +278,7 @@ def test_a_sheet_of_twenty_shows_boxes_where_they_are(raw: Path) -> None:
     lines, sheet = check_recipe(toy, raw, split="official", sections=None, short_side=512)
     assert lines[0] == "looked at 12 records of 6 patients, and at 12 images"
     assert "  1: 16 x 12 png, view PA, 3 words, present: Edema, 1 boxes" in lines
+    assert "reports that seem to identify people: none" in lines
     (raw.parent / "sheet.png").write_bytes(sheet)
     pixels = np.asarray(Image.open(raw.parent / "sheet.png"))
     assert pixels.shape == (3 * 238, 5 * 224, 3)
@@ -291,10 +292,11 @@ def test_only_the_first_records_are_read_for_a_check(raw: Path) -> None:
     def endless(raw: Path) -> Iterator[Record]:
         for number in range(100_000):
             read.append(number)
-            yield Record(str(number), raw / "PATIENT0" / "0.png", "p", "0.png")
+            yield Record(str(number), raw / "PATIENT0" / "0.png", "p", "0.png", report="Dr. Zebra was told.")
 
     lines, _ = check_recipe(endless, raw, split=None, sections=None, short_side=8)
     assert len(read) == 2000 and sum(" 10 x 8 png" in line or " 11 x 8 png" in line for line in lines) == 20
+    assert "reports that seem to identify people: name after a title 2000" in lines and not any("Zebra" in line for line in lines)
 
 
 @pytest.mark.parametrize(

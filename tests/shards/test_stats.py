@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mmclip_shards import storage
 from mmclip_shards.foreign import index_set
-from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
+from mmclip_shards.manifest import Manifest, load_manifest, manifest_hash, save_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.schema import Record
 from mmclip_shards.split import hash_patient
@@ -33,7 +33,7 @@ def build(url: str, rows: list[tuple] = ROWS) -> str:
     records = [
         Record(
             key=f"k{number}", image=np.full(size, number, np.uint8), patient=patient, source=f"{number}.png",
-            report=report, view=view, labels={"Edema": edema},
+            report=report, view=view, labels={"Edema": edema, "Mass": int(edema == 1)}, age=40 + 30 * number if number else None,
         )
         for number, (patient, _, view, report, edema, size) in enumerate(rows)
     ]  # fmt: skip
@@ -55,7 +55,13 @@ def test_counts_are_those_of_the_rows(tmp_path: Path, remote: bool) -> None:
     assert (train.licence, train.access) == ("CC BY 4.0", None)
     assert train.bytes == sum(shard.bytes for shard in load_manifest(storage.join(url, "train")).shards)
     assert train.views == {"PA": 2, "AP": 1, "(unknown)": 1}
-    assert train.labels == {"Edema": LabelCounts(2, 1, 1, 0)} and test.labels == {"Edema": LabelCounts(0, 0, 0, 1)}
+    assert train.labels == {"Edema": LabelCounts(2, 1, 1, 0), "Mass": LabelCounts(2, 2, 0, 0)}
+    assert test.labels == {"Edema": LabelCounts(0, 0, 0, 1), "Mass": LabelCounts(0, 1, 0, 0)}
+    assert train.together == {"Edema": {"Mass": 2}} and test.together == {}
+    assert (train.ages, train.without_age, train.ages_of) == (Spread(70, 90, 90, 90), 1, {70: 1, 90: 2})  # 100 and 130 are 90
+    assert train.report_words == {1: 1, 2: 1, 3: 1} and train.sizes == {"16 x 20": 3, "40 x 30": 1}
+    assert train.manifest == manifest_hash(load_manifest(storage.join(url, "train")))
+    assert train.phi_scan == {"version": 1} and found.patients == 3
     assert (train.without_report, train.words) == (1, Spread(1, 2, 3, 3)) and test.words == Spread(8, 8, 8, 8)
     assert (train.widths, train.heights) == (Spread(16, 16, 40, 40), Spread(20, 20, 30, 30))
     assert (train.patients, train.without_patient, train.images_per_patient) == (2, 0, Spread(1, 1, 3, 3))
@@ -96,7 +102,7 @@ def test_foreign_sets_are_counted_too(tmp_path: Path) -> None:
     index_set(folder, dataset="theirs")
     (split,) = collect_stats(folder).splits
     assert (split.dataset, split.samples, split.patients) == ("theirs", 4, 2)
-    assert split.labels == {"Edema": LabelCounts(2, 1, 1, 0)}
+    assert split.labels["Edema"] == LabelCounts(2, 1, 1, 0) and split.phi_scan is None
 
 
 def test_sidecars_and_damage_are_user_errors(tmp_path: Path) -> None:

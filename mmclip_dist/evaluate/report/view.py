@@ -62,7 +62,7 @@ def build_view(source: Source, out: Path, *, count: int, keys: Sequence[str] = (
     if label is not None and label not in joined.manifest.labels:
         known = ", ".join(joined.manifest.labels) or "none"
         raise ValueError(f"{source.url} has no label {label!r}; it has: {known}")
-    places = _named(joined, keys) if keys else _labelled(joined, label) if label is not None else _spread(joined, count)
+    places = _named(joined, keys) if keys else _labelled(joined, label) if label is not None else spread_over(joined, count)
     samples = [read_sample(joined, shard, key) for (shard, key), _ in zip(places, range(len(keys) or count), strict=False)]
     kinds = sorted({piece.kind for sample in samples for piece in sample.report if piece.kind})
     environment = jinja2.Environment(
@@ -104,7 +104,7 @@ def _labelled(joined: JoinedSet, label: str | None) -> Iterator[tuple[int, str]]
                 yield shard, key
 
 
-def _spread(joined: JoinedSet, count: int) -> Iterator[tuple[int, str]]:
+def spread_over(joined: JoinedSet, count: int) -> Iterator[tuple[int, str]]:
     """Samples in the middle of `count` equal parts of the set."""
     ends = np.cumsum(joined.counts)
     total = int(ends[-1])

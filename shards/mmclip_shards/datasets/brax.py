@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import find_file, label_value, read_csv
+from mmclip_shards.datasets.upstream import find_file, label_value, read_age, read_csv
 from mmclip_shards.schema import Record
 
 _VIEWS = {"L": "LATERAL"}
@@ -31,5 +31,5 @@ def brax(raw: Path) -> Iterator[Record]:
         yield Record(
             key=source, image=raw / source, patient=row["PatientID"], source=source,
             labels={name: label_value(row[name]) for name in FINDINGS},
-            view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None,
+            view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None, age=read_age(row.get("PatientAge", "")),
         )  # fmt: skip

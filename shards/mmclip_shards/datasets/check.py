@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from mmclip_shards.datasets.prepared import nothing_found, read_records
 from mmclip_shards.datasets.recipe import Recipe
 from mmclip_shards.images import PreparedImage
+from mmclip_shards.phi import phi_like
 from mmclip_shards.preparation import prepare_one
 from mmclip_shards.schema import Record, check_record
 
@@ -63,6 +64,8 @@ def _lines(
     yield "present labels: " + (_counts(labels) or "none")
     empty = sum(not record.report.strip() for record in first)
     yield f"without a report: {empty}; without labels: {sum(not record.labels for record in first)}"
+    found = Counter(kind for record in first for kind in phi_like(record.report))
+    yield "reports that seem to identify people: " + (_counts(found) or "none")
     if skipped:
         yield "left out: " + _counts(skipped)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, label_value, read_csv
+from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, label_value, read_age, read_csv
 from mmclip_shards.schema import Record
 
 FINDINGS = (
@@ -37,7 +37,7 @@ def chexpert(raw: Path) -> Iterator[Record]:
         for row in read_csv(find_file(raw, table), "Path", "Frontal/Lateral", "AP/PA", *FINDINGS):
             yield _record(
                 raw, "/".join(PurePosixPath(row["Path"]).parts[1:]), row["AP/PA"] or row["Frontal/Lateral"].upper(),
-                {name: label_value(row[name]) for name in FINDINGS}, split,
+                {name: label_value(row[name]) for name in FINDINGS}, split, read_age(row.get("Age", "")),
             )  # fmt: skip
     truth = find_optional(raw, "groundtruth.csv", "test_labels.csv")
     labels = StudyLabels(FINDINGS)
@@ -50,6 +50,6 @@ def chexpert(raw: Path) -> Iterator[Record]:
         yield _record(raw, source, view, labels["/".join(path.parts[-3:-1])], "test")
 
 
-def _record(raw: Path, source: str, view: str, labels: dict[str, int | None], split: str) -> Record:
+def _record(raw: Path, source: str, view: str, labels: dict[str, int | None], split: str, age: int | None = None) -> Record:
     patient = PurePosixPath(source).parts[1]
-    return Record(source, raw / source, patient, source, labels=labels, view=view, split=split)
+    return Record(source, raw / source, patient, source, labels=labels, view=view, split=split, age=age)

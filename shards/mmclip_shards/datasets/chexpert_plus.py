@@ -9,7 +9,7 @@ from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.sections import clean_text
-from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, read_csv
+from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, read_age, read_csv
 from mmclip_shards.schema import Record
 
 SECTIONS = {
@@ -55,6 +55,7 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
             key=source, image=next((path for path in files if path.is_file()), raw / image),
             patient=image.parts[1], source=source, labels=labels[source],
             view=row["ap_pa"] or row["frontal_lateral"].upper() or None, split=split_name(row["split"]),
+            age=read_age(row.get("age", "")),
             sections={name: text for column, name in SECTIONS.items() if (text := clean_text(row[column]))},
         )  # fmt: skip
 

@@ -22,6 +22,7 @@ _LABELS: dict[str, dict[str, int | None]] = {
     access="Kaggle account",
     source="https://github.com/lindawangg/COVID-Net/blob/master/docs/COVIDx.md",
     official=True,
+    private_paths=True,
     same_images=("rsna", "nih"),
 )
 def covidx(raw: Path) -> Iterator[Record | Skipped]:
@@ -33,7 +34,7 @@ def covidx(raw: Path) -> Iterator[Record | Skipped]:
     Quirks: the lists have no header; their columns, separated by spaces, are patient, file name, class, source. Classes are
     positive and negative, or normal, pneumonia and COVID-19. Patient numbers are those of a source, so a patient is both
     together. MAVL's `COVIDx-CXR-2` is another split of train.txt: give its lists as RAW/splits/mavl. Negatives are of RSNA,
-    so of NIH.
+    so of NIH. File names of some sources (RICORD) hold patient numbers, so keyed hashes are stored in their place.
     """
     tables = [path for name in ("train", "val", "test") if (path := raw / f"{name}.txt").is_file()]
     if not tables:

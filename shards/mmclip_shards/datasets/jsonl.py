@@ -17,8 +17,8 @@ def jsonl(raw: Path) -> Iterator[Record]:
 
     `image` (a path below RAW) and `patient` must be there; `report`, `labels` (`{"Edema": 1}`: 1 present, 0 absent, -1
     uncertain, null not mentioned), `view`, `boxes` (`[{"label", "x", "y", "width", "height"}]` in pixels of the image),
-    `sections` (`{"findings": ...}`), `key` and `split` may be. `--split official` takes the `split` field. Other fields are
-    refused: a misspelt one would be lost.
+    `sections` (`{"findings": ...}`), `age` (whole years), `key` and `split` may be. `--split official`
+    takes the `split` field. Other fields are refused: a misspelt one would be lost.
     """
     files = sorted(raw.glob("*.jsonl"))
     if not files:
@@ -35,7 +35,7 @@ def jsonl(raw: Path) -> Iterator[Record]:
                     yield record_of(row, raw, where)
 
 
-FIELDS = frozenset({"image", "patient", "report", "labels", "view", "boxes", "sections", "key", "split"})
+FIELDS = frozenset({"image", "patient", "report", "labels", "view", "boxes", "sections", "key", "split", "age"})
 
 
 def record_of(row: Any, raw: Path, where: str) -> Record:
@@ -70,4 +70,5 @@ def record_of(row: Any, raw: Path, where: str) -> Record:
         boxes=found,
         split=split_name(row["split"]) if row.get("split") else None,
         sections=sections,
+        age=row.get("age"),
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_csv, read_numbers
+from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_age, read_csv, read_numbers
 from mmclip_shards.schema import Box, Record
 
 BOX_LABELS = {"Infiltrate": "Infiltration"}
@@ -48,6 +48,7 @@ def nih(raw: Path) -> Iterator[Record]:
         yield Record(
             key=key_of(name), image=images[name], patient=row["Patient ID"], source=name, view=row["View Position"] or None,
             labels=dict.fromkeys(row["Finding Labels"].split("|"), 1), boxes=tuple(boxes.get(name, ())), split=split_of.get(name),
+            age=read_age(row.get("Patient Age", "")),
         )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import Skipped, recipe
-from mmclip_shards.datasets.upstream import find_file, read_csv
+from mmclip_shards.datasets.upstream import find_file, read_age, read_csv
 from mmclip_shards.schema import Record
 
 _VIEWS = {"L": "LATERAL", "AP_horizontal": "AP SUPINE", "UNK": ""}
@@ -46,8 +46,14 @@ def padchest(raw: Path) -> Iterator[Record | Skipped]:
             key=key_of(name), image=flat / name if flat.is_dir() else raw / row["ImageDir"] / name,
             patient=row["PatientID"], source=f"{row['ImageDir']}/{name}",
             report=row["Report"], labels=dict.fromkeys(labels - {"unchanged"}, 1),
-            view=_VIEWS.get(row["Projection"], row["Projection"]) or None,
+            view=_VIEWS.get(row["Projection"], row["Projection"]) or None, age=_age(row),
         )  # fmt: skip
+
+
+def _age(row: Mapping[str, str]) -> int | None:
+    """Years from the year of birth (`1930.0`) to that of the study (`20140915`): the day of birth is not published."""
+    study, born = row.get("StudyDate_DICOM", "")[:4], row.get("PatientBirth", "").partition(".")[0]
+    return read_age(str(int(study) - int(born))) if study.isdigit() and born.isdigit() else None
 
 
 def read_list(cell: str) -> set[str]:

@@ -22,6 +22,8 @@ from mmclip_shards.split import check_split_name, hash_patient
 _IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
 _LIST_SUFFIX = re.compile(r"[_-]?list$")
 
+_SHORTEST_ID = 3  # a shorter one is in a path by chance
+
 LISTS = "splits"
 """The folder of the raw tree that holds named splits: splits/NAME/train.txt and so on."""
 
@@ -58,7 +60,7 @@ def prepare_records(
         canonical_json([name, recipe.licence, recipe.access, recipe.private_paths, recipe.unlisted_absent])
     )
     for number, found in enumerate(read_records(recipe, raw, split=split, sections=sections, skipped=skipped), 1):
-        record = _without_patient(found, name, patient_key) if recipe.private_paths else found
+        record = without_patient(found, name, patient_key) if recipe.private_paths else found
         try:
             check_record(record)
         except ValueError as error:
@@ -128,7 +130,12 @@ def nothing_found(raw: Path, skipped: Counter[str]) -> ValueError:
     return ValueError(f"the recipe found no images in {raw}" + (f" ({left_out})" if left_out else "") + hint)
 
 
-def _without_patient(record: Record, name: str, patient_key: bytes) -> Record:
+def names_patient(record: Record) -> bool:
+    """Whether the path of an image seems to hold the id of its patient, and not of the image alone."""
+    return len(record.patient) >= _SHORTEST_ID and record.patient in record.source and record.patient != record.source
+
+
+def without_patient(record: Record, name: str, patient_key: bytes) -> Record:
     """A record whose key and source are keyed hashes: a plain hash of a path that can be guessed would hide nothing."""
     key = hash_patient(record.source, patient_key)
     return replace(record, key=key, source=f"{name}/{key}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.sections import clean_text
-from mmclip_shards.datasets.upstream import find_file, read_csv
+from mmclip_shards.datasets.upstream import find_file, read_age, read_csv
 from mmclip_shards.schema import Record
 from mmclip_shards.textfiles import read_json
 
@@ -44,5 +44,6 @@ def rexgradient(raw: Path) -> Iterator[Record | Skipped]:
                 yield Record(
                     key=source, image=raw / source, patient=source.split("/")[1], source=source,
                     view=_VIEWS.get(str(view), str(view)) or None, split=split_name(upstream), sections=sections,
+                    age=read_age(row.get("PatientAge", "")),
                 )  # fmt: skip
         yield from (Skipped("images without a study") for _ in images)

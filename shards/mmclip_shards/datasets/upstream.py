@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -69,6 +71,13 @@ def label_value(cell: str) -> int | None:
     return _CELLS[cell]
 
 
+def read_age(cell: str) -> int | None:
+    """Whole years in a cell such as `58`, `58.0` or DICOM's `058Y`; None for an empty cell and for what is no age (414)."""
+    found = _AGE.fullmatch(cell)
+    years = float(found[1]) / _PER_YEAR[found[2].upper()] if found else math.inf
+    return int(years) if years <= _OLDEST_EVER else None
+
+
 def read_numbers(row: Mapping[str, str], *names: str) -> tuple[float, ...]:
     """The numbers in these cells. ValueError that names the columns."""
     try:
@@ -95,6 +104,10 @@ class StudyLabels:
     def __len__(self) -> int:
         return len(self._values)
 
+
+_AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWDymwd]?)")
+_PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}
+_OLDEST_EVER = 120  # NIH's table of 2017 has ages of 414
 
 _VALUES = (1, 0, -1, None)
 _CODES = {value: code for code, value in enumerate(_VALUES)}
