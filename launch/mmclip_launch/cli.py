@@ -48,6 +48,60 @@ def quickstart(
     Console().print(table)
 
 
+@app.command()
+def doctor(
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts to look at, over ssh; by default this machine.")] = None,
+    data: Annotated[str | None, typer.Option(help="A split, SET/train: may each host read it, and how fast?")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=local_folder, metavar="FOLDER", help="The run folder: do all hosts see it?")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster's job server, http://HOST:8265.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at the machines of a run before it starts: versions, GPUs, network, storage, disks, clocks. Exit code 1 on errors."""
+    import json
+    from dataclasses import asdict
+
+    from mmclip_launch.doctor import examine, local_hosts
+    from mmclip_launch.findings import errors
+    from mmclip_launch.hosts import read_hostfile
+    from mmclip_launch.ray_cluster import judge_cluster
+
+    hosts = read_hostfile(hostfile) if hostfile else local_hosts()
+    found = examine(hosts, run_dir, data, by_ssh=hostfile is not None)
+    found += judge_cluster(address) if address else []
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        for finding in found:
+            print(finding)
+    if errors(found):
+        raise typer.Exit(1)
+
+
+launch_app = typer.Typer(no_args_is_help=True, help="Start a run on a cluster. --dry-run prints what would be done.")
+app.add_typer(launch_app, name="launch")
+Recipe = Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
+
+
+@launch_app.command("deepspeed")
+def launch_deepspeed(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts, reached by ssh; by default this machine.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the file.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """By DeepSpeed's launcher, here or on the hosts of a hostfile, which are looked at first. Run it again to go on."""
+    from mmclip_launch.hosts import first_hosts, read_hostfile
+    from mmclip_launch.submit import job_of, start_deepspeed
+
+    hosts = read_hostfile(hostfile) if hostfile else None
+    start_deepspeed(job_of(recipe, overrides or ()), first_hosts(hosts, nodes), dry=dry_run)
+
+
 def main() -> int:
     return run(app)
 
