@@ -20,6 +20,13 @@ OURS = ("mmclip_dist", "mmclip_kernels", "mmclip_shards", "mmclip_launch")
 CODE, SUBMITTED = "code", "submitted.json"
 
 
+def module_folder(package: str) -> Path:
+    """Where an import would find a package."""
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
 def frozen_at(run_dir: Path) -> Path:
     """Where the copy of the present code lies, or would: RUN/code/HASH. The name is a hash of what it holds."""
     return run_dir.absolute() / CODE / str(code_hash(list(OURS)))
@@ -31,10 +38,9 @@ def freeze(run_dir: Path) -> Path:
     if not folder.is_dir():
         new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.writing")
         for package in OURS:
-            spec = importlib.util.find_spec(package)
-            assert spec and spec.submodule_search_locations
-            source = Path(next(iter(spec.submodule_search_locations)))
-            shutil.copytree(source, new / package, ignore=shutil.ignore_patterns("__pycache__", "results", ".*"))
+            shutil.copytree(
+                module_folder(package), new / package, ignore=shutil.ignore_patterns("__pycache__", "results", ".*")
+            )
         try:
             new.rename(folder)
         except OSError:  # another submission was faster

@@ -75,7 +75,10 @@ class Machines:
     """A switch with machines at 10.77.0.1, .2, ..., and the store's address, STORE, on the switch itself."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.pids, self._roots = folder, {}, {}
+        self.pids: dict[str, int] = {}
+        self._roots: dict[str, subprocess.Popen[bytes]] = {}
+        self._ports: dict[str, str] = {}
+        self.folder = folder
         (folder / "ssh").mkdir(parents=True)
         for name, text in {"sshd_config": _SSHD, "ssh_config": _SSH}.items():
             (folder / "ssh" / name).write_text(text.format(folder=folder / "ssh"))
@@ -106,6 +109,7 @@ class Machines:
             with self.hosts.open("a") as file:
                 file.write(f"{NET}.{number} {name}\n")
         self._start(name)
+        self._ports[name] = f"port{number}"
         self.inside(
             "switch", f"ip link add port{number} type veth peer name eth0 netns {self.pids[name]}",
             f"ip link set port{number} master switch", f"ip link set port{number} up",
@@ -122,9 +126,9 @@ class Machines:
         for command in commands:
             subprocess.run(["nsenter", "-t", str(self.pids[name]), "--net", "--", *command.split()], check=True)
 
-    def cut(self, number: int) -> None:
+    def cut(self, name: str) -> None:
         """Pull the cable: nobody is told."""
-        self.inside("switch", f"ip link set port{number} down")
+        self.inside("switch", f"ip link set {self._ports[name]} down")
 
     def end(self, name: str) -> None:
         """Switch off: every process there dies at once."""
@@ -133,6 +137,9 @@ class Machines:
         root.wait()
         assert root.stdin
         root.stdin.close()
+        if port := self._ports.pop(name, None):  # the kernel removes it with the machine's network, but later
+            gone = ["nsenter", "-t", str(self.pids["switch"]), "--net", "--", "ip", "link", "delete", port]
+            subprocess.run(gone, stderr=subprocess.DEVNULL, check=False)
 
 
 @contextmanager
@@ -143,7 +150,7 @@ def machines(folder: Path, *names: str) -> Iterator[Machines]:
             made.add(name, number)
         yield made
     finally:
-        for name in list(made.pids):
+        for name in reversed(list(made.pids)):
             made.end(name)
 
 

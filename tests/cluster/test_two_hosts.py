@@ -82,7 +82,7 @@ def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_b
     wait_for(lambda: broken.poll() is not None or last_step(run) >= 6)
     if broken.poll() is not None:
         raise AssertionError(broken.communicate()[0])
-    cluster.made.cut(2)
+    cluster.made.cut("host-b")
     began = time.monotonic()
     output, _ = broken.communicate(timeout=LOST_S + ALIVE_S + 30)
     print(
