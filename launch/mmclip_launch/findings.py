@@ -227,10 +227,10 @@ def judge_clock(host: str, there: float, sent: float, received: float) -> Iterat
     """there: what the host's clock showed at some moment between two of this machine's. Only what is certain counts."""
     skew = min(0.0, there - sent) + max(0.0, there - received)
     if abs(skew) > _SKEW:
-        way = "ahead" if skew > 0 else "behind"
+        way = "ahead of" if skew > 0 else "behind"
         mend = "keep clocks by chrony or ntpd; object stores refuse requests with a wrong time"
         judged = error if abs(skew) > _SKEW_REFUSED else warning
-        yield judged("clock", host, f"{abs(skew):.0f} s {way} of this machine", mend)
+        yield judged("clock", host, f"{abs(skew):.0f} s {way} this machine", mend)
 
 
 # -- Hosts side by side -----------------------------------------------------------------------------------------------

