@@ -62,6 +62,30 @@ def test_what_a_run_needs_of_a_pod_is_there() -> None:
     assert not any("KEY" in variable["name"] or "TOKEN" in variable["name"] for variable in container["env"])
 
 
+def test_the_train_job_fits_the_models_of_kubeflow_and_its_pods_the_schema() -> None:
+    models = pytest.importorskip(
+        "kubeflow_trainer_api.models", reason="trainjob.yaml is NOT checked: pip install kubeflow-trainer-api"
+    )
+    runtime, train = yaml.safe_load_all(template("trainjob.yaml").read_text())
+    for document, kind in ((runtime, models.TrainerV1alpha1TrainingRuntime), (train, models.TrainerV1alpha1TrainJob)):
+        again = kind.from_dict(document).to_dict()
+        assert without_quantities(again) == without_quantities(
+            document
+        )  # a field that the model does not know is left out
+    (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
+    check(pod_template(node["template"]["spec"]["template"]))
+
+
+def floats(value: Any) -> Any:
+    """With all numbers as the models hold them."""
+    if isinstance(value, dict):
+        return {name: floats(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [floats(each) for each in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 CLUSTER_FIELDS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
 GROUP_FIELDS = {"rayStartParams", "template", "groupName", "replicas", "minReplicas", "maxReplicas"}
 JOB_FIELDS = {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "rayClusterSpec"}

