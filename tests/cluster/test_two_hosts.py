@@ -125,3 +125,18 @@ def test_doctor_looks_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
         "host-b",
     }
     assert [each["level"] for each in findings if each["check"] == "all-reduce"] in (["ok"], ["warning"])
+
+
+def test_a_host_with_a_small_disk_of_its_own_instead_of_the_run_folder_is_named(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    small = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)]
+    subprocess.run([*cluster.made.enter("host-b"), *small], check=True)
+    began = time.monotonic()
+    refused = cluster.run("launch", "deepspeed", "quickstart", *cluster.overrides(run), "--hostfile", "hosts")
+    print(f"refused after {time.monotonic() - began:.0f} s:\n{refused.output}")
+    assert refused.returncode == 2 and time.monotonic() - began < 30
+    assert f"error: run_dir: host-b: {run} is not the folder that this machine sees" in refused.output
+    assert f"error: disk: host-b: run_dir: 0.0 GiB free in {run}" in refused.output and "host-a" not in refused.output

@@ -54,6 +54,8 @@ def test_what_a_run_needs_of_a_pod_is_there() -> None:
     assert "secret" in volumes[mounts["/etc/mmclip"]] and "persistentVolumeClaim" in volumes[mounts["/runs"]]
     assert f'touch "$RUN_DIR/{STOP_FILE}"' in container["lifecycle"]["preStop"]["exec"]["command"][-1]
     assert pod["terminationGracePeriodSeconds"] >= 120
+    dockerfile = template("Dockerfile").read_text()
+    assert f"USER {pod['securityContext']['fsGroup']}:" in dockerfile  # else the image's user cannot read the Secret
     rules = {
         tuple(rule.get("onExitCodes", {}).get("values", ())): rule["action"]
         for rule in spec["podFailurePolicy"]["rules"]
