@@ -24,6 +24,7 @@ from mmclip_launch.findings import (
 )
 from mmclip_launch.frozen import OURS
 from mmclip_launch.hosts import LOCAL, Answer, Host, deepspeed_env, run_everywhere
+from mmclip_launch.probe import gpus
 
 PROBE_S, READ_S, ALL_REDUCE_S = 20.0, 25.0, 60.0
 _READING_S = 3.0
@@ -75,10 +76,8 @@ def look(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool) -> tuple[
 
 
 def local_hosts() -> tuple[Host, ...]:
-    """This machine, with a rank for each of its GPUs."""
-    answer = probe((Host(LOCAL, 0),), None, by_ssh=False)[LOCAL]
-    cards = (answer.value or {}).get("gpus") or ()
-    return (Host(LOCAL, len(cards) or _CPU_RANKS),)
+    """This machine, with a rank for each of its GPUs, or two on CPUs."""
+    return (Host(LOCAL, len(gpus() or ()) or _CPU_RANKS),)
 
 
 def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by_ssh: bool) -> list[Finding]:

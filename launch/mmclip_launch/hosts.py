@@ -20,7 +20,7 @@ LOCAL = "localhost"
 ANSWER = "MMCLIP-ANSWER "
 """How the line begins that holds a program's answer: shells of other hosts may print more."""
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
+_LINE = re.compile(r"([\w.][\w.:@-]*)\s+slots=(\d+)\s*(#.*)?")  # a name never looks like an option of ssh
 # What DeepSpeed's launcher passes on to other hosts, without MLFLOW*, which holds a password (deepspeed.launcher.runner,
 # EXPORT_ENVS, and export_envs of the accelerator). tests/launch/test_hosts.py compares.
 PASSED_ON = ("PYTHON", "MV2", "UCX", "NCCL")

@@ -23,7 +23,7 @@ from mmclip_launch.frozen import OURS, freeze, frozen_at, module_folder, record,
 from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text
 from mmclip_launch.kubernetes import APPLY, apply, rendered
 from mmclip_launch.kubernetes import job as job_objects
-from mmclip_launch.probe import code_hash
+from mmclip_launch.probe import code_hash, gpus
 from mmclip_launch.processes import environment
 from mmclip_launch.ray_cluster import judge_cluster
 from mmclip_launch.templates import template
@@ -82,7 +82,7 @@ def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
     files = {job.run_dir / _SUBMITTED / "hostfile": hostfile_text(hosts)}
     if [host.name for host in hosts] == [LOCAL]:
         words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
-        added = variables(code)
+        added = variables(code) | ({} if gpus() else {"DS_ACCELERATOR": "cpu"})
     else:
         # The launcher puts the working folder before PYTHONPATH; what this file says comes after that, and on all hosts.
         path = job.run_dir / _SUBMITTED / "deepspeed_env"

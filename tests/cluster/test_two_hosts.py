@@ -108,6 +108,7 @@ def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_b
         and json.loads((run / "submitted.json").read_text())["target"] == "deepspeed"
     )
     assert "not-a-secret" not in output + resumed.output
+    assert not [path for path in run.rglob("*") if path.is_file() and b"not-a-secret" in path.read_bytes()]
 
     run_training([*sets.overrides(tmp_path / "unbroken"), *RUN], tmp_path)
     assert final_weights(run, STEPS) == final_weights(tmp_path / "unbroken", STEPS)

@@ -52,6 +52,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         ("node-1 slots=8\nnode-2 slot=8\n", "line 2: 'node-2 slot=8' is not `NAME slots=N`"),
         ("node-1 slots=8 node-2 slots=8\n", "line 1: 'node-1 slots=8 node-2 slots=8' is not"),
         ("node-1\n", "line 1: 'node-1' is not"),
+        ("-oProxyCommand=x slots=1\n", "line 1: '-oProxyCommand=x slots=1' is not"),
         ("node-1 slots=8\n\nnode-1 slots=8\n", "line 3: node-1 stands there twice: delete one line"),
         ("node-1 slots=0\n", "line 1: node-1 has no slots"),
         ("# nothing\n", "names no host"),

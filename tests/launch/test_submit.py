@@ -64,10 +64,14 @@ def test_deepspeed_over_ssh_imports_the_frozen_code_and_gives_silent_hosts_up(jo
     without_docs_and_secrets(str(command))
 
 
-def test_deepspeed_on_this_machine_needs_no_ssh(job: Job) -> None:
+@pytest.mark.parametrize(("cards", "more"), [(None, {"DS_ACCELERATOR": "cpu"}), ([{"name": "H100"}], {})])
+def test_deepspeed_on_this_machine_needs_no_ssh(
+    job: Job, monkeypatch: pytest.MonkeyPatch, cards: list | None, more: dict[str, str]
+) -> None:
+    monkeypatch.setattr(submit, "gpus", lambda: cards)
     command = deepspeed_command(job, (Host(LOCAL, 2),), Path("/code"))
     assert "--no_ssh_check" in command.words and "--force_multi" not in command.words
-    assert command.variables == {"PYTHONPATH": "/code", "PYTHONSAFEPATH": "1"}
+    assert command.variables == {"PYTHONPATH": "/code", "PYTHONSAFEPATH": "1"} | more
 
 
 def test_a_dry_run_prints_all_and_writes_nothing(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,5 +197,7 @@ def test_kubernetes_gets_the_template_filled_in(job: Job, capsys: pytest.Capture
 
 def test_what_starts_runs_imports_neither_torch_nor_deepspeed_nor_ray() -> None:
     modules = "mmclip_launch.submit, mmclip_launch.node, mmclip_launch.doctor, mmclip_launch.cli"
-    program = f"import sys, {modules}; print(sorted({{'torch', 'deepspeed', 'ray', 'transformers'}} & set(sys.modules)))"
+    program = (
+        f"import sys, {modules}; print(sorted({{'torch', 'deepspeed', 'ray', 'transformers'}} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"
