@@ -66,7 +66,7 @@ def probe(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool) -> dict[
 def look(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool) -> tuple[list[Finding], dict[str, Facts]]:
     """The quick part, within half a minute: everything that the hosts say about themselves."""
     answers = probe(hosts, run_dir, by_ssh=by_ssh)
-    known = {name: answer.value for name, answer in answers.items() if answer.value is not None}
+    known: dict[str, Facts] = {name: each.value for name, each in answers.items() if each.value is not None}
     found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
     for name, answer in answers.items():
         if answer.value is not None:

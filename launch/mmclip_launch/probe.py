@@ -118,7 +118,7 @@ def gpus() -> list[dict[str, str]] | None:
     return [dict(zip(("name", "driver", "memory", "used", "ecc"), row, strict=False)) for row in rows]
 
 
-def space(folder: str) -> dict[str, int] | None:
+def space(folder: str) -> dict[str, int | None] | None:
     """Bytes in all and free for this user, and free entries (inodes; None where the file system does not count them)."""
     try:
         found = os.statvfs(folder)
