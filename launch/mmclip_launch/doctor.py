@@ -26,7 +26,7 @@ from mmclip_launch.frozen import OURS
 from mmclip_launch.hosts import LOCAL, Answer, Host, deepspeed_env, run_everywhere
 from mmclip_launch.probe import gpus
 
-PROBE_S, READ_S, ALL_REDUCE_S = 20.0, 25.0, 60.0
+PROBE_S, READ_S, ALL_REDUCE_S = 20.0, 25.0, 100.0
 _READING_S = 3.0
 _CPU_RANKS = 2
 

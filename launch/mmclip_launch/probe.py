@@ -18,10 +18,12 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _TOOL_S = 10.0
+_SEEN_S = 5.0  # enough for a new name, which no file system has cached as missing
 _FABRIC = Path("/sys/class/infiniband")
 _LINKS = Path("/sys/class/net")
 _TELLING = ("NCCL_", "UCX_", "GLOO_", "TORCH_NCCL_")  # they have to agree, and none of them holds a secret
@@ -141,9 +143,10 @@ def run_folder(folder: str, mark: str | None) -> dict[str, Any]:
     except OSError as error:
         answer["fault"] = error.strerror or str(error)
     if mark is not None:
-        deadline = time.monotonic() + 5.0
+        deadline = time.monotonic() + _SEEN_S
         while not (seen := Path(folder, mark).exists()) and time.monotonic() < deadline:
-            os.scandir(folder).close() if Path(folder).is_dir() else None  # NFS then asks its server again
+            with suppress(OSError):
+                os.scandir(folder).close()  # NFS then asks its server again
             time.sleep(0.2)
         answer["seen"] = seen
     return answer | (space(folder) or {})
