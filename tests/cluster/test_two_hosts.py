@@ -140,4 +140,7 @@ def test_a_host_with_a_small_disk_of_its_own_instead_of_the_run_folder_is_named(
     print(f"refused after {time.monotonic() - began:.0f} s:\n{refused.output}")
     assert refused.returncode == 2 and time.monotonic() - began < 30
     assert f"error: run_dir: host-b: {run} is not the folder that this machine sees" in refused.output
-    assert f"error: disk: host-b: run_dir: 0.0 GiB free in {run}" in refused.output and ": host-a: run_dir" not in refused.output
+    assert (
+        f"error: disk: host-b: run_dir: 0.0 GiB free in {run}" in refused.output
+        and ": host-a: run_dir" not in refused.output
+    )
