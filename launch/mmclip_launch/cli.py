@@ -18,9 +18,9 @@ Urls = list[str] | None
 
 @app.command()
 def quickstart(
-    out: Annotated[
-        Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder for all output.")
-    ] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder for all output.")] = Path(
+        "runs/quickstart"
+    ),
     paired: Annotated[Urls, typer.Option(help="Packed set with reports; may be repeated.")] = None,
     unpaired: Annotated[Urls, typer.Option(help="Packed set without reports; may be repeated.")] = None,
     evaluation: Annotated[Urls, typer.Option("--eval", help="Packed, labelled set; may be repeated.")] = None,
@@ -41,11 +41,116 @@ def quickstart(
         table.add_row(stage["name"], f"{stage['seconds']:.0f} s")
     for term, values in summary["loss"].items():
         table.add_row(f"loss, {term}", f"{values['first']:.3f} to {values['last']:.3f}")
-    for name, shot in (("MMCLIP", summary["zero_shot"]), ("contrastive alone, same time", summary["control"]["zero_shot"])):
+    for name, shot in (
+        ("MMCLIP", summary["zero_shot"]),
+        ("contrastive alone, same time", summary["control"]["zero_shot"]),
+    ):
         low, high = shot["auc_macro_ci95"]
         table.add_row(f"zero-shot macro AUC, {name}", f"{shot['auc_macro']:.3f}  (95% {low:.3f} to {high:.3f})")
     table.add_row("report", summary["report"])
     Console().print(table)
+
+
+@app.command()
+def doctor(
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts to look at, over ssh; by default this machine.")] = None,
+    data: Annotated[str | None, typer.Option(help="A split, SET/train: may each host read it, and how fast?")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(parser=local_folder, metavar="FOLDER", help="The run folder: do all hosts see it?")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster's job server, http://HOST:8265.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at the machines of a run before it starts: versions, GPUs, network, storage, disks, clocks. Exit code 1 on errors."""
+    import json
+    from dataclasses import asdict
+
+    from mmclip_launch.doctor import examine, local_hosts
+    from mmclip_launch.findings import errors
+    from mmclip_launch.hosts import read_hostfile
+    from mmclip_launch.ray_cluster import judge_cluster
+
+    hosts = read_hostfile(hostfile) if hostfile else local_hosts()
+    found = examine(hosts, run_dir, data, by_ssh=hostfile is not None)
+    found += judge_cluster(address) if address else []
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in found], indent=2))
+    else:
+        for finding in found:
+            print(finding)
+    if errors(found):
+        raise typer.Exit(1)
+
+
+launch_app = typer.Typer(no_args_is_help=True, help="Start a run on a cluster. --dry-run prints what would be done.")
+app.add_typer(launch_app, name="launch")
+Recipe = Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value")]
+Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs of each machine.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
+
+
+@launch_app.command("deepspeed")
+def launch_deepspeed(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Hosts, reached by ssh; by default this machine.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the file.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """By DeepSpeed's launcher, here or on the hosts of a hostfile, which are looked at first. Run it again to go on."""
+    from mmclip_launch.hosts import first_hosts, read_hostfile
+    from mmclip_launch.submit import job_of, start_deepspeed
+
+    hosts = read_hostfile(hostfile) if hostfile else None
+    start_deepspeed(job_of(recipe, overrides or ()), first_hosts(hosts, nodes), dry=dry_run)
+
+
+@launch_app.command("slurm")
+def launch_slurm(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = 8,
+    option: Annotated[Urls, typer.Option(help="For sbatch, such as --option=--partition=gpu; may be repeated.")] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="A job array: one run for each line of this file, key=value ...")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """By sbatch; queued again after preemption and time limits. Nodes share run_dir; runs of a sweep are run_dir/1, 2, ..."""
+    from mmclip_launch.submit import job_of, submit_slurm
+
+    job = job_of(recipe, overrides or ())
+    raise typer.Exit(submit_slurm(job, nodes=nodes, gpus=gpus, options=option or (), sweep=sweep, dry=dry_run))
+
+
+@launch_app.command("k8s")
+def launch_k8s(
+    recipe: Recipe,
+    image: Annotated[str, typer.Option(help="Container image with a tag that never moves, or a digest.")],
+    overrides: Overrides = None,
+    nodes: Nodes = 1,
+    gpus: Gpus = 8,
+    dry_run: DryRun = False,
+) -> None:
+    """As an indexed Job on Kubernetes, one pod a node; run_dir=/runs/NAME. What the namespace needs: launch/README.md."""
+    from mmclip_launch.submit import job_of, submit_kubernetes
+
+    raise typer.Exit(submit_kubernetes(job_of(recipe, overrides or ()), image, nodes=nodes, gpus=gpus, dry=dry_run))
+
+
+@launch_app.command("ray-job")
+def launch_ray_job(
+    words: Annotated[list[str], typer.Argument(help="-- entities|attention SET/train ..., as after `mmclip`.")],
+    address: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="The cluster's job server, http://HOST:8265.")],
+    dry_run: DryRun = False,
+) -> None:
+    """An offline stage on a Ray cluster, with this code. Run it again to go on."""
+    from mmclip_launch.submit import submit_ray
+
+    raise typer.Exit(submit_ray(address, words, dry=dry_run))
 
 
 def main() -> int:

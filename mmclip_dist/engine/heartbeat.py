@@ -25,18 +25,18 @@ _BEATS = 9  # within the time after which a machine counts as lost
 
 
 class Heartbeat:
-    """The beats of one machine. node: its number, 0 for the one that watches. address: of the watching machine."""
+    """The beats of one machine. first: its first rank, 0 on the one that watches. address: of the watching machine."""
 
-    def __init__(self, node: int, token: bytes, address: tuple[str, int], lost_s: float) -> None:
-        self.node, self.token, self.lost_s = node, token, lost_s
+    def __init__(self, first: int, token: bytes, address: tuple[str, int], lost_s: float) -> None:
+        self.first, self.token, self.lost_s = first, token, lost_s
         family, _, _, _, found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
         self.address: tuple[Any, ...] = found
         self.socket = socket.socket(family, socket.SOCK_DGRAM)
-        if node == 0:
+        if first == 0:
             self.socket.bind(("", address[1]))
         self.socket.settimeout(lost_s / _BEATS)
         self._heard: dict[str, float] = {}  # host of a machine, or of the watching one -> when
-        self._thread = threading.Thread(target=self._watch if node == 0 else self._send, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._watch if first == 0 else self._send, name="heartbeat", daemon=True)
         self._left = threading.Event()
 
     @property
@@ -72,7 +72,7 @@ class Heartbeat:
         while not self._left.is_set():
             began = time.monotonic()
             try:
-                self.socket.sendto(self.token + f" beat {self.node}/{socket.gethostname()}".encode(), self.address)
+                self.socket.sendto(self.token + f" beat {self.first}/{socket.gethostname()}".encode(), self.address)
                 while self.socket.recv(1024) != self.token:
                     pass
                 self._heard[watcher] = time.monotonic()
@@ -80,18 +80,24 @@ class Heartbeat:
                 pass
             self._judge()
             self._left.wait(max(0.0, began + self.lost_s / _BEATS - time.monotonic()))
-        self.socket.sendto(self.token + f" left {self.node}/{socket.gethostname()}".encode(), self.address)
+        self.socket.sendto(self.token + f" left {self.first}/{socket.gethostname()}".encode(), self.address)
 
     def _judge(self) -> None:
         for host, heard in self._heard.items():
             if time.monotonic() - heard > self.lost_s:
                 print(
-                    f"failed: {socket.gethostname()}: no sign of life from machine {host.partition('/')[2] or host} for "
+                    f"failed: {socket.gethostname()}: no sign of life from machine {_named(host)} for "
                     f"{self.lost_s:g} s: it or its network is gone. Start the run again on the machines that are left: it goes "
                     "on from its newest checkpoint",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 os._exit(watchdog.EXIT_CODE)
+
+
+def _named(host: str) -> str:
+    """What the user reads of a machine that is known by `RANK/NAME`, or by its address."""
+    first, _, name = host.partition("/")
+    return f"{name} (ranks from {first} on)" if name else host
 
 
 @contextmanager
@@ -109,7 +115,7 @@ def beating(lost_s: float) -> Iterator[None]:
     told = [(token, first.port if first else 0)]
     dist.broadcast_object_list(told)
     token, port = told[0]
-    beats = first or (None if local else Heartbeat(rank // on_machine, token, (host, port), lost_s))
+    beats = first or (None if local else Heartbeat(rank, token, (host, port), lost_s))
     if beats is None:
         yield
         return

@@ -18,10 +18,8 @@ import torch
 from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.engine.collective import sums
+from mmclip_dist.run.marks import EXIT_CODE, STOP_FILE, STOPPED
 
-EXIT_CODE = 75
-"""Exit code of a run that was asked to stop and has saved. It goes on when it is started again (EX_TEMPFAIL)."""
-STOP_FILE, STOPPED = "stop", "stopped.json"
 _LOOK_S = 1.0  # seconds between two looks for the file: every machine asks the shared file system
 
 

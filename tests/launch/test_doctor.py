@@ -1,0 +1,176 @@
+"""`mmclip doctor` on this machine, and on Ray clusters that are none."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmclip_launch import all_reduce, doctor
+from mmclip_launch.cli import app
+from mmclip_launch.findings import Finding
+from mmclip_launch.hosts import LOCAL, Answer, Host
+from mmclip_launch.ray_cluster import judge_cluster
+from typer.testing import CliRunner
+
+HERE = (Host(LOCAL, 2),)
+
+
+def test_this_machine_says_what_a_run_needs_to_know(tmp_path: Path) -> None:
+    found, known = doctor.look(HERE, tmp_path / "run", by_ssh=False)
+    assert {"host", "disk", "open files", "compiler", "versions"} <= {finding.check for finding in found}
+    assert not [finding for finding in found if finding.level == "error" and finding.check != "disk"], found
+    assert known[LOCAL]["packages"]["torch"] == version("torch") and len(known[LOCAL]["code"]) == 12
+    assert known[LOCAL]["run_dir"]["seen"] is True and not [*(tmp_path / "run").iterdir()]
+
+
+def test_a_run_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found, _ = doctor.look(HERE, tmp_path / "file" / "run", by_ssh=False)
+    (fault,) = [finding for finding in found if finding.check == "run_dir"]
+    assert fault.level == "error" and "cannot be written to: Not a directory" in fault.text
+
+
+def test_another_hosts_folder_of_the_same_name_is_not_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host that is asked sees no mark of ours, as on a file system of its own."""
+    monkeypatch.setattr(doctor, "run_everywhere", seeing_another_folder(doctor.run_everywhere, tmp_path / "other"))
+    found, _ = doctor.look(HERE, tmp_path / "run", by_ssh=False)
+    assert [str(each) for each in found if each.check == "run_dir"] == [
+        f"error: run_dir: {LOCAL}: {tmp_path / 'other'} is not the folder that this machine sees: set run_dir to a folder that "
+        "all hosts share"
+    ]
+
+
+def seeing_another_folder(run: Any, other: Path) -> Any:
+    other.mkdir()
+    return lambda hosts, program, requests, timeout_s, by_ssh: run(
+        hosts,
+        program,
+        {name: request | {"run_dir": str(other)} for name, request in requests.items()},
+        timeout_s,
+        by_ssh=by_ssh,
+    )
+
+
+@pytest.mark.slow
+def test_two_ranks_add_up_here_and_a_set_is_read(sets: Any) -> None:
+    found = doctor.examine(HERE, None, sets.paired, by_ssh=False)
+    levels = {finding.check: finding.level for finding in found}
+    assert levels["storage"] == "ok" and levels["all-reduce"] in ("ok", "warning"), found
+
+
+def test_a_set_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "measure_all_reduce", lambda *_, **__: [])
+    found = doctor.examine(HERE, None, str(tmp_path / "set"), by_ssh=False)
+    (fault,) = [finding for finding in found if finding.check == "storage"]
+    assert fault.level == "error" and str(tmp_path / "set") in fault.text
+
+
+def test_hosts_that_cannot_take_part_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "look", lambda *_, **__: ([], {}))
+    monkeypatch.setattr(doctor, "measure_all_reduce", lambda *_, **__: pytest.fail("measured"))
+    found = doctor.examine((Host("a", 1), Host("b", 1)), None, None, by_ssh=True)
+    assert [finding.level for finding in found] == ["not checked", "not checked"]
+
+
+@pytest.mark.parametrize(("cards", "backend", "ranks"), [([1] * 4, "nccl", [4, 2]), ([], "gloo", [1, 1])])
+def test_every_gpu_takes_part_or_one_rank_of_each_host(
+    monkeypatch: pytest.MonkeyPatch, cards: list[int], backend: str, ranks: list[int]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def answer(hosts: Any, program: str, requests: dict[str, Any], *_: Any, **__: Any) -> dict[str, Answer]:
+        asked.update(requests)
+        return {host.name: Answer(host, {"fault": "no"}) for host in hosts}
+
+    monkeypatch.setattr(doctor, "run_everywhere", answer)
+    facts = {"gpus": cards, "port": 5, "address": "10.0.0.1", "fabric": [], "links": {}}
+    doctor.measure_all_reduce((Host("a", 8), Host("b", 2)), {"a": facts, "b": facts}, by_ssh=True)
+    assert [asked[name]["ranks"] for name in "ab"] == ranks and asked["b"]["first"] == ranks[0]
+    assert asked["a"] | {"backend": backend, "world": sum(ranks), "address": "10.0.0.1", "port": 5} == asked["a"]
+
+
+def test_a_first_host_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "JOIN_S", 0.0)
+    told = all_reduce.main({"first": 1, "address": "127.0.0.1", "port": 1})
+    assert told["fault"].startswith("cannot reach 127.0.0.1 port 1, where the first rank waits")
+
+
+@pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("not checked", 0), ("error", 1)])
+def test_errors_give_code_1_and_json_holds_every_finding(
+    level: Any, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    monkeypatch.setattr(doctor, "examine", lambda *_, **__: [Finding(level, "disk", "a", "text", "mend")])
+    ran = CliRunner().invoke(app, ["doctor", "--hostfile", str(tmp_path / "hosts"), "--json"])
+    assert ran.exit_code == code
+    assert json.loads(ran.stdout) == [{"level": level, "check": "disk", "host": "a", "text": "text", "mend": "mend"}]
+
+
+# -- Ray --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(token: str | None, ray: str | None) -> Iterator[str]:
+    """A job server that asks for a token, if there is one, and tells its version of Ray, if it is one."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            allowed = token is None or self.headers["Authorization"] == f"Bearer {token}"
+            self.send_response(200 if allowed else 401)
+            self.end_headers()
+            if allowed:
+                self.wfile.write(json.dumps({"ray_version": ray}).encode() if ray else b"<html>")
+
+        def log_message(self, *_: Any) -> None: ...
+
+    http = HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "ray", "told"),
+    [
+        ("planted", "planted", version("ray"), "ok: Ray: Ray "),
+        (
+            "planted",
+            "planted-wrong",
+            version("ray"),
+            "error: Ray: ADDRESS refuses our token: it is wrong or has expired",
+        ),
+        ("planted", None, version("ray"), "error: Ray: ADDRESS asks for a token, and none is set"),
+        (None, None, version("ray"), "warning: Ray: ADDRESS lets everybody in"),
+        ("planted", "planted", "2.1.0", "error: Ray: ADDRESS runs Ray 2.1.0, here is"),
+        ("planted", "planted", None, "error: Ray: ADDRESS is no Ray job server"),
+    ],
+)
+def test_a_ray_cluster_is_judged_and_its_token_is_never_shown(
+    asked: str | None, given: str | None, ray: str | None, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    if given:
+        (tmp_path / "token").write_text(f"{given}\n")
+    with server(asked, ray) as address:
+        (finding,) = judge_cluster(address)
+    assert str(finding).startswith(told.replace("ADDRESS", address)) and "planted" not in str(finding)
+
+
+def test_a_ray_cluster_that_is_away_is_told() -> None:
+    (finding,) = judge_cluster("http://127.0.0.1:1")
+    assert finding.level == "error" and "does not answer" in finding.text
+    (finding,) = judge_cluster("ray://127.0.0.1:10001")
+    assert finding.level == "error" and "name its job server: --address http://HOST:8265" in finding.mend
