@@ -138,9 +138,11 @@ def report(
     data: Annotated[
         list[str] | None, typer.Option(help="Packed set, or its test split, whose images and reports the page may show.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(parser=local_folder, metavar="FILE", help="The page, if not in the (first) RUN.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=local_folder, metavar="FILE", help="The page, if it should not lie in the (first) RUN.")
+    ] = None,
 ) -> None:
-    """Write RUN/report.html: curves, scores, what the model does on held-out samples, settings. Several runs: RUN/comparison.html."""
+    """Write RUN/report.html: curves, scores, held-out samples, settings. Of several runs: the first RUN/comparison.html."""
     from mmclip_dist.evaluate.report import build_comparison, build_report
 
     if len(runs) == 1:

@@ -34,7 +34,7 @@ def per_class_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def per_class_roc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Share of the positives found at each share of false alarms in ROC_AT. scores, labels [N, C] -> [C, 101]; nan as of the AUC."""
+    """True positive rate of every class at each of ROC_AT. scores, labels [N, C] -> [C, 101]; nan where `per_class_auc` is."""
     from sklearn.metrics import roc_curve
 
     def curve(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The HTML report of a run, or of several: one self-contained file.
 
-`sources` reads the folder and `held_out` the sets; `examples`, `rebuilt` and `answers` say what the model does there; `charts` and
-`pictures` draw, `numbers` writes figures, `page` and `compare` fill the templates.
+`sources` reads the folder and `held_out` the sets; `examples`, `rebuilt` and `answers` say what the model does there.
+`charts` and `pictures` draw, `numbers` writes figures, `page` and `compare` fill the templates.
 """
 
 from mmclip_dist.evaluate.report.compare import build_comparison

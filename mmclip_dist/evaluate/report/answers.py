@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ _SMALL = 176  # pixels of an embedded picture at most
 
 @dataclass(frozen=True)
 class Error:
-    """score: similarity to the positive minus to the negative prompts; share: of the other kind of samples, that it lies beyond."""
+    """score: similarity to the positive minus to the negative prompts; share: of the samples of the other kind that it passes."""
 
     picture: str
     score: float
@@ -59,8 +59,9 @@ def _errors(held: HeldOut, column: int) -> ClassErrors:
 
 @dataclass(frozen=True)
 class Answer:
-    """A report (text) or an image (picture), how similar it is to the query, and whether it belongs to it."""
+    """A report (text) or an image (picture): its place, from 1, how similar it is to the query, and whether it belongs to it."""
 
+    place: int
     content: str
     cosine: float
     right: bool
@@ -68,17 +69,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Query:
-    """content: a picture or a text; rank: place of the best right answer, from 1."""
+    """content: a picture or a text; answers: the first ones, and the best right one if it is not among them."""
 
     content: str
-    rank: int
     answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """by_image: queries by images, answered by reports; by_text: the other way. image_recall, text_recall: k -> share of the queries
-    whose right answer is among the first k. Identical reports count once."""
+    """by_image: queries by images, answered by reports; by_text: the other way. image_recall, text_recall: k -> share of the
+    queries whose right answer is among the first k. Identical reports count once."""
 
     samples: int
     reports: int
@@ -101,7 +101,7 @@ class Pairs:
 def embedded_pairs(held: HeldOut) -> Pairs | NotShown:
     rows = held.with_reports
     if len(rows) < 2:
-        return NotShown(f"{', '.join(held.datasets)} has no reports to retrieve" if not len(rows) else "only one sample has a report")
+        return NotShown(f"{', '.join(held.datasets)} has {len(rows) or 'no'} report{'' if len(rows) else 's'} to retrieve")
     reports = tuple(held.samples[row].document.report for row in rows)
     unique = list(dict.fromkeys(reports))
     with torch.inference_mode():
@@ -114,20 +114,15 @@ def retrieval(held: HeldOut, pairs: Pairs) -> Retrieval:
     by_image, by_text, columns = ranks(pairs.images, pairs.texts, pairs.reports, once=True)
     similar = pairs.images @ pairs.texts[columns].T  # [samples, reports]
     texts = [pairs.reports[column] for column in columns]
+    own = np.array([[text == report for text in texts] for report in pairs.reports])
 
     def picture(place: int) -> str:
         return held.picture(pairs.rows[place], _SMALL)
 
     of_images = tuple(
-        Query(picture(q), int(by_image[q]), tuple(
-            Answer(texts[a], float(similar[q, a]), texts[a] == pairs.reports[q]) for a in _best(similar[q])))
-        for q in _chosen(by_image)
-    )  # fmt: skip
-    of_texts = tuple(
-        Query(texts[q], int(by_text[q]), tuple(
-            Answer(picture(a), float(similar[a, q]), texts[q] == pairs.reports[a]) for a in _best(similar[:, q])))
-        for q in _chosen(by_text)
-    )  # fmt: skip
+        Query(picture(q), tuple(_answers(similar[q], own[q], texts.__getitem__))) for q in _chosen(by_image)
+    )
+    of_texts = tuple(Query(texts[q], tuple(_answers(similar[:, q], own[:, q], picture))) for q in _chosen(by_text))
     return Retrieval(len(pairs.rows), len(texts), of_images, of_texts, _recall(by_image), _recall(by_text))
 
 
@@ -137,8 +132,13 @@ def _chosen(places: np.ndarray) -> Iterator[int]:
     yield from dict.fromkeys(int(order[int(share * (len(order) - 1))]) for share in _QUERIES)
 
 
-def _best(similar: np.ndarray) -> list[int]:
-    return np.argsort(-similar, kind="stable")[:_ANSWERS].tolist()
+def _answers(similar: np.ndarray, own: np.ndarray, content: Callable[[int], str]) -> Iterator[Answer]:
+    """similar, own [M]: of all candidates."""
+    order = np.argsort(-similar, kind="stable")
+    first_own = int(np.flatnonzero(own[order])[0])
+    for place in sorted({*range(min(_ANSWERS, len(order))), first_own}):
+        candidate = int(order[place])
+        yield Answer(place + 1, content(candidate), float(similar[candidate]), bool(own[candidate]))
 
 
 def _recall(places: np.ndarray) -> dict[int, float]:

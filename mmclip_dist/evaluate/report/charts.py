@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Points = tuple[tuple[float, float | None], ...]
 SERIES = 6
 """Lines of one chart that have colours of their own: the style sheet's --s1 to --s6."""
 
@@ -53,7 +54,7 @@ class Line:
     """A quantity over steps. points: (step, value), where None and nan leave a gap; boundary: the step after which the line is
     cut, since a loss may jump there; series: number of its colour, from 0."""
 
-    points: tuple[tuple[float, float | None], ...]
+    points: Points
     boundary: float | None = None
     series: int = 0
 
@@ -128,11 +129,11 @@ def _draw(axes: Axes, stretch: np.ndarray, colour: str, noisy: bool) -> None:
 def _round_ticks(axes: Axes) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     plain = ScalarFormatter(useOffset=False)
-    plain.set_powerlimits((-2, 5))
+    plain.set_powerlimits((-3, 6))
     axes.yaxis.set_major_formatter(plain)
     axes.yaxis.get_offset_text().set(x=1, horizontalalignment="right")  # the unit stands on the left
 
@@ -164,10 +165,12 @@ def table_rows(line: Line) -> list[tuple[str, str]]:
     return [(f"{step:,.0f}", significant(value, 4)) for step, value in rows]
 
 
-def roc_chart(curves: Sequence[tuple[Sequence[float], int]], spoken: str, *, size: int = 200) -> Markup:
-    """Curves on one square. curves: true positive rates at evenly spaced false positive rates, and the number of the colour."""
+def roc_chart(curves: Sequence[tuple[Sequence[float], int]], spoken: str, *, small: bool = False) -> Markup:
+    """Curves on one square. curves: true positive rates at evenly spaced false positive rates, and the number of the colour.
+    small: to be shown at a third of a line chart's width."""
+    size, text = (180, 16) if small else (330, 11)
     with _drawing(size, size) as drawing:
-        axes = drawing.axes((30, 28, size - 6, size - 6))
+        axes = drawing.axes((2.2 * text, 2 * text, size - 6, size - 6))
         axes.plot([0, 1], [0, 1], color=_INK["chance"], linewidth=1, linestyle=(0, (4, 3)))
         for rates, series in curves:
             false = np.linspace(0, 1, len(rates))
@@ -176,6 +179,7 @@ def roc_chart(curves: Sequence[tuple[Sequence[float], int]], spoken: str, *, siz
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         axes.set_xticklabels(["0", "0.5", "1"])
         axes.set_yticklabels(["0", "0.5", "1"])
+        axes.tick_params(labelsize=text)
         axes.grid(True, axis="both")
         return drawing.svg(spoken)
 
@@ -193,6 +197,7 @@ class Bar:
 
 def bar_chart(bars: Sequence[Bar], spoken: str, *, end: float, reference: float | None = None) -> Markup:
     """Horizontal bars from 0 to `end`, the first on top, each under its name. reference: a dashed line, such as chance."""
+    bars = [replace(bar, name=_printable(bar.name)) for bar in bars]
     row, below = 33, 20 if reference is not None else 4
     height = row * len(bars) + below + 4
     with _drawing(_WIDTH, height) as drawing:
@@ -211,10 +216,15 @@ def bar_chart(bars: Sequence[Bar], spoken: str, *, end: float, reference: float 
         axes.axis("off")
         if reference is not None:
             for place in range(len(bars)):
-                axes.plot([reference] * 2, [place - 0.12, place + 0.4], color=_INK["chance"], linewidth=1.5, linestyle=(0, (2, 1.5)))
+                axes.plot([reference] * 2, [place - 0.12, place + 0.4], color=_INK["chance"], linewidth=1.5, linestyle=":")
             axes.text(reference, len(bars) - 0.5, f"{reference:g}, chance", color=_INK["chance"], verticalalignment="top",
                       horizontalalignment="center")  # fmt: skip
         return drawing.svg(spoken)
+
+
+def _printable(name: str) -> str:
+    """A name of the data without the control characters that XML forbids."""
+    return "".join(letter if letter.isprintable() else " " for letter in name)
 
 
 def matrix_chart(values: np.ndarray, rows: str, columns: str, spoken: str) -> Markup:
@@ -300,9 +310,9 @@ def _inline(svg: bytes, spoken: str) -> Markup:
         element.attrib.update({name: _short(value) for name, value in attributes.items()})
     root.attrib = {"class": "chart", "role": "img", "viewBox": root.attrib["viewBox"]}
     title = ElementTree.Element("title")
-    title.text = spoken
+    title.text = _printable(spoken)
     root.insert(0, title)
-    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 (ElementTree has escaped all text)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # ElementTree has escaped all text
 
 
 def _short(value: str) -> str:

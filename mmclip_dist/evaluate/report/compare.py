@@ -11,7 +11,15 @@ from markupsafe import Markup
 
 from mmclip_dist.evaluate.report import numbers
 from mmclip_dist.evaluate.report.charts import SERIES, Line, line_chart, roc_chart
-from mmclip_dist.evaluate.report.page import DrawnChart, Quantity, key_figures, quantities, synthetic_sets, write_page
+from mmclip_dist.evaluate.report.page import (
+    DrawnChart,
+    Quantity,
+    key_figures,
+    quantities,
+    step_axis,
+    synthetic_sets,
+    write_page,
+)
 from mmclip_dist.evaluate.report.sources import Job, read_job
 from mmclip_dist.evaluate.result import MACRO
 
@@ -80,22 +88,23 @@ def _overlaid(runs: Sequence[Compared], quantity: Quantity) -> DrawnChart:
     ]  # fmt: skip
     svg = None
     if any(points for _, points in known):
-        last = max(step for _, points in known for step, _ in points)
+        steps = step_axis([row for run in runs for row in run.job.rows])
         spoken = f"{quantity.title} ({quantity.unit}) over training steps, at the end: " + "; ".join(
             f"{name} {numbers.significant(points[-1][1]) if points else numbers.NOT_MEASURED}" for name, points in known
         )
-        svg = line_chart(lines, (0.0, last or 1.0), quantity.unit, spoken, from_zero=quantity.from_zero, noisy=quantity.noisy)
+        svg = line_chart(lines, steps, quantity.unit, spoken, from_zero=quantity.from_zero, noisy=quantity.noisy)
     smoothed = max(line.window for line in lines) if quantity.noisy else 0
     return DrawnChart(quantity.title, quantity.unit, svg, smoothed, ("Run", "First", "Lowest", "Last"), table, len(table))
 
 
 def _roc(runs: Sequence[Compared]) -> Markup | None:
     """The mean curves of the runs that have one."""
-    curves = [(run, run.job.result.roc[MACRO], n) for n, run in enumerate(runs) if run.job.result and MACRO in run.job.result.roc]
-    if not curves:
+    results = [(series, run.name, run.job.result) for series, run in enumerate(runs)]
+    known = [(series, name, found) for series, name, found in results if found and MACRO in found.roc]
+    if not known:
         return None
-    spoken = "Mean ROC curves: " + "; ".join(f"{run.name} AUC {numbers.fixed(run.job.result.auc_macro, 3)}" for run, *_ in curves if run.job.result)
-    return roc_chart([(rates, series) for _, rates, series in curves], spoken, size=300)
+    spoken = "; ".join(f"{name} AUC {numbers.fixed(found.auc_macro, 3)}" for _, name, found in known)
+    return roc_chart([(found.roc[MACRO], series) for series, _, found in known], f"Mean ROC curves: {spoken}")
 
 
 def settings_of(job: Job) -> dict[str, Any]:

@@ -154,8 +154,9 @@ class HeldOut:
         """Whole images, with reports masked as in training."""
         image, text = self.config.model.image, self.config.model.text
         maker = ExampleMaker(
-            self.tokenizer, self.classes or self._diseases, image.size, image.grid, text.max_tokens, self.config.entmlm, augment=None
-        )
+            self.tokenizer, self.classes or self._diseases, image.size, image.grid, text.max_tokens, self.config.entmlm,
+            augment=None,
+        )  # fmt: skip
         return collate([maker(str(n), one, epoch=0) for n, one in enumerate(members)], 0, self.tokenizer.pad_token_id)
 
     def picture(self, row: int, side: int) -> str:

@@ -93,7 +93,9 @@ class Data:
         )
 
 
-def build_report(folder: Path, stages: Sequence[tuple[str, float]] = (), data: Sequence[str] = (), out: Path | None = None) -> Path:
+def build_report(
+    folder: Path, stages: Sequence[tuple[str, float]] = (), data: Sequence[str] = (), out: Path | None = None
+) -> Path:
     """Write `folder`/report.html (or `out`), atomically, and return its path. The same input gives the same bytes.
 
     folder: a training run, or a quick start with warmup/ and train/. stages: (name, seconds), by default those of
@@ -212,11 +214,14 @@ def _curves(result: ZeroShot) -> list[Curve]:
     """The mean curve, then those of the classes by falling AUC."""
     aucs = {MACRO: result.auc_macro, **dict(sorted(result.per_class.items(), key=lambda entry: -entry[1]))}
     return [
-        Curve(title, numbers.fixed(auc, 3), roc_chart([(result.roc[name], 0)], f"ROC curve of {title}: AUC {numbers.fixed(auc, 3)}"))
+        _curve("Macro mean" if name == MACRO else name, numbers.fixed(auc, 3), result.roc[name])
         for name, auc in aucs.items()
         if name in result.roc
-        for title in ["Macro mean" if name == MACRO else name]
     ]
+
+
+def _curve(title: str, auc: str, rates: Sequence[float]) -> Curve:
+    return Curve(title, auc, roc_chart([(rates, 0)], f"ROC curve of {title}: AUC {auc}", small=True))
 
 
 def _stage_chart(stages: Sequence[tuple[str, float]]) -> Markup | None:
@@ -277,16 +282,16 @@ def _draw(job: Job, quantity: Quantity) -> DrawnChart:
     svg = None
     if line.known:
         svg = line_chart(
-            [line], _step_axis(job), unit, describe(title, unit, line), from_zero=quantity.from_zero, noisy=quantity.noisy,
+            [line], step_axis(job.rows), unit, describe(title, unit, line), from_zero=quantity.from_zero, noisy=quantity.noisy,
             warm_up=job.boundary,
         )  # fmt: skip
     smoothed = line.window if quantity.noisy else 0
     return DrawnChart(title, unit, svg, smoothed, ("Step", unit), table_rows(line), len(line.points))
 
 
-def _step_axis(job: Job) -> tuple[float, float]:
-    """First step of the axis: 0, or that of the checkpoint a run resumed from if most of the axis would be empty."""
-    first, last = job.rows[0]["step"], job.rows[-1]["step"]
+def step_axis(rows: Sequence[Row]) -> tuple[float, float]:
+    """Ends of an axis. The first is 0, or the step of the checkpoint that runs resumed from if most of it would be empty."""
+    first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
     return (0.0 if first <= 0.3 * last or first == last else float(first), float(last) or 1.0)
 
 

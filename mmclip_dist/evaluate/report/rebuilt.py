@@ -29,8 +29,8 @@ _WORST = 2.0  # the error at the end of the colours: 1 is that of a flat patch
 
 @dataclass(frozen=True)
 class RebuiltImage:
-    """Data URIs of the image as the model sees it, the mask, the visible part, the reconstruction and the error. loss: mean squared
-    error of the hidden patches' normalised pixels; hidden: share of the patches; guide: "its report" or "its findings"."""
+    """Data URIs of the image as the model sees it, the mask, the visible part, the reconstruction and the error. loss: mean
+    squared error of the hidden patches' normalised pixels; hidden: share of the patches; guide: the text, in words."""
 
     original: str
     mask: str
@@ -101,14 +101,12 @@ def _picture(values: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Guess:
-    """A piece of a report. piece: as in `mmclip view`; guess: what the model puts in its place, None if it was not masked."""
+    """A piece of a report. piece: as in `mmclip view`; guess: what the model puts in its place, None if it was not masked; right:
+    all its tokens are those of the report."""
 
     piece: Piece
     guess: str | None = None
-
-    @property
-    def right(self) -> bool:
-        return self.guess is not None and self.guess.lower() == " ".join(self.piece.text.lower().split())
+    right: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,22 +139,28 @@ def rebuilt_reports(held: HeldOut) -> tuple[RebuiltReport, ...] | NotShown:
     with torch.inference_mode():
         seen = held.model.image.encode(held.model.image.embed(batch["image"]))
         guessed = held.model.rebuild_entities(batch, plan, seen).argmax(1)
-    tokens = torch.full_like(target, -1).flatten().index_copy(0, plan.masked, guessed).view_as(target).numpy()
+    tokens = target.flatten().index_copy(0, plan.masked, guessed).view_as(target)
     found = []
     for number, (row, own) in enumerate(zip(rows, members, strict=True)):
         report = held.samples[row].document.report
         spans = parse_json(own[ENTITIES_SUFFIX])
         check_spans(spans)
-        found.append(RebuiltReport(held.picture(row, _LONG_SIDE), tuple(_guesses(held, report, spans, tokens[number]))))
+        found.append(RebuiltReport(
+            held.picture(row, _LONG_SIDE),
+            tuple(_guesses(held, report, spans, tokens[number].numpy(), target[number].numpy())),
+        ))  # fmt: skip
     return tuple(found)
 
 
-def _guesses(held: HeldOut, report: str, spans: Sequence[Mapping[str, Any]], guessed: np.ndarray) -> Iterator[Guess]:
-    """The report in pieces. guessed [T]: tokens in place of those that were masked, -1 elsewhere. In a report without entities
-    words are masked."""
+def _guesses(
+    held: HeldOut, report: str, spans: Sequence[Mapping[str, Any]], guessed: np.ndarray, target: np.ndarray
+) -> Iterator[Guess]:
+    """The report in pieces. guessed, target [T]: tokens of the model and of the report where it was masked, -100 elsewhere. In a
+    report without entities words are masked."""
     words = held.tokenizer(report, truncation=True, max_length=held.encoder.window, return_offsets_mapping=True)
     offsets = np.array(words["offset_mapping"])
-    hidden = guessed[: len(offsets)] >= 0
+    guessed, target = guessed[: len(offsets)], target[: len(offsets)]
+    hidden = target >= 0
     if not spans:
         of_word = np.array([-1 if word is None else word for word in words.word_ids()])
         each = [offsets[of_word == word] for word in np.unique(of_word[hidden])]
@@ -165,5 +169,8 @@ def _guesses(held: HeldOut, report: str, spans: Sequence[Mapping[str, Any]], gue
     for piece in pieces(report, spans):
         inside = (offsets[:, 0] < at + len(piece.text)) & (offsets[:, 1] > at) & (offsets[:, 1] > offsets[:, 0])
         at += len(piece.text)
-        masked = piece.kind is not None and inside.any() and hidden[inside].all()
-        yield Guess(piece, held.tokenizer.decode(guessed[: len(offsets)][inside].tolist()) if masked else None)
+        if piece.kind is not None and inside.any() and hidden[inside].all():
+            own = guessed[inside]
+            yield Guess(piece, held.tokenizer.decode(own.tolist()), bool((own == target[inside]).all()))
+        else:
+            yield Guess(piece)
