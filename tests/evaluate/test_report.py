@@ -281,6 +281,14 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, messag
     assert str(run / name) in str(caught.value)
 
 
+@pytest.mark.parametrize("rates", [[0.1, 0.5], ["a"] * 101, [math.nan] * 101, 3])
+def test_a_damaged_curve_is_named(tmp_path: Path, rates: Any) -> None:
+    run = write_run(tmp_path / "run", [row(1)])
+    save_result(result(roc={"Edema": rates}), run / "zeroshot.json")
+    with pytest.raises(ValueError, match=r"zeroshot.json is no result .*; run that again"):
+        build_report(run)
+
+
 # -- Examples ---------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -36,7 +36,7 @@ _INK = {
     name: f"#fe00{number:02x}"
     for number, name in enumerate(("ink", "muted", "grid", "soft", "chance", *(f"s{k + 1}" for k in range(SERIES))))
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text as text: selectable, small, in the page's font
     "text.parse_math": False,  # names of classes and losses are not TeX
     "axes.unicode_minus": True, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
