@@ -59,7 +59,7 @@ class DrawnChart:
     svg: Markup | None
     smoothed: int
     head: tuple[str, ...]
-    table: list[tuple[str, ...]]
+    table: Sequence[tuple[str, ...]]
     logged: int
 
 

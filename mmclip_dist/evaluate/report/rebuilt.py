@@ -171,6 +171,6 @@ def _guesses(
         at += len(piece.text)
         if piece.kind is not None and inside.any() and hidden[inside].all():
             own = guessed[inside]
-            yield Guess(piece, held.tokenizer.decode(own.tolist()), bool((own == target[inside]).all()))
+            yield Guess(piece, str(held.tokenizer.decode(own.tolist())), bool((own == target[inside]).all()))
         else:
             yield Guess(piece)
