@@ -350,7 +350,7 @@ def test_the_page_of_a_set_holds_no_patient_and_no_key(trained: Path, sets: Any)
     save_result(zero_shot(str(trained), [sets.test]), trained / "zeroshot.json")
     path = build_report(trained, data=[sets.test])
     page, reader = path.read_text(), read(path, reports=True)
-    assert "checkpoint of step 7 on all 26 samples of synthetic/test" in reader.text
+    assert f"checkpoint of step 7 on all {load_manifest(sets.test).samples} samples of synthetic/test" in reader.text
     assert "other ones than those" not in reader.text  # the zero-shot figures are of the same weights
     assert "ROC curve of Macro mean" in reader.text
     assert page.count('<rect class="box"') > 0
