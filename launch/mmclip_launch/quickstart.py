@@ -272,7 +272,7 @@ def write_report(job: Job, stages: Sequence[tuple[str, float]]) -> None:
 
     with progress_bar("report") as report:
         report(0, 1)
-        build_report(job.out, stages=stages, images=job.evaluation_sets())
+        build_report(job.out, stages=stages, data=job.evaluation_sets())
         report(1, 1)
 
 

@@ -132,12 +132,22 @@ def _run(
 
 
 def report(
-    run: Annotated[
-        Path, typer.Argument(parser=local_folder, metavar="RUN", help="Folder of a training run or of a quick start.")
+    runs: Annotated[
+        list[Path], typer.Argument(parser=local_folder, metavar="RUN...", help="Folders of training runs or of quick starts.")
     ],
-    images: Annotated[list[str] | None, typer.Option(help="Packed set; the report shows its first images.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Packed set, or its test split, whose images and reports the page may show.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=local_folder, metavar="FILE", help="The page, if it should not lie in the (first) RUN.")
+    ] = None,
 ) -> None:
-    """Write RUN/report.html: losses, scores, attention on some images, configuration and versions."""
-    from mmclip_dist.evaluate.report import build_report
+    """Write RUN/report.html: curves, scores, held-out samples, settings. Of several runs: the first RUN/comparison.html."""
+    from mmclip_dist.evaluate.report import build_comparison, build_report
 
-    print(build_report(run, images=images or ()))
+    if len(runs) == 1:
+        print(build_report(runs[0], data=data or (), out=out))
+        return
+    if data:
+        raise ValueError("--data is for the page of one run: name one RUN, or leave --data out to compare several")
+    print(build_comparison(runs, out))

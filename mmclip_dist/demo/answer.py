@@ -14,7 +14,7 @@ from mmclip_shards.reader import iterate
 from PIL import Image
 
 from mmclip_dist.data.prompts import load_prompts
-from mmclip_dist.evaluate.report.examples import data_uri, heat_map
+from mmclip_dist.evaluate.report.pictures import data_uri, heat_map
 from mmclip_dist.inference import MMCLIPModel, decoded
 
 MAX_FINDINGS = 20

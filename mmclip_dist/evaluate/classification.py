@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
+ROC_AT = np.linspace(0, 1, 101)
+"""The false positive rates that a curve is kept at, of whatever number of images."""
 _BLOCK = 50  # resamples at once: what they need is a few times 8 bytes x block x N
 Weighted = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(scores [N], positive [N] bool, weights [R, N]) -> [R]; nan where one kind of sample is missing."""
@@ -31,8 +33,22 @@ def per_class_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return _per_class(average_precision_score, scores, labels)
 
 
-def _per_class(metric: Callable[[np.ndarray, np.ndarray], float], scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    found = np.full(labels.shape[1], np.nan)
+def per_class_roc(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """True positive rate of every class at each of ROC_AT. scores, labels [N, C] -> [C, 101]; nan where `per_class_auc` is."""
+    from sklearn.metrics import roc_curve
+
+    def curve(positive: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        false, true, _ = roc_curve(positive, scores)
+        return np.interp(ROC_AT, false, true).round(4)
+
+    return _per_class(curve, scores, labels, (len(ROC_AT),))
+
+
+def _per_class(
+    metric: Callable[[np.ndarray, np.ndarray], float | np.ndarray], scores: np.ndarray, labels: np.ndarray,
+    shape: tuple[int, ...] = (),
+) -> np.ndarray:  # fmt: skip
+    found = np.full((labels.shape[1], *shape), np.nan)
     for column in range(labels.shape[1]):
         known = labels[:, column] >= 0
         positive = labels[known, column] == 1

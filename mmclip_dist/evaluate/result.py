@@ -22,6 +22,7 @@ from mmclip_dist.evaluate.classification import (
     intervals,
     per_class_auc,
     per_class_precision,
+    per_class_roc,
     percentile_interval,
     resampled,
     weighted_accuracy,
@@ -66,7 +67,7 @@ class Measured:
     f1_val_threshold, acc_val_threshold: at each class's threshold with the best F1 on the validation set, None without one;
     f1_max_test, acc_at_f1_max: at the threshold that is best on this very test set, so they flatter, and stand beside published
     ones only. accuracy: how often the class with the highest score is right, where an image has exactly one. ci95: metric ->
-    class -> interval.
+    class -> interval. roc: class, or "macro" -> true positive rates at `classification.ROC_AT`.
     """
 
     auroc: Figures
@@ -81,6 +82,7 @@ class Measured:
     acc_at_f1_max: Figures
     accuracy: float | None
     ci95: dict[str, dict[str, tuple[float, float]]]
+    roc: dict[str, list[float]]
     left_out: dict[str, str]
     rows: tuple[dict[str, Any], ...]
 
@@ -129,6 +131,7 @@ def measured(
         thresholds=None if chosen is None else _named(names, chosen.mean(0)), threshold_from=threshold_from,
         f1_max_test=_figures(names, at_best, "f1") or {}, acc_at_f1_max=_figures(names, at_best, "accuracy") or {},
         accuracy=None if right is None else float(right.mean()), ci95=ci95,
+        roc=roc_curves(names, np.mean([per_class_roc(own[:, columns], labels[:, columns]) for own in scores], 0)),
         left_out={name: _why(labels[:, c]) for c, name in enumerate(classes) if not known[c]},
         rows=tuple(_row(name, n_train, subset, aucs[subset, c], precisions[subset, c],
                         at_chosen[subset][place] if at_chosen is not None else None)
@@ -142,6 +145,11 @@ def _thresholds(scores: np.ndarray, labels: np.ndarray, columns: np.ndarray) -> 
 
 def _named(names: Sequence[str], values: np.ndarray) -> Figures:
     return {name: float(value) for name, value in zip(names, values, strict=True) if not np.isnan(value)}
+
+
+def roc_curves(names: Sequence[str], rates: np.ndarray) -> dict[str, list[float]]:
+    """True positive rates [C, 101] by class, and their mean."""
+    return dict(zip([*names, MACRO], [*rates.tolist(), rates.mean(0).round(4).tolist()], strict=True))
 
 
 def _figures(names: Sequence[str], found: Sequence[Sequence[AtThreshold | None]] | None, what: str) -> Figures | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 from torch import Tensor
 
-from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc
+from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc, per_class_roc
 from mmclip_dist.evaluate.encoders import Encoder, open_encoder
 from mmclip_dist.evaluate.leaks import check, refuse_trained
 from mmclip_dist.evaluate.protocol import OWN, Prompts, Protocol, check_prompts, load_protocol, matched, own_prompts
 from mmclip_dist.evaluate.reading import Known, LabelledImages
+from mmclip_dist.evaluate.result import roc_curves
 from mmclip_dist.model.mmclip import MMCLIP
 
 Report = Callable[[int, int], None]
@@ -39,6 +40,7 @@ class ZeroShot:
     patients: int
     datasets: tuple[str, ...]
     checkpoint: str  # sha256 of the weights
+    roc: dict[str, list[float]] = field(default_factory=dict)  # as in `Measured`; empty in results that older versions wrote
 
 
 def zero_shot(
@@ -156,16 +158,18 @@ def _summarise(
     if not measured.any():
         raise ValueError("no class has both positive and negative samples here: evaluate on a larger labelled split")
     interval = macro_auc_interval(scores[:, measured], labels[:, measured], patients)
+    names = [name for name, known in zip(classes, measured, strict=True) if known]
     return ZeroShot(
         auc_macro=float(aucs[measured].mean()),
         auc_macro_ci95=interval,
-        per_class={name: float(auc) for name, auc, known in zip(classes, aucs, measured, strict=True) if known},
+        per_class=dict(zip(names, aucs[measured].tolist(), strict=True)),
         left_out=tuple(name for name, known in zip(classes, measured, strict=True) if not known),
         samples=len(scores),
         undecodable=tuple(undecodable),
         patients=len(np.unique(patients)),
         datasets=datasets,
         checkpoint=checkpoint,
+        roc=roc_curves(names, per_class_roc(scores[:, measured], labels[:, measured])),
     )
 
 
@@ -181,7 +185,7 @@ def load_result(path: Path) -> ZeroShot:
             return ZeroShot(
                 values["auroc_macro"], tuple(values["ci95"]["auroc"]["macro"]), values["auroc"], tuple(values["left_out"]),
                 values["n"], tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]),
-                values["checkpoint_sha256"],
+                values["checkpoint_sha256"], values.get("roc", {}),
             )  # fmt: skip
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return ZeroShot(**fields)

@@ -369,10 +369,15 @@ class MMCLIP(nn.Module):
 
     def _guides(self, batch: Batch) -> TextMemory:
         """What guides every image of the batch, whatever share training rebuilds."""
-        plan = Plan.of(batch, self.text.width, (1.0, 1.0)).to(batch["image"].device)
+        whole = self._whole(batch)
+        plan = whole["plan"]
         reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
-        whole = PlannedBatch(**batch | {"plan": plan})  # type: ignore[typeddict-item]
         return self._text_memory(whole, reports, self._prompt_features(0))
+
+    def _whole(self, batch: Batch) -> PlannedBatch:
+        """The batch with a plan by which every image and every report is rebuilt."""
+        plan = Plan.of(batch, self.text.width, (1.0, 1.0)).to(batch["image"].device)
+        return PlannedBatch(**batch | {"plan": plan})  # type: ignore[typeddict-item]
 
     def _embed_image(self, features: Tensor) -> Tensor:
         return F.normalize(self.image_head(features), dim=-1)
@@ -393,6 +398,18 @@ class MMCLIP(nn.Module):
     def embed_texts(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [N, T] -> embeddings [N, E], L2-normalised."""
         return self._embed_text(self.encode_text(tokens, mask))
+
+    def image_masks(self, batch: Batch) -> Tensor:
+        """Which patches of every image AttMIM hides [B, P] bool, by the rule of training. Where no sidecar scores the patches,
+        they are scored by the image's text, in every mode."""
+        whole = self._whole(batch)
+        memory, patches = self._guides(batch), self._patches(batch)
+        seen = self.image.encode(patches)
+        if self.config.attmim.mode == "feature":
+            mask = self._hide_patches(whole, seen, memory).mask
+        else:
+            mask = self._views(whole, patches, self.score_patches(seen, memory.features, memory.evidence)).mask
+        return mask
 
     def rebuild_images(self, batch: Batch, masked: Tensor) -> Tensor:
         """Normalised pixels of all patches [B, P, patch^2], from those that are not masked and the text, as in training.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
+from sklearn.metrics import accuracy_score, auc, average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
 
 from mmclip_dist.evaluate.classification import (
+    ROC_AT,
     at_threshold,
     best_threshold,
     intervals,
     per_class_auc,
     per_class_precision,
+    per_class_roc,
     resampled,
     weighted_accuracy,
     weighted_auc,
@@ -47,6 +49,16 @@ def test_a_resample_of_one_kind_has_no_value() -> None:
     scores, positive = case()
     for metric in (weighted_auc, weighted_precision):
         assert np.isnan(metric(scores, positive, np.stack([positive, ~positive]))).all()
+
+
+def test_a_curve_has_the_area_of_its_auc_and_no_class_without_negatives_has_one() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.stack([generator.integers(0, 2, 400), np.ones(400, int)], 1)
+    scores = labels * 0.7 + generator.normal(size=labels.shape)
+    curve, none = per_class_roc(scores, labels)
+    assert len(curve) == len(ROC_AT) and curve[-1] == 1 and (np.diff(curve) >= 0).all() and np.isnan(none).all()
+    assert auc(ROC_AT, curve) == pytest.approx(per_class_auc(scores, labels)[0], abs=0.01)
+    assert per_class_roc(np.array([[0.9], [0.1]]), np.array([[1], [0]]))[0].tolist() == [1.0] * 101  # found without a false alarm
 
 
 def test_scores_that_are_not_finite_have_no_figure() -> None:

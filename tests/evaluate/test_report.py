@@ -26,9 +26,11 @@ from mmclip_dist.checkpoint.model_files import write_model
 from mmclip_dist.config import dump_config, load_config
 from mmclip_dist.data.batch import collate
 from mmclip_dist.data.example import ExampleMaker
+from mmclip_dist.evaluate.classification import ROC_AT
 from mmclip_dist.evaluate.report import build_report, examples
-from mmclip_dist.evaluate.report.charts import LEFT, RIGHT
-from mmclip_dist.evaluate.report.examples import build_gallery, heat_map
+from mmclip_dist.evaluate.report.examples import attention_panels
+from mmclip_dist.evaluate.report.held_out import HeldOut
+from mmclip_dist.evaluate.report.pictures import heat_map
 from mmclip_dist.evaluate.report.sources import read_job, training_seconds
 from mmclip_dist.evaluate.zeroshot import ZeroShot, class_directions, save_result, zero_shot
 from mmclip_dist.model.build import build_model
@@ -66,7 +68,7 @@ def result(**values: Any) -> ZeroShot:
 class _Reader(HTMLParser):
     """Collects what a browser would show or load; refuses tags that do not close in order."""
 
-    VOID = ("meta", "br")
+    VOID = ("meta", "br", "img")
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -97,10 +99,11 @@ class _Reader(HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def read(path: Path) -> _Reader:
+def read(path: Path, *, reports: bool = False) -> _Reader:
+    """reports: the page holds some, which may well say "None"."""
     page = path.read_text()
     reader = _Reader(page)
-    assert not re.search(r"\b(nan|inf|None)\b", reader.text)
+    assert not re.search(r"\b(nan|inf)\b" if reports else r"\b(nan|inf|None)\b", reader.text)
     return reader
 
 
@@ -120,7 +123,7 @@ def test_a_run_shows_its_figures(tmp_path: Path) -> None:
     for text in (
         "small", "Macro AUC, zero-shot 0.712 95% interval 0.654 to 0.765", "Steps 20 of 25 in the schedule",
         "Samples seen 160", "Samples per second 40.0 median", "Wall time 2 min 00 s all stages",
-        "1,234 images of 567 patients", "negative images: Hernia.", "warm-up", "30 s 25%", "1 min 30 s 75%",
+        "1,234 images of 567 patients", "negative images: Hernia.", "warm-up", "30 s · 25%", "1 min 30 s · 75%",
         "'run_dir=a b'", "torch 2.13.0", "numpy not measured", "ranks 3",
     ):  # fmt: skip
         assert text in page.text
@@ -128,14 +131,20 @@ def test_a_run_shows_its_figures(tmp_path: Path) -> None:
     assert "clinical evidence" not in page.text  # only said of drawn images
 
 
-def test_class_bars_are_sorted_and_as_long_as_their_auc(tmp_path: Path) -> None:
+def test_classes_are_sorted_by_their_auc(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [row(1)])
     save_result(result(), run / "zeroshot.json")
-    page = build_report(run).read_text()
-    widths = re.findall(r'<title>(\w+)[^<]*</title><rect class="bar"[^>]* width="([\d.]+)%"', page)
-    assert widths == [("Mass", "82.47"), ("Edema", "60.00"), ("Macro", "71.23")]
-    assert page.count('<line class="reference" x1="50.00%" x2="50.00%"') == 3
-    assert '<line class="whisker" x1="65.43%" x2="76.54%" y1="50%" y2="50%"/>' in page
+    text = read(build_report(run)).text
+    assert "AUC by class, chance 0.5: Mass 0.825; Edema 0.600; Macro mean 0.712, 95% interval 0.654 to 0.765" in text
+    assert "Not shown: this zeroshot.json holds none, as an earlier version wrote it" in text  # curves
+
+
+def test_curves_are_shown_by_class_and_for_their_mean(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [row(1)])
+    rates = np.sqrt(ROC_AT).round(4).tolist()
+    save_result(result(roc=dict.fromkeys(("Edema", "Mass", "macro"), rates)), run / "zeroshot.json")
+    found = re.findall(r"ROC curve of ([^:]*): AUC ([\d.]*)", build_report(run).read_text())
+    assert found == [("Macro mean", "0.712"), ("Mass", "0.825"), ("Edema", "0.600")]
 
 
 def test_a_quick_start_joins_its_phases_on_one_axis(tmp_path: Path) -> None:
@@ -149,10 +158,10 @@ def test_a_quick_start_joins_its_phases_on_one_axis(tmp_path: Path) -> None:
     # 8 samples a step: 1 step at 40/s, 19 at 80/s, 40 at 40/s
     assert training_seconds(job.phases) == pytest.approx(8 * (1 / 40 + 19 / 80 + 40 / 40))
     page = build_report(tmp_path).read_text()
-    x = LEFT + (RIGHT - LEFT) * 20 / 60
-    assert page.count(f'class="boundary" x1="{x:.1f}"') == 8
+    x = 44 + 306 * 20 / 60  # of the plotting area
+    assert page.count(f'<path d="M {x:.0f} 182 L {x:.0f} 34"') == 8  # the end of the warm-up, in every chart
     reader = read(tmp_path / "report.html")
-    for text in ("until step 20", "Entity loss (EntMLM)", "Image reconstruction loss (AttMIM)", "12 s 100%"):
+    for text in ("until step 20", "Entity loss (EntMLM)", "Image reconstruction loss (AttMIM)", "12 s · 100%"):
         assert text in reader.text
     assert "warm-up: config.yaml" in reader.text
     assert "MMCLIP: config.yaml" in reader.text
@@ -180,7 +189,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     path = build_report(run)
     page = path.read_text()
     assert len(page) < 1_000_000
-    assert not re.search(r"https?:|//\w|@import|url\(", page)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", page)
     reader = read(path)
     assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in reader.tags}
     for _, attributes in reader.tags:
@@ -209,10 +218,11 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for expected in (
         "Not measured: this folder has no zeroshot.json", "metrics.jsonl is missing or has no rows yet",
         "environment.json is missing", "config.yaml is missing", "Steps not measured", "Wall time not measured",
-        "no durations were given",
+        "no durations were given", "Not shown: no set was named. mmclip report RUN --data URL",
+        f"mmclip evaluate zeroshot {run} --data URL --out {run}/zeroshot.json",
     ):  # fmt: skip
         assert expected in text
-    assert "Examples" not in text
+    assert "Attention" not in text
 
 
 def test_values_that_are_no_numbers_are_not_measured(tmp_path: Path) -> None:
@@ -271,6 +281,14 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str, messag
     assert str(run / name) in str(caught.value)
 
 
+@pytest.mark.parametrize("rates", [[0.1, 0.5], ["a"] * 101, [math.nan] * 101, 3])
+def test_a_damaged_curve_is_named(tmp_path: Path, rates: Any) -> None:
+    run = write_run(tmp_path / "run", [row(1)])
+    save_result(result(roc={"Edema": rates}), run / "zeroshot.json")
+    with pytest.raises(ValueError, match=r"zeroshot.json is no result .*; run that again"):
+        build_report(run)
+
+
 # -- Examples ---------------------------------------------------------------------------------------------------------
 
 
@@ -288,12 +306,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, sets: Any, tokenizer: PreT
     return run
 
 
-def test_panels_show_the_first_positives(trained: Path, sets: Any) -> None:
-    gallery = build_gallery(checkpoint_path(trained, 7), [sets.test])
+@pytest.fixture(scope="module")
+def held(trained: Path, sets: Any) -> HeldOut:
+    return HeldOut(checkpoint_path(trained, 7), [sets.test])
+
+
+def test_panels_show_the_first_positives(held: HeldOut, sets: Any) -> None:
+    panels = attention_panels(held)
     positives = [json.loads(members["json"]) for _, members in iterate(sets.test)]
     positives = [about for about in positives if 1 in about["labels"].values()][:4]
-    assert len(gallery.panels) == 4
-    for panel, about in zip(gallery.panels, positives, strict=True):
+    assert len(panels) == 4
+    for panel, about in zip(panels, positives, strict=True):
         assert set(panel.guides) == {name for name, value in about["labels"].items() if value == 1}
         assert {score.name for score in panel.scores} == set(about["labels"])
         assert [vars(box) for box in panel.boxes] == about["boxes"]
@@ -302,7 +325,7 @@ def test_panels_show_the_first_positives(trained: Path, sets: Any) -> None:
 
 
 def test_scores_and_attention_are_those_of_a_model_made_for_the_set(
-    trained: Path, sets: Any, tokenizer: PreTrainedTokenizerBase
+    held: HeldOut, trained: Path, sets: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The checkpoint was trained on other classes; the same weights, built with the set's own, must agree."""
     checkpoint, classes = checkpoint_path(trained, 7), load_manifest(sets.test).labels
@@ -316,39 +339,45 @@ def test_scores_and_attention_are_those_of_a_model_made_for_the_set(
     with torch.inference_mode():
         wanted = model.embed_images(batch["image"]) @ class_directions(model, model.prompt_tokens, model.prompt_mask).T
         heat = heat_map(model.attention_grid(batch)[0].numpy())
-    panel = build_gallery(checkpoint, [sets.test]).panels[0]
+    panel = attention_panels(held)[0]
     scores = {score.name: score.value for score in panel.scores}
     assert scores == pytest.approx(dict(zip(classes, wanted[0].tolist(), strict=True)), abs=1e-6)
     shown = Image.open(io.BytesIO(base64.b64decode(panel.heat.partition(",")[2])))
     assert np.abs(np.asarray(shown).astype(int) - np.asarray(heat).astype(int)).max() <= 1
 
 
-def test_examples_appear_without_reports_patients_or_keys(trained: Path, sets: Any) -> None:
+def test_the_page_of_a_set_holds_no_patient_and_no_key(trained: Path, sets: Any) -> None:
     save_result(zero_shot(str(trained), [sets.test]), trained / "zeroshot.json")
-    path = build_report(trained, images=[sets.test])
-    page, reader = path.read_text(), read(path)
-    assert "checkpoint of step 7" in reader.text
+    path = build_report(trained, data=[sets.test])
+    page, reader = path.read_text(), read(path, reports=True)
+    assert f"checkpoint of step 7 on all {load_manifest(sets.test).samples} samples of synthetic/test" in reader.text
     assert "other ones than those" not in reader.text  # the zero-shot figures are of the same weights
+    assert "ROC curve of Macro mean" in reader.text
     assert page.count('<rect class="box"') > 0
-    assert page.count("<image ") == 2 * 4
     assert "Not clinical evidence. synthetic-unpaired/train, synthetic/test, synthetic/train" in reader.text
     for key, members in iterate(sets.test):
-        about = json.loads(members["json"])
         assert key not in page
-        assert about["patient"] not in page
-        assert about["report"]["text"][:40] not in page
-    assert build_report(trained, images=[sets.test]).read_text() == page
+        assert json.loads(members["json"])["patient"] not in page
+    assert not {tag for tag, _ in reader.tags} & {"script", "link", "iframe", "object", "embed"}
+    assert not re.search(r"https?:|//\w+\.|@import|url\((?!#)", re.sub(r"data:image/[^\"]*", "", page))
+    assert build_report(trained, data=[sets.test]).read_text() == page
+
+
+def test_without_a_named_set_no_image_and_no_report_is_shown(trained: Path, sets: Any) -> None:
+    page = build_report(trained).read_text()
+    assert "data:image" not in page
+    assert not [key for key, members in iterate(sets.test) if json.loads(members["json"])["report"]["text"][:40] in page]
 
 
 def test_examples_of_other_weights_say_so(trained: Path, sets: Any) -> None:
     save_result(result(checkpoint="0" * 64), trained / "zeroshot.json")
-    text = read(build_report(trained, images=[sets.test])).text
+    text = read(build_report(trained, data=[sets.test]), reports=True).text
     assert f"These panels show weights {weights_hash(checkpoint_path(trained, 7))[:16]}" in text
 
 
 def test_images_without_a_checkpoint_are_said_to_be_missing(tmp_path: Path, sets: Any) -> None:
     run = write_run(tmp_path / "run", [row(1)])
-    assert "the run has no checkpoint yet" in read(build_report(run, images=[sets.test])).text
+    assert "the run has no checkpoint yet" in read(build_report(run, data=[sets.test])).text
 
 
 def test_heat_goes_from_purple_to_yellow() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from mmclip_dist.evaluate.report import charts, numbers
-from mmclip_dist.evaluate.report.charts import BOTTOM, LEFT, RIGHT, TOP, LineChart, line_chart
+from mmclip_dist.evaluate.report.charts import Bar, Line, bar_chart, line_chart, matrix_chart, roc_chart
+
+LEFT, RIGHT, TOP, BOTTOM = 44.0, 350.0, 34.0, 182.0  # the plotting area of a line chart, in its view box
 
 # -- Numbers ----------------------------------------------------------------------------------------------------------
 
@@ -59,84 +63,129 @@ def test_durations_carry_over(seconds: float, text: str) -> None:
 # -- Charts -----------------------------------------------------------------------------------------------------------
 
 
+def paths(svg: str, colour: str = "s1", kind: str = "stroke") -> list[list[tuple[float, float]]]:
+    """Places of the paths that are drawn in a colour of the style sheet, without those of marks."""
+    drawn = [
+        element.attrib["d"]
+        for element in ElementTree.fromstring(svg).iter("path")
+        if f"{kind}: var(--{colour})" in element.get("style", "") and "id" not in element.attrib
+    ]
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)] for path in drawn]
+
+
+def bands(svg: str) -> list[list[float]]:
+    """Heights of the edges of filled bands, which Matplotlib draws through `use`, from below."""
+    heights = [re.findall(r"[ML] [-\d.]+ ([-\d.]+)", path) for path in re.findall(r'<path id="[^"]*" d="([^"]*)"', svg)]
+    return [[212 + float(height) for height in of_path] for of_path in heights if len(of_path) > 100]
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+
+
+def chart(points: charts.Points, steps: tuple[float, float], boundary: float | None = None, **options) -> str:
+    return str(line_chart([Line(points, boundary)], steps, "nats", "Loss", **options))
+
+
 @pytest.mark.parametrize(
-    ("from_zero", "low", "high", "labels"),
-    [(True, 0, 21.6, ["0", "5", "10", "15", "20"]), (False, 9.4, 20.6, ["10", "12", "14", "16", "18", "20"])],
+    ("from_zero", "labels"), [(True, ["0", "5", "10", "15", "20"]), (False, ["10.0", "12.5", "15.0", "17.5", "20.0"])]
 )
-def test_points_lie_where_the_axes_say(from_zero: bool, low: float, high: float, labels: list[str]) -> None:
-    points = ((20, 10.0), (70, 15.0), (120, 20.0))
-    svg = str(line_chart(LineChart("Speed", "m/s", points, (20, 120), from_zero=from_zero)))
-
-    def height(value: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
-
-    (line,) = re.findall(r'class="line" points="([^"]*)"', svg)
-    places = [tuple(map(float, place.split(","))) for place in line.split()]
-    expected = [(LEFT + (RIGHT - LEFT) * (step - 20) / 100, height(value)) for step, value in points]
-    assert np.allclose(places, expected, atol=0.06)
-    ticks = re.findall(r'class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="end">([^<]*)', svg)
-    assert [label for *_, label in ticks] == labels
-    assert all(abs(float(y) - 4 - height(float(label))) < 0.06 for _, y, label in ticks)
+def test_points_lie_where_the_axes_say(from_zero: bool, labels: list[str]) -> None:
+    svg = chart(((30, 10.0), (80, 15.0), (130, 20.0)), (30, 130), from_zero=from_zero)
+    (line,) = paths(svg)
+    assert [x for x, _ in line] == pytest.approx([LEFT, (LEFT + RIGHT) / 2, RIGHT], abs=0.1)
+    heights = {text.text: float(text.attrib["y"]) for text in ElementTree.fromstring(svg).iter("text")}
+    assert [label for label in heights if label in labels] == labels
+    between = (heights[labels[-3]] - heights[labels[-1]]) / (float(labels[-1]) - float(labels[-3]))
+    assert [y for _, y in line] == pytest.approx([line[2][1] + between * (20 - value) for value in (10, 15, 20)], abs=0.2)
+    assert line[0][1] > line[2][1]  # upwards
+    if from_zero:
+        assert line[0][1] == pytest.approx(BOTTOM - (BOTTOM - TOP) * 10 / 21.6, abs=0.1)
 
 
-def test_small_values_share_one_power_of_ten() -> None:
-    svg = str(line_chart(LineChart("Rate", "dimensionless", ((0, 0.0), (10, 4e-5)), (0, 10), from_zero=True)))
-    assert "dimensionless, × 10⁻⁵" in svg
-    assert re.findall(r'text-anchor="end">([^<]*)', svg) == ["0", "1", "2", "3", "4"]
+def test_small_values_share_one_power_of_ten_and_steps_are_short() -> None:
+    found = texts(chart(((0, 0.0), (25_000, 4e-5)), (0, 25_000), from_zero=True))
+    assert {"1e−5", "0", "1", "2", "3", "4", "5k", "10k"} <= set(found)
 
 
 def test_the_boundary_is_drawn_at_its_step_and_cuts_the_line() -> None:
     points = tuple((float(step), 1.0 if step <= 40 else 5.0) for step in range(0, 101, 10))
-    svg = str(line_chart(LineChart("Loss", "nats", points, (0, 100), boundary=40)))
-    (x,) = re.findall(r'class="boundary" x1="([\d.]+)"', svg)
-    assert float(x) == pytest.approx(LEFT + 0.4 * (RIGHT - LEFT), abs=0.05)
-    lines = re.findall(r'class="line" points="([^"]*)"', svg)
-    assert [len(line.split()) for line in lines] == [5, 6]
-    assert ">warm-up<" in svg
-    assert ">MMCLIP<" in svg
+    svg = chart(points, (0, 100), 40, warm_up=40)
+    (boundary,) = (path for path in paths(svg, "muted") if len(path) == 2 and path[0][0] == path[1][0])
+    assert boundary[0][0] == pytest.approx(LEFT + 0.4 * (RIGHT - LEFT), abs=0.1)
+    assert [len(line) for line in paths(svg)] == [5, 6]
+    assert {"warm-up", "MMCLIP"} <= set(texts(svg))
+    assert "warm-up" not in texts(chart(points, (0, 100), 5, warm_up=5))  # no room
 
 
 def test_a_gap_stays_a_gap() -> None:
-    chart = LineChart("Loss", "nats", ((1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, None)), (0, 5))
-    assert chart.stretches == [[(1, 1.0), (2, 2.0)], [(4, 3.0)]]
-    assert str(line_chart(chart)).count("<circle") == 3
-    assert [value for _, value in charts.table_rows(chart)] == [
-        "1.000",
-        "2.000",
-        "not measured",
-        "3.000",
-        "not measured",
-    ]
+    line = Line(((1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, None)))
+    assert [stretch.tolist() for stretch in line.stretches] == [[[1, 1], [2, 2]], [[4, 3]]]
+    assert line.known == [(1, 1.0), (2, 2.0), (4, 3.0)]
+    assert [value for _, value in charts.table_rows(line)] == ["1.000", "2.000", "not measured", "3.000", "not measured"]
+    svg = str(line_chart([line], (0, 5), "nats", "Loss"))
+    assert svg.count("<use") == 3  # a mark each, also where there is no line
+    assert [len(path) for path in paths(svg)] == [2, 1]
 
 
 def test_smoothing_keeps_a_straight_line_and_the_mean_of_noise() -> None:
-    straight = [(float(step), 2.0 * step) for step in range(100)]
-    middle = charts.smooth(straight, 9)[4:-4]
-    assert middle == [(step, pytest.approx(value)) for step, value in straight[4:-4]]
-    assert charts.smooth([(0, 1.0), (1, 2.0), (2, 6.0)], 3) == [(0, 1.5), (1, 3.0), (2, 4.0)]
+    assert charts.smooth(2.0 * np.arange(100), 9)[4:-4] == pytest.approx(2.0 * np.arange(4, 96))
+    assert charts.smooth(np.array([1.0, 2, 6]), 3) == pytest.approx([1.5, 3, 4])
 
 
-def test_thinning_keeps_spikes_ends_and_order() -> None:
-    points = [(float(step), 1000.0 if step == 777 else float(step % 7)) for step in range(5000)]
-    kept = charts.thin(points, 300)
-    assert len(kept) <= 300
-    assert points[777] in kept
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert kept == sorted(kept)
+def test_long_noisy_curves_are_smooth_over_a_band_that_keeps_spikes() -> None:
+    long = tuple((float(step), 1000.0 if step == 777 else float(step % 7)) for step in range(5000))
+    svg = chart(long, (0, 5000), noisy=True)
+    (band,) = bands(svg)
+    assert min(band) < TOP + 20 and max(band) > BOTTOM - 20  # the spike is at the top
+    (line,) = paths(svg)
+    assert len(line) < 2000 and len(svg) < 60_000
+    assert not bands(chart(long, (0, 5000)))
+    assert not bands(chart(long[:20], (0, 20), noisy=True))  # dots
+    assert Line(long[:20]).window == 0 and Line(long).window == 501
 
 
-def test_only_long_noisy_curves_are_smoothed() -> None:
-    long = tuple((float(step), float(step)) for step in range(200))
-    noisy = line_chart(LineChart("Loss", "nats", long, (0, 200), noisy=True))
-    assert noisy.count('class="raw"') == noisy.count('class="line"') == 1
-    assert line_chart(LineChart("Rate", "-", long, (0, 200))).count('class="raw"') == 0
-    assert line_chart(LineChart("Loss", "nats", long[:20], (0, 200), noisy=True)).count('class="raw"') == 0
+def test_runs_have_colours_of_their_own() -> None:
+    svg = str(line_chart([Line(((0, 1.0), (9, 2.0)), series=n) for n in range(charts.SERIES)], (0, 9), "nats", "Loss"))
+    assert [len(paths(svg, f"s{n + 1}")) for n in range(charts.SERIES)] == [1] * charts.SERIES
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (3.38, 3.57), (0, 4.8e-7), (-2, 5), (0, 123456)])
-def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
-    found = charts.ticks(low, high)
-    assert 3 <= len(found) <= 8
-    assert all(low - 1e-9 <= value <= high * (1 + 1e-9) for value in found)
-    assert len(set(charts.tick_labels([value / 10 ** math.floor(math.log10(high)) for value in found]))) == len(found)
+def test_a_curve_stands_above_chance_where_it_is_better() -> None:
+    svg = str(roc_chart([([0.5, 1.0, 1.0], 1)], "ROC"))
+    (curve,) = paths(svg, "s2")
+    assert np.allclose(curve, [(24.2, 308), (24.2, 157), (174.1, 6), (324, 6)], atol=0.6)
+    assert np.allclose(paths(svg, "chance"), [[(24.2, 308), (324, 6)]], atol=0.6)
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    bars = [Bar("A", 0.8, "0.800"), Bar("Mean", 0.5, "0.500", (0.4, 0.6)), Bar("B", None, "?")]
+    svg = str(bar_chart(bars, "AUC", end=1, reference=0.5))
+    widths = [path[1][0] - path[0][0] for path in paths(svg, kind="fill")]
+    assert widths == pytest.approx([0.8 * 358, 0.5 * 358], abs=0.3)
+    (whisker,) = (path for path in paths(svg, "ink") if len(path) == 2)
+    assert [x for x, _ in whisker] == pytest.approx([1 + 0.4 * 358, 1 + 0.6 * 358], abs=0.3)
+    assert [x for path in paths(svg, "chance") for x, _ in path] == pytest.approx([180] * 6, abs=0.3)
+
+
+def test_charts_hold_no_colour_font_or_address_of_their_own() -> None:
+    """The page's style sheet colours them, in light and in dark; nothing is loaded; ids are those of the one chart."""
+    drawn = [
+        chart(((0, 1.0), (9, 2.0)), (0, 9), 4, warm_up=4), str(roc_chart([([0.5, 1.0], 0)], "ROC")),
+        str(bar_chart([Bar("A", 0.8, "0.8", (0.7, 0.9))], "AUC", end=1, reference=0.5)),
+        str(matrix_chart(np.eye(9), "image", "report", "S")),
+    ]  # fmt: skip
+    for svg in drawn:
+        assert not re.search(r"#fe00|font-family|https?:|<style|<metadata|xmlns", svg)
+        assert svg.startswith('<svg class="chart" role="img" viewBox=') and "<title>" in svg
+    coloured = re.compile(r"(?:fill|stroke): #(?!ffffff)")
+    assert not [svg for svg in drawn[:3] if coloured.search(svg)]
+    ids = [name for svg in drawn for name in re.findall(r'\bid="([^"]*)"', svg)]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("name", ["<b>&$x^2$", "肺炎", "a\x00\x1bb", "$\\frac{1}{"])
+def test_any_name_is_drawn_as_it_is(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        svg = str(bar_chart([Bar(name, 0.5, "0.5")], f"AUC {name}", end=1))
+    assert texts(svg)[0] == name.replace("\x00", " ").replace("\x1b", " ")

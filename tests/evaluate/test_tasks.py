@@ -73,7 +73,7 @@ def test_zero_shot_writes_json_csv_and_a_table(run: str, data: str, tmp_path: Pa
     assert code == 0, error
     found, plain = json.loads(out.read_text()), zero_shot(run, [f"{data}/test"])
     assert found["auroc"] == plain.per_class and found["auroc_macro"] == plain.auc_macro
-    assert tuple(found["ci95"]["auroc"]["macro"]) == plain.auc_macro_ci95
+    assert tuple(found["ci95"]["auroc"]["macro"]) == plain.auc_macro_ci95 and found["roc"] == plain.roc
     assert (found["dataset"], found["split_name"], found["protocol"], found["task"]) == ("synthetic", "test", "own", "zeroshot")
     assert found["n"] == plain.samples and found["n_patients"] == plain.patients
     assert found["checkpoint_sha256"] == plain.checkpoint and len(found["prompts_hash"]) == 64

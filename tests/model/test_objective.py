@@ -109,3 +109,18 @@ def test_the_hint_leaves_the_asked_share_of_the_chosen_patches_visible(sets, tok
         assert (is_mask.sum(1) == 8).all() and (is_mask[:, 8:].sum(1) == 6).all()
     else:  # 4 in the context view, one of them salient
         assert ((~is_mask).sum(1) == 4).all() and ((~is_mask)[:, 8:].sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["feature", "split", "context"])
+def test_masks_that_are_shown_are_those_of_training(sets, tokenizer, batch: Batch, mode: str) -> None:
+    model = model_of(sets.config(f"attmim.mode={mode}"), tokenizer)
+    queries: list[Tensor] = []
+    model.image_decoder.register_forward_pre_hook(lambda _, args: queries.append(args[0].detach()))
+    known = changed(batch, attention=SCORES, has_attention=torch.ones(8, dtype=torch.bool))
+    with torch.no_grad():
+        model(known)
+        masked = model.image_masks(known)
+        again = model.image_masks(changed(known, has_attention=torch.zeros(8, dtype=torch.bool)))
+    assert torch.equal(masked, (queries[0] == model.mask_token.detach()).all(2))
+    assert (masked.sum(1) == masked[0].sum()).all() and 0 < masked[0].sum() < 16
+    assert mode == "split" or not torch.equal(masked, again)  # by scores of this very model

@@ -21,7 +21,7 @@ from PIL import Image
 from mmclip_dist.config import Source
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.evaluate.report.examples import data_uri
-from mmclip_dist.evaluate.report.view import spread_over
+from mmclip_dist.evaluate.report.view import spread
 
 TILES = 24  # images of the contact sheet of a split
 _TILE = 160  # pixels of their long side: about 5 kB each
@@ -164,7 +164,7 @@ def _bars(counts: Iterable[tuple[str, int]], samples: int) -> tuple[Bar, ...]:
 
 def _tiles(folder: str) -> Iterator[str | None]:
     joined = JoinedSet(Source(url=folder))
-    for shard, key in spread_over(joined, TILES):
+    for shard, key in spread(joined, TILES):
         members = joined.read(shard, key)
         try:
             picture = decode_image(next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))

@@ -1,259 +1,324 @@
-"""Charts as inline SVG: pure functions from numbers to markup. Colours come from the page's style sheet."""
+"""Charts by Matplotlib, as inline SVG: text stays text, and colours are the page's own, in light and in dark."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
+import numpy as np
 from markupsafe import Markup
 
-from mmclip_dist.evaluate.report.numbers import is_known, power_of_ten, significant
+from mmclip_dist.evaluate.report.numbers import is_known, significant
 
-Point = tuple[float, float]
-"""(step, value), both finite."""
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 360.0, 212.0  # of the view box; close to pixels on screen, so that text keeps its size
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 350.0, 34.0, 176.0  # the plotting area inside it
+Points = tuple[tuple[float, float | None], ...]
+SERIES = 6
+"""Lines of one chart that have colours of their own: the style sheet's --s1 to --s6."""
 
-_DOTS = 60  # points of a stretch: up to this many, each gets a mark; longer noisy stretches get a smooth line over the raw one
-_DRAWN = 300  # points of a line at most: one a pixel of the plotting area
+_WIDTH, _HEIGHT = 360, 212  # of the view box; close to pixels on screen, so that text keeps its size
+_DOTS = 60  # points of a stretch: up to this many, each gets a mark; longer noisy ones are smoothed, over the band they lie in
+_BINS = 150  # of a band: its edges are the extremes of each bin, so that no spike is lost
 _TABLED = 40  # rows of a table at most
-_ROOM_FOR_LABEL = 62.0  # view box units that the name of a phase takes
+_ROOM_FOR_LABEL = 0.2  # of the width, which the name of a phase takes
+
+# Matplotlib draws in colours that stand for the style sheet's. No two are equal, none is used for anything else.
+_INK = {
+    name: f"#fe00{number:02x}"
+    for number, name in enumerate(("ink", "muted", "grid", "soft", "chance", *(f"s{k + 1}" for k in range(SERIES))))
+}
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text as text: selectable, small, in the page's font
+    "text.parse_math": False,  # names of classes and losses are not TeX
+    "axes.unicode_minus": True, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "axes.edgecolor": _INK["muted"], "axes.linewidth": 0.7, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
+    "axes.labelcolor": _INK["muted"], "axes.titlecolor": _INK["muted"], "axes.titlelocation": "left", "axes.titlesize": 11,
+    "axes.labelsize": 11, "axes.facecolor": "none", "figure.facecolor": "none", "grid.color": _INK["grid"], "grid.linewidth": 0.8,
+    "xtick.color": _INK["muted"], "ytick.color": _INK["muted"], "xtick.labelsize": 11, "ytick.labelsize": 11, "font.size": 11,
+    "xtick.major.size": 0, "ytick.major.size": 0, "text.color": _INK["muted"], "lines.solid_capstyle": "round",
+    "savefig.facecolor": "none", "figure.dpi": 72,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class LineChart:
-    """One quantity over steps. steps: ends of the axis; boundary: last step of the warm-up; from_zero: y starts at 0;
-    noisy: long stretches are smoothed.
+class Line:
+    """A quantity over steps. points: (step, value), where None and nan leave a gap; boundary: the step after which the line is
+    cut, since a loss may jump there; series: number of its colour, from 0."""
 
-    points may hold None and nan, which leave a gap.
-    """
-
-    title: str
-    unit: str
-    points: tuple[tuple[float, float | None], ...]
-    steps: tuple[float, float]
+    points: Points
     boundary: float | None = None
-    from_zero: bool = False
-    noisy: bool = False
+    series: int = 0
 
     @property
-    def known(self) -> list[Point]:
+    def known(self) -> list[tuple[float, float]]:
         return [(step, value) for step, value in self.points if value is not None and is_known(value)]
 
     @property
-    def stretches(self) -> list[list[Point]]:
-        """The known points, cut at gaps and at the boundary, where a loss may jump."""
-        found: list[list[Point]] = [[]]
-        for step, value in self.points:
-            if self.boundary is not None and found[-1] and found[-1][-1][0] <= self.boundary < step:
-                found.append([])
-            if value is not None and is_known(value):
-                found[-1].append((step, value))
-            else:
-                found.append([])
-        return [stretch for stretch in found if stretch]
+    def stretches(self) -> list[np.ndarray]:
+        """The known points [n, 2], cut at gaps and at the boundary."""
+        table = np.array([(step, np.nan if value is None else value) for step, value in self.points], float).reshape(-1, 2)
+        whole = np.isfinite(table[:, 1])
+        cut = whole[1:] != whole[:-1]
+        if self.boundary is not None:
+            cut |= (table[:-1, 0] <= self.boundary) & (table[1:, 0] > self.boundary)
+        parts = np.split(table, np.flatnonzero(cut) + 1)
+        return [part for part in parts if len(part) and np.isfinite(part[0, 1])]
 
     @property
     def window(self) -> int:
-        """Rows in the longest mean of the smooth lines; 0: none is smoothed."""
-        return max((window(stretch) for stretch in self.stretches), default=0) if self.noisy else 0
+        """Points in the longest mean of the smooth line; 0: it is too short to smooth."""
+        return max((window(stretch) for stretch in self.stretches), default=0)
 
 
-@dataclass(frozen=True)
-class Scale:
-    """A straight map from values to view box units."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
-    """Round values (steps of 1, 2 or 5 times a power of ten) in [low, high], about `wanted` of them. low < high."""
-    rough = (high - low) / wanted
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = min((factor * power for factor in (1, 2, 5, 10)), key=lambda size: abs(size - rough))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
-
-
-def value_range(values: Sequence[float], from_zero: bool) -> tuple[float, float]:
-    """Ends of a y axis that holds all values; never empty."""
-    low, high = min(values), max(values)
-    if from_zero and low >= 0:
-        return 0.0, high * 1.08 or 1.0
-    margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
-    return low - margin, high + margin
-
-
-def window(stretch: Sequence[Point]) -> int:
+def window(stretch: np.ndarray) -> int:
     """Points in one mean of a smooth line (odd); 0 if the stretch is too short to smooth."""
     return len(stretch) // 10 | 1 if len(stretch) > _DOTS else 0
 
 
-def smooth(points: Sequence[Point], size: int) -> list[Point]:
-    """Centred mean over `size` points (fewer at the ends): the line neither lags nor gets shorter."""
-    half = size // 2
-    means = []
-    for number, (step, _) in enumerate(points):
-        values = [value for _, value in points[max(0, number - half) : number + half + 1]]
-        means.append((step, sum(values) / len(values)))
-    return means
+def smooth(values: np.ndarray, size: int) -> np.ndarray:
+    """Centred mean over `size` values (fewer at the ends): the line neither lags nor gets shorter."""
+    ones = np.ones(size)
+    return np.convolve(values, ones, "same") / np.convolve(np.ones(len(values)), ones, "same")
 
 
-def thin(points: Sequence[Point], limit: int) -> list[Point]:
-    """At most `limit` points: the minimum and maximum of each stretch, so that no spike is lost. limit >= 4."""
-    if len(points) <= limit:
-        return list(points)
-    size = math.ceil((len(points) - 2) / (limit // 2 - 1))
-    kept = [points[0]]
-    for start in range(1, len(points) - 1, size):
-        stretch = points[start : min(start + size, len(points) - 1)]
-        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
-        kept += sorted(ends)
-    return [*kept, points[-1]]
+def line_chart(
+    lines: Sequence[Line], steps: tuple[float, float], unit: str, spoken: str, *, from_zero: bool = False, noisy: bool = False,
+    warm_up: float | None = None,
+) -> Markup:  # fmt: skip
+    """Lines over training steps, of which at least one point is known. steps: ends of the axis; spoken: the chart in words;
+    from_zero: y starts at 0; noisy: long stretches are smoothed; warm_up: its last step, to be shaded."""
+    with _drawing(_WIDTH, _HEIGHT) as drawing:
+        axes = drawing.axes((44, 30, 350, 178))
+        for line in lines:
+            for stretch in line.stretches:
+                _draw(axes, stretch, _INK[f"s{line.series % SERIES + 1}"], noisy)
+        axes.set_xlim(*steps)
+        values = [value for line in lines for _, value in line.known]
+        if from_zero and min(values) >= 0:
+            axes.set_ylim(0, max(values) * 1.08 or 1.0)
+        axes.set_title(unit, x=-44 / 306, pad=20)
+        axes.set_xlabel("step", labelpad=2)
+        _round_ticks(axes)
+        if warm_up is not None and steps[0] < warm_up < steps[1]:
+            _name_phases(axes, steps, warm_up)
+        return drawing.svg(spoken)
 
 
-def line_chart(chart: LineChart) -> Markup:
-    """The SVG of a chart with at least one known point."""
-    known = chart.known
-    y_low, y_high = value_range([value for _, value in known], chart.from_zero)
-    across, down = Scale(*chart.steps, LEFT, RIGHT), Scale(y_low, y_high, BOTTOM, TOP)
-    parts = [
-        _boundary(chart.boundary, chart.steps, across),
-        _value_axis(y_low, y_high, down, chart.unit),
-        _step_axis(chart.steps, across),
-    ]
-    for stretch in chart.stretches:
-        parts += _drawn(stretch, chart.noisy, across, down)
-    return Markup('<svg class="chart" role="img" viewBox="0 0 {:.0f} {:.0f}"><title>{}</title>{}</svg>').format(
-        WIDTH, HEIGHT, description(chart), Markup("").join(parts)
-    )
-
-
-def _drawn(stretch: Sequence[Point], noisy: bool, across: Scale, down: Scale) -> list[Markup]:
+def _draw(axes: Axes, stretch: np.ndarray, colour: str, noisy: bool) -> None:
+    steps, values = stretch.T
     if len(stretch) <= _DOTS:
-        return [_path(stretch, across, down, "line"), *(_dot(point, across, down) for point in stretch)]
-    if not noisy:
-        return [_path(thin(stretch, _DRAWN), across, down, "line")]
-    means = smooth(stretch, window(stretch))
-    return [_path(thin(stretch, _DRAWN), across, down, "raw"), _path(thin(means, _DRAWN), across, down, "line")]
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=4.8, markeredgewidth=0)
+        return
+    if noisy:
+        bins = [part for part in np.array_split(stretch, min(_BINS, len(stretch) // 2)) if len(part)]
+        middle, low, high = np.array([(part[:, 0].mean(), part[:, 1].min(), part[:, 1].max()) for part in bins]).T
+        axes.fill_between(middle, low, high, color=colour, alpha=0.25, linewidth=0.8)
+        values = smooth(values, window(stretch))
+    axes.plot(steps, values, color=colour, linewidth=1.8)
 
 
-def description(chart: LineChart) -> str:
-    """A sentence for those who cannot see the chart."""
-    (first, before), (last, after) = chart.known[0], chart.known[-1]
+def _round_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    plain = ScalarFormatter(useOffset=False)
+    plain.set_powerlimits((-3, 6))
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.get_offset_text().set(x=1, horizontalalignment="right")  # the unit stands on the left
+
+
+def _name_phases(axes: Axes, steps: tuple[float, float], warm_up: float) -> None:
+    axes.axvspan(steps[0], warm_up, color=_INK["soft"], linewidth=0, zorder=0)
+    axes.axvline(warm_up, color=_INK["muted"], linewidth=1, linestyle=(0, (3, 3)))
+    share = (warm_up - steps[0]) / (steps[1] - steps[0])
+    for text, side, room in (("warm-up", -1, share), ("MMCLIP", 1, 1 - share)):
+        if room > _ROOM_FOR_LABEL:
+            axes.annotate(text, (warm_up, 1), (5 * side, 5), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                          horizontalalignment="right" if side < 0 else "left", fontsize=10.5)  # fmt: skip
+
+
+def describe(title: str, unit: str, line: Line) -> str:
+    """A sentence for those who cannot see a chart of one line."""
+    (first, before), (last, after) = line.known[0], line.known[-1]
     return (
-        f"{chart.title} ({chart.unit}) over training steps: {significant(before)} at step {first:,.0f}, "
-        f"{significant(after)} at step {last:,.0f}; the same figures are in the table below."
+        f"{title} ({unit}) over training steps: {significant(before)} at step {first:,.0f}, {significant(after)} at step "
+        f"{last:,.0f}; the same figures are in the table below."
     )
 
 
-def table_rows(chart: LineChart) -> list[tuple[str, str]]:
+def table_rows(line: Line) -> list[tuple[str, str]]:
     """(step, value) texts. If there are many they are evenly spaced; the first and the last are always included."""
-    points = chart.points
+    points = line.points
     every = max(1, math.ceil((len(points) - 1) / (_TABLED - 1)))
     rows = [*points[:-1:every], *points[-1:]]
     return [(f"{step:,.0f}", significant(value, 4)) for step, value in rows]
 
 
-def _path(points: Sequence[Point], across: Scale, down: Scale, name: str) -> Markup:
-    places = " ".join(f"{across(step):.1f},{down(value):.1f}" for step, value in points)
-    return Markup('<polyline class="{}" points="{}"/>').format(name, places)
+def roc_chart(curves: Sequence[tuple[Sequence[float], int]], spoken: str, *, small: bool = False) -> Markup:
+    """Curves on one square. curves: true positive rates at evenly spaced false positive rates, and the number of the colour.
+    small: to be shown at a third of a line chart's width."""
+    size, text = (180, 16) if small else (330, 11)
+    with _drawing(size, size) as drawing:
+        axes = drawing.axes((2.2 * text, 2 * text, size - 6, size - 6))
+        axes.plot([0, 1], [0, 1], color=_INK["chance"], linewidth=1, linestyle=(0, (4, 3)))
+        for rates, series in curves:
+            false = np.linspace(0, 1, len(rates))
+            colour = _INK[f"s{series % SERIES + 1}"]
+            axes.plot([0, *false], [0, *rates], color=colour, linewidth=1.8, clip_on=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        axes.set_xticklabels(["0", "0.5", "1"])
+        axes.set_yticklabels(["0", "0.5", "1"])
+        axes.tick_params(labelsize=text)
+        axes.grid(True, axis="both")
+        return drawing.svg(spoken)
 
 
-def _dot(point: Point, across: Scale, down: Scale) -> Markup:
-    step, value = point
-    return Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="2.4"><title>{}</title></circle>').format(
-        across(step), down(value), f"step {step:,.0f}: {significant(value, 4)}"
-    )
+@dataclass(frozen=True)
+class Bar:
+    """name; value: None where it is not known; text: the value as written; bounds: of its interval; strong: stands out."""
+
+    name: str
+    value: float | None
+    text: str
+    bounds: tuple[float, float] | None = None
+    strong: bool = False
 
 
-def _value_axis(low: float, high: float, down: Scale, unit: str) -> Markup:
-    values = ticks(low, high)
-    largest = max((abs(value) for value in values), default=0.0)
-    exponent = 0 if largest == 0 or 0.01 <= largest < 1e5 else math.floor(math.log10(largest))
-    scaled = [value / 10.0**exponent for value in values]
-    title = f"{unit}, × {power_of_ten(exponent)}" if exponent else unit
-    lines = [
-        Markup('<line class="grid" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
-            LEFT, RIGHT, down(value), down(value)
+def bar_chart(bars: Sequence[Bar], spoken: str, *, end: float, reference: float | None = None) -> Markup:
+    """Horizontal bars from 0 to `end`, the first on top, each under its name. reference: a dashed line, such as chance."""
+    bars = [replace(bar, name=_printable(bar.name)) for bar in bars]
+    row, below = 33, 20 if reference is not None else 4
+    height = row * len(bars) + below + 4
+    with _drawing(_WIDTH, height) as drawing:
+        axes = drawing.axes((1, below, _WIDTH - 1, height - 4))
+        for place, bar in enumerate(bars):
+            axes.text(0, place - 0.2, bar.name, color=_INK["ink"], fontweight="bold" if bar.strong else "normal", fontsize=12)
+            axes.text(end, place - 0.2, bar.text, color=_INK["ink"], fontweight="bold" if bar.strong else "normal", fontsize=12,
+                      horizontalalignment="right")  # fmt: skip
+            axes.barh(place + 0.14, end, 0.36, color=_INK["grid"])
+            if bar.value is not None and is_known(bar.value):
+                axes.barh(place + 0.14, bar.value, 0.36, color=_INK["s1"])
+            if bar.bounds is not None and all(map(is_known, bar.bounds)):
+                axes.plot(bar.bounds, [place + 0.14] * 2, color=_INK["ink"], linewidth=2, marker="|", markersize=9,
+                          markeredgewidth=2)  # fmt: skip
+        axes.set(xlim=(0, end), ylim=(len(bars) - 0.5, -0.65))
+        axes.axis("off")
+        if reference is not None:
+            for place in range(len(bars)):
+                axes.plot([reference] * 2, [place - 0.12, place + 0.4], color=_INK["chance"], linewidth=1.5, linestyle=":")
+            axes.text(reference, len(bars) - 0.5, f"{reference:g}, chance", color=_INK["chance"], verticalalignment="top",
+                      horizontalalignment="center")  # fmt: skip
+        return drawing.svg(spoken)
+
+
+def _printable(name: str) -> str:
+    """A name of the data without the control characters that XML forbids."""
+    return "".join(letter if letter.isprintable() else " " for letter in name)
+
+
+def matrix_chart(values: np.ndarray, rows: str, columns: str, spoken: str) -> Markup:
+    """values [N, N] as colours from the lowest to the highest. rows, columns: what they are."""
+    with _drawing(_WIDTH, 348) as drawing:
+        axes = drawing.axes((36, 30, 312, 342))
+        shown = axes.imshow(values, cmap="viridis", interpolation="nearest", aspect="auto")
+        axes.grid(False)
+        ticks = range(0, len(values), max(1, len(values) // 8))
+        axes.set(xticks=ticks, yticks=ticks, xticklabels=[str(n + 1) for n in ticks], yticklabels=[str(n + 1) for n in ticks])
+        axes.set_xlabel(columns, labelpad=2)
+        axes.set_ylabel(rows, labelpad=2)
+        scale = drawing.axes((320, 30, 330, 342))
+        drawing.figure.colorbar(shown, cax=scale, ticks=[float(values.min()), float(values.max())])
+        scale.set_yticks([float(values.min()), float(values.max())], [significant(v, 2) for v in (values.min(), values.max())])
+        scale.grid(False)
+        for spine in (*axes.spines.values(), *scale.spines.values()):
+            spine.set_visible(False)
+        return drawing.svg(spoken)
+
+
+# -- From Matplotlib to the page --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A figure of so many view box units."""
+
+    figure: Figure
+    width: float
+    height: float
+
+    def axes(self, box: tuple[float, float, float, float]) -> Axes:
+        """Axes whose area has these edges: left, bottom, right, top, in view box units from below."""
+        left, bottom, right, top = box
+        return self.figure.add_axes(
+            (left / self.width, bottom / self.height, (right - left) / self.width, (top - bottom) / self.height)
         )
-        + Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="end">{}</text>').format(
-            LEFT - 6, down(value) + 4, label
-        )
-        for value, label in zip(values, tick_labels(scaled), strict=True)
-    ]
-    return Markup('<text class="unit" x="0" y="11">{}</text>').format(title) + Markup("").join(lines)
+
+    def svg(self, spoken: str) -> Markup:
+        """The drawing as inline SVG. The salt makes its ids those of this chart, and the same in every run."""
+        import matplotlib
+
+        drawn = io.BytesIO()
+        with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": spoken}):
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the reader's browser has the font
+            self.figure.savefig(drawn, format="svg", metadata={"Date": None})
+        return _inline(drawn.getvalue(), spoken)
 
 
-def tick_labels(values: Sequence[float]) -> list[str]:
-    """Texts of the ticks, with as many decimals as their distance needs."""
-    gap = min((abs(after - before) for before, after in pairwise(values)), default=0.0)
-    decimals = max(0, -math.floor(math.log10(gap) + 1e-9)) if gap else 2
-    return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[_Drawing]:
+    import matplotlib  # a second, which other commands need not spend
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        yield _Drawing(Figure(figsize=(width / 72, height / 72)), width, height)
 
 
-def _step_axis(steps: tuple[float, float], across: Scale) -> Markup:
-    values = [value for value in ticks(*steps) if value == int(value)]
-    labels = [step_label(value) for value in values]
-    marks = [
-        Markup('<text class="tick" x="{:.1f}" y="{:.1f}" text-anchor="middle">{}</text>').format(
-            across(value), BOTTOM + 16, label
-        )
-        for value, label in zip(values, labels, strict=True)
-    ]
-    axis = Markup('<line class="axis" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(
-        LEFT, RIGHT, BOTTOM, BOTTOM
-    )
-    name = Markup('<text class="unit" x="{:.1f}" y="{:.1f}" text-anchor="middle">step</text>').format(
-        (LEFT + RIGHT) / 2, BOTTOM + 32
-    )
-    return axis + Markup("").join(marks) + name
+_NUMBER = re.compile(r"-?\d+\.\d{2,}")
+_SWAPS = {colour: f"var(--{name})" for name, colour in _INK.items()}
+_HREF = "{http://www.w3.org/1999/xlink}href"
 
 
-def step_label(step: float) -> str:
-    """150, 2,500, 20k, 1.5M."""
-    if step >= 1e6:
-        return f"{step / 1e6:g}M"
-    return f"{step / 1e3:g}k" if step >= 1e4 else f"{step:,.0f}"
+def _inline(svg: bytes, spoken: str) -> Markup:
+    """The SVG file as part of an HTML page: without what only a file needs, spoken to those who cannot see it."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):  # a style element would hold for the whole page
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.text, element.tail = (part.strip() if part else None for part in (element.text, element.tail))
+        attributes = dict(element.attrib)
+        if element.tag == "g" or attributes.get("transform", "").startswith("rotate(-0"):
+            attributes.pop("id", None)
+        if attributes.get("transform", "").startswith("rotate(-0"):
+            del attributes["transform"]
+        if _HREF in attributes:
+            attributes["href"] = attributes.pop(_HREF)
+        element.attrib.clear()
+        element.attrib.update({name: _short(value) for name, value in attributes.items()})
+    root.attrib = {"class": "chart", "role": "img", "viewBox": root.attrib["viewBox"]}
+    title = ElementTree.Element("title")
+    title.text = _printable(spoken)
+    root.insert(0, title)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # ElementTree has escaped all text
 
 
-def _boundary(boundary: float | None, steps: tuple[float, float], across: Scale) -> Markup:
-    """Shade the warm-up's part of the axis, and name both phases if there is room."""
-    if boundary is None or not steps[0] < boundary < steps[1]:
-        return Markup("")
-    x = across(boundary)
-    shade = Markup('<rect class="phase" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
-        LEFT, TOP, x - LEFT, BOTTOM - TOP
-    )
-    line = Markup('<line class="boundary" x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}"/>').format(x, x, TOP, BOTTOM)
-    label = Markup('<text class="name" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
-    names = []
-    if x - LEFT > _ROOM_FOR_LABEL:
-        names.append(label.format(x - 5, TOP - 5, "end", "warm-up"))
-    if RIGHT - x > _ROOM_FOR_LABEL:
-        names.append(label.format(x + 5, TOP - 5, "start", "MMCLIP"))
-    return shade + line + Markup("").join(names)
-
-
-def bar(
-    share: float, label: str, *, reference: float | None = None, bounds: tuple[float, float] | None = None
-) -> Markup:
-    """A horizontal bar, as wide as its cell at 1. share, reference, bounds: in [0, 1]; label: its spoken text."""
-    parts = [Markup('<rect class="bar" x="0" y="25%" height="50%" width="{:.2f}%"/>').format(100 * share)]
-    if reference is not None:
-        line = Markup('<line class="reference" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>')
-        parts.append(line.format(100 * reference))
-    if bounds is not None and all(is_known(bound) for bound in bounds):
-        low, high = (100 * bound for bound in bounds)
-        line = Markup('<line class="whisker" x1="{:.2f}%" x2="{:.2f}%" y1="{}%" y2="{}%"/>')
-        parts += [line.format(low, high, 50, 50), line.format(low, low, 32, 68), line.format(high, high, 32, 68)]
-    return Markup('<svg class="bars" role="img"><title>{}</title>{}</svg>').format(label, Markup("").join(parts))
+def _short(value: str) -> str:
+    """An attribute with colours of the page, without fonts, and with no more digits than can be seen."""
+    if value.startswith("data:"):
+        return value
+    value = re.sub(r"font-family:[^;]*;? ?", "", value)
+    value = re.sub(r"#fe00[0-9a-f]{2}", lambda found: _SWAPS[found[0]], value)
+    return _NUMBER.sub(lambda found: f"{float(found[0]):.1f}".replace(".0", ""), " ".join(value.split()))

@@ -1,42 +1,23 @@
-"""Example panels: an evaluation image, the checkpoint's attention to its diseases, and its scores.
-
-Only pixels, label names, boxes and scores leave this module: no report, no patient, no key.
-"""
+"""Example panels: a held-out image, the checkpoint's attention to its diseases, and its scores."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.images import decode_image
-from mmclip_shards.manifest import Manifest, load_manifest
-from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import IMAGE_SUFFIXES, Box
-from PIL import Image
 
-from mmclip_dist.checkpoint.folder import weights_hash
-from mmclip_dist.checkpoint.model_files import load_model
-from mmclip_dist.data.batch import collate
-from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
-from mmclip_dist.evaluate.zeroshot import class_directions
+from mmclip_dist.evaluate.report.held_out import HeldOut, NotShown
+from mmclip_dist.evaluate.report.pictures import box_of, data_uri, heat_map, jpeg
 
 _PANELS = 4
 _LONG_SIDE = 320  # pixels of an embedded picture: sharp at its width on the page, about 15 kB as JPEG
 _SCORES = 10  # rows of a panel's table at most
-
-# Viridis: purple to yellow with rising lightness, readable for the colour-blind; every 51st of its 256 colours.
-_VIRIDIS = np.array([(68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37)])
-_OPACITY = (0.15, 0.65)  # of the lowest and of the highest score: the image stays visible where attention is low
 
 
 @dataclass(frozen=True)
@@ -66,57 +47,20 @@ class Panel:
         return tuple(score.name for score in self.scores if score.label == 1)
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """Panels of one checkpoint. grid: patches along a side; checkpoint: sha256 of its weights; datasets: NAME/SPLIT."""
-
-    panels: tuple[Panel, ...]
-    step: int
-    grid: int
-    checkpoint: str
-    datasets: tuple[str, ...]
-
-
-def build_gallery(checkpoint: Path, urls: Sequence[str]) -> Gallery:
-    """Panels of the first samples in packed sets `urls` that have a positive label.
-
-    ValueError if a set cannot be read or has no labels, or if one of the chosen images cannot be decoded.
-    """
-    manifests = [load_manifest(url) for url in urls]
-    classes = tuple(dict.fromkeys(name for manifest in manifests for name in manifest.labels))
-    if not classes:
-        raise ValueError(f"{', '.join(urls)}: no labels to show examples of; name a set that was packed with labels")
-    samples = list(islice(_positive_samples(urls, manifests), _PANELS))
-    model, tokenizer, config, meta = load_model(checkpoint)
-    tokens, mask = tokenize_prompts(load_prompts(classes, config.prompts.file), tokenizer, config.model.text.max_tokens)
-    # The model has the prompts of the classes it was trained on; an evaluation set may have others.
-    model.set_prompts(tokens, mask)
-    maker = ExampleMaker(
-        tokenizer, classes, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
-        config.entmlm, augment=None,
-    )  # fmt: skip
-    panels: tuple[Panel, ...] = ()
-    if samples:
-        examples = [maker(str(number), _without_report(members), epoch=0) for number, members in enumerate(samples)]
-        batch = collate(examples, 0, tokenizer.pad_token_id)
-        with torch.inference_mode():
-            grids = model.attention_grid(batch).numpy()
-            scores = (model.embed_images(batch["image"]) @ class_directions(model, tokens, mask).T).numpy()
-        panels = tuple(
-            _panel(members, grid, dict(zip(classes, row.tolist(), strict=True)))
-            for members, grid, row in zip(samples, grids, scores, strict=True)
-        )
-    datasets = tuple(dict.fromkeys(f"{manifest.dataset}/{manifest.split}" for manifest in manifests))
-    return Gallery(panels, meta.step, config.model.image.grid, weights_hash(checkpoint), datasets)
-
-
-def _positive_samples(urls: Sequence[str], manifests: Sequence[Manifest]) -> Iterator[dict[str, bytes]]:
-    for url, manifest in zip(urls, manifests, strict=True):
-        reader = ShardReader(url, manifest)
-        for number in range(len(manifest.shards)):
-            for _, members in reader.samples(number):
-                if 1 in read_document(members).labels.values():
-                    yield members
+def attention_panels(held: HeldOut) -> tuple[Panel, ...] | NotShown:
+    """Panels of the first samples that have a positive label."""
+    if not held.classes:
+        return NotShown(f"{', '.join(held.datasets)} has no labels")
+    rows = np.flatnonzero((held.labels == 1).any(1))[:_PANELS]
+    if not len(rows):
+        return NotShown(f"no image in {', '.join(held.datasets)} has a positive label")
+    members = [held.members(row) for row in rows]
+    with torch.inference_mode():
+        grids = held.model.attention_grid(held.batch([_without_report(one) for one in members])).numpy()
+    return tuple(
+        _panel(one, grid, dict(zip(held.classes, held.scores[row].tolist(), strict=True)))
+        for row, one, grid in zip(rows, members, grids, strict=True)
+    )
 
 
 def _without_report(members: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -130,18 +74,12 @@ def _panel(members: Mapping[str, bytes], grid: np.ndarray, scores: Mapping[str, 
     boxes = json_fields(members["json"]).get("boxes", ()) if "json" in members else ()
     picture = decode_image(next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))
     width, height = picture.size
-    picture.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.BICUBIC)
     rows = _scores(labels, scores)
     shown = rows[: max(_SCORES, sum(row.label == 1 for row in rows))]
     return Panel(
-        data_uri(picture, "JPEG", quality=88), data_uri(heat_map(grid), "PNG"), width, height,
+        jpeg(picture, _LONG_SIDE), data_uri(heat_map(grid), "PNG"), width, height,
         tuple(box_of(box) for box in boxes), tuple(shown), len(rows) - len(shown),
     )  # fmt: skip
-
-
-def box_of(values: Mapping[str, Any]) -> Box:
-    x, y, width, height = (float(values[name]) for name in ("x", "y", "width", "height"))
-    return Box(str(values["label"]), x, y, width, height)
 
 
 def _scores(labels: Mapping[str, int | None], scores: Mapping[str, float]) -> list[Score]:
@@ -149,19 +87,3 @@ def _scores(labels: Mapping[str, int | None], scores: Mapping[str, float]) -> li
     known = {name: label for name, label in labels.items() if label in (0, 1)}
     rows = [Score(name, known.get(name), value) for name, value in scores.items()]
     return sorted(rows, key=lambda row: (row.label != 1, -row.value))
-
-
-def heat_map(grid: np.ndarray) -> Image.Image:
-    """Scores [rows, cols] -> RGBA picture of that many pixels, from the lowest score (dark, clear) to the highest."""
-    spread = float(grid.max() - grid.min())
-    share = (grid - grid.min()) / spread if spread > 0 else np.zeros_like(grid)
-    places = np.linspace(0, 1, len(_VIRIDIS))
-    colours = [np.interp(share, places, channel) for channel in _VIRIDIS.T]
-    opacity = 255 * (_OPACITY[0] + (_OPACITY[1] - _OPACITY[0]) * share)
-    return Image.fromarray(np.stack([*colours, opacity], axis=-1).round().astype(np.uint8), "RGBA")
-
-
-def data_uri(image: Image.Image, kind: str, **options: int) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

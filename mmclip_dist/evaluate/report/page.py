@@ -5,7 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -13,9 +16,21 @@ from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.checkpoint.folder import newest_checkpoint
 from mmclip_dist.evaluate.report import numbers
-from mmclip_dist.evaluate.report.charts import LineChart, bar, line_chart, table_rows
-from mmclip_dist.evaluate.report.examples import Gallery, build_gallery
+from mmclip_dist.evaluate.report.answers import (
+    ClassErrors,
+    Retrieval,
+    Similarity,
+    embedded_pairs,
+    retrieval,
+    similarity,
+    worst_errors,
+)
+from mmclip_dist.evaluate.report.charts import Bar, Line, bar_chart, describe, line_chart, roc_chart, table_rows
+from mmclip_dist.evaluate.report.examples import Panel, attention_panels
+from mmclip_dist.evaluate.report.held_out import HeldOut, NotShown
+from mmclip_dist.evaluate.report.rebuilt import RebuiltImage, RebuiltReport, rebuilt_images, rebuilt_reports
 from mmclip_dist.evaluate.report.sources import Job, Phase, Row, read_job, training_seconds, training_sets, usual_speed
+from mmclip_dist.evaluate.result import MACRO
 from mmclip_dist.evaluate.zeroshot import ZeroShot
 
 _CHANCE = 0.5  # AUC of a guess
@@ -35,58 +50,80 @@ class KeyFigure:
 
 
 @dataclass(frozen=True)
-class BarRow:
-    """A row of a table of bars. figure, note: texts beside the bar."""
-
-    name: str
-    bar: Markup
-    figure: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class DrawnChart:
-    """svg: None if no value is finite; smoothed: rows in each mean of the smooth line, 0: none; logged: number of rows."""
+    """svg: None if no value is finite; smoothed: points in each mean of the smooth lines, 0: none; head, table: what its table
+    shows; logged: number of rows that there are."""
 
     title: str
     unit: str
     svg: Markup | None
     smoothed: int
+    head: tuple[str, ...]
+    table: Sequence[tuple[str, ...]]
     logged: int
-    table: list[tuple[str, str]]
 
 
-def build_report(folder: Path, stages: Sequence[tuple[str, float]] = (), images: Sequence[str] = ()) -> Path:
-    """Write `folder`/report.html, atomically, and return its path. The same input gives the same bytes.
+@dataclass(frozen=True)
+class Curve:
+    """A ROC curve, drawn."""
+
+    name: str
+    auc: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the page shows of held-out sets, which the user named for that."""
+
+    held: HeldOut
+    panels: tuple[Panel, ...] | NotShown
+    images: tuple[RebuiltImage, ...] | NotShown
+    reports: tuple[RebuiltReport, ...] | NotShown
+    errors: tuple[ClassErrors, ...] | NotShown
+    retrieval: Retrieval | NotShown
+    similarity: Similarity | NotShown
+
+    @classmethod
+    def of(cls, held: HeldOut) -> Data:
+        pairs = embedded_pairs(held)
+        found, matrix = (pairs, pairs) if isinstance(pairs, NotShown) else (retrieval(held, pairs), similarity(held, pairs))
+        return cls(
+            held, attention_panels(held), rebuilt_images(held), rebuilt_reports(held), worst_errors(held), found, matrix
+        )
+
+
+def build_report(
+    folder: Path, stages: Sequence[tuple[str, float]] = (), data: Sequence[str] = (), out: Path | None = None
+) -> Path:
+    """Write `folder`/report.html (or `out`), atomically, and return its path. The same input gives the same bytes.
 
     folder: a training run, or a quick start with warmup/ and train/. stages: (name, seconds), by default those of
-    summary.json. images: packed, labelled sets to show examples of, as the newest checkpoint sees them.
-    ValueError if the folder holds no run, or if one of its files or of the sets cannot be read.
+    summary.json. data: packed sets to show samples of, as the newest checkpoint sees them; no other set gives the page an image
+    or a report. ValueError if the folder holds no run, or if one of its files or of the sets cannot be read.
     """
     job = read_job(Path(folder), stages)
-    gallery, charts = _gallery(job, images), _loss_charts(job) + _other_charts(job)
+    found = [checkpoint for phase in job.phases if (checkpoint := newest_checkpoint(phase.folder))]
+    shown = Data.of(HeldOut(found[-1], data)) if data and found else None
+    charts = [_draw(job, quantity) for quantity in quantities(job.rows)]
+    return write_page(
+        "template.html", out or Path(folder) / "report.html",
+        job=job, title=run_title(job), subtitle=_subtitle(job), key_figures=key_figures(job), charts=charts,
+        smoothed=max((chart.smoothed for chart in charts), default=0), classes=_class_chart(job.result) if job.result else None,
+        curves=_curves(job.result) if job.result else [], stages=_stage_chart(job.stages), data=shown, named=bool(data),
+        sources=training_sets(job.phases), synthetic=synthetic_sets(job, shown.held.datasets if shown else ()),
+        commands=_commands(job.phases), evaluate=_evaluate_command(job), environment=_last_environment(job.phases),
+    )  # fmt: skip
+
+
+def write_page(template: str, path: Path, **values: Any) -> Path:
+    """Fill a template of this folder."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmclip_dist.evaluate.report", "."), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    page = environment.get_template("template.html").render(
-        job=job, title=run_title(job), subtitle=_subtitle(job), key_figures=key_figures(job), charts=charts,
-        smoothed=max((chart.smoothed for chart in charts), default=0),
-        classes=_class_bars(job.result) if job.result else [],
-        mean=_macro_bar(job.result) if job.result else None, stages=_stage_bars(job.stages), gallery=gallery,
-        wants_images=bool(images), sources=training_sets(job.phases), synthetic=synthetic_sets(job, gallery),
-        commands=_commands(job.phases), evaluate=_evaluate_command(job),
-        environment=_last_environment(job.phases), numbers=numbers,
-    )  # fmt: skip
-    path = Path(folder) / "report.html"
-    write_atomic(str(path), page.encode())
+    write_atomic(str(path), environment.get_template(template).render(numbers=numbers, **values).encode())
     return path
-
-
-def _gallery(job: Job, images: Sequence[str]) -> Gallery | None:
-    """Examples scored by the last phase that has a checkpoint; None without images or checkpoint."""
-    found = [checkpoint for phase in job.phases if (checkpoint := newest_checkpoint(phase.folder))]
-    return build_gallery(found[-1], images) if images and found else None
 
 
 def run_title(job: Job) -> str:
@@ -108,9 +145,8 @@ def _subtitle(job: Job) -> str:
     return " · ".join(parts)
 
 
-def synthetic_sets(job: Job, gallery: Gallery | None) -> list[str]:
+def synthetic_sets(job: Job, shown: Sequence[str]) -> list[str]:
     """Sorted names of the synthetic data sets among those that were trained on, evaluated on or shown."""
-    shown = gallery.datasets if gallery else ()
     tested = job.result.datasets if job.result else ()
     names = {name for name in (*training_sets(job.phases).values(), *tested, *shown) if name}
     return sorted(name for name in names if name.partition("/")[0] in ("synthetic", "synthetic-unpaired"))
@@ -119,24 +155,25 @@ def synthetic_sets(job: Job, gallery: Gallery | None) -> list[str]:
 # -- Figures ----------------------------------------------------------------------------------------------------------
 
 
-def key_figures(job: Job) -> list[KeyFigure]:
+def key_figures(job: Job, *, control: bool = True) -> list[KeyFigure]:
+    """control: also that of a quick start's control, if it has one."""
     rows, result = job.rows, job.result
     last = rows[-1] if rows else None
     optim = job.phases[-1].settings.get("optim") or {}
     planned = optim.get("steps")
     staged = sum(seconds for _, seconds in job.stages)
-    control = []
-    if job.control:
+    beside = []
+    if control and job.control:
         of_control, steps = job.control
         told = f"same processor time: {numbers.count(steps)} steps; 95% interval {numbers.interval(of_control.auc_macro_ci95)}"
-        control = [KeyFigure("Macro AUC, contrastive training alone", numbers.fixed(of_control.auc_macro, 3), told)]
+        beside = [KeyFigure("Macro AUC, contrastive training alone", numbers.fixed(of_control.auc_macro, 3), told)]
     return [
         KeyFigure(
             "Macro AUC, zero-shot",
             numbers.fixed(result.auc_macro if result else None, 3),
             f"95% interval {numbers.interval(result.auc_macro_ci95)}" if result else "no zeroshot.json",
         ),
-        *control,
+        *beside,
         KeyFigure(
             "Steps",
             numbers.count(last["step"]) if last else numbers.NOT_MEASURED,
@@ -160,41 +197,40 @@ def key_figures(job: Job) -> list[KeyFigure]:
     ]
 
 
-def _class_bars(result: ZeroShot) -> list[BarRow]:
-    """Classes by falling AUC, classes without a value last."""
+def _class_chart(result: ZeroShot) -> Markup:
+    """Classes by falling AUC, classes without a value last, then their mean."""
 
     def order(entry: tuple[str, float]) -> tuple[bool, float, str]:
         name, auc = entry
         return (not numbers.is_known(auc), -auc if numbers.is_known(auc) else 0.0, name)
 
-    return [_auc_bar(name, auc) for name, auc in sorted(result.per_class.items(), key=order)]
+    bars = [Bar(name, auc, numbers.fixed(auc, 3)) for name, auc in sorted(result.per_class.items(), key=order)]
+    mean = Bar("Macro mean", result.auc_macro, numbers.fixed(result.auc_macro, 3), result.auc_macro_ci95, strong=True)
+    spoken = "AUC by class, chance 0.5: " + "; ".join(f"{bar.name} {bar.text}" for bar in [*bars, mean])
+    return bar_chart([*bars, mean], f"{spoken}, 95% interval {numbers.interval(result.auc_macro_ci95)}", end=1, reference=_CHANCE)
 
 
-def _auc_bar(name: str, auc: float) -> BarRow:
-    figure = numbers.fixed(auc, 3)
-    share = auc if numbers.is_known(auc) else 0.0
-    return BarRow(name, bar(share, f"{name}: AUC {figure}, chance 0.5", reference=_CHANCE), figure)
-
-
-def _macro_bar(result: ZeroShot) -> BarRow:
-    figure = numbers.fixed(result.auc_macro, 3)
-    share = result.auc_macro if numbers.is_known(result.auc_macro) else 0.0
-    drawn = bar(
-        share, f"Macro mean: AUC {figure}, 95% interval {numbers.interval(result.auc_macro_ci95)}",
-        reference=_CHANCE, bounds=result.auc_macro_ci95,
-    )  # fmt: skip
-    return BarRow("Macro mean", drawn, figure)
-
-
-def _stage_bars(stages: Sequence[tuple[str, float]]) -> list[BarRow]:
-    total = sum(seconds for _, seconds in stages) or 1.0
+def _curves(result: ZeroShot) -> list[Curve]:
+    """The mean curve, then those of the classes by falling AUC."""
+    aucs = {MACRO: result.auc_macro, **dict(sorted(result.per_class.items(), key=lambda entry: -entry[1]))}
     return [
-        BarRow(
-            name, bar(seconds / total, f"{name}: {numbers.duration(seconds)}"),
-            numbers.duration(seconds), _share(seconds / total),
-        )
-        for name, seconds in stages
-    ]  # fmt: skip
+        _curve("Macro mean" if name == MACRO else name, numbers.fixed(auc, 3), result.roc[name])
+        for name, auc in aucs.items()
+        if name in result.roc
+    ]
+
+
+def _curve(title: str, auc: str, rates: Sequence[float]) -> Curve:
+    return Curve(title, auc, roc_chart([(rates, 0)], f"ROC curve of {title}: AUC {auc}", small=True))
+
+
+def _stage_chart(stages: Sequence[tuple[str, float]]) -> Markup | None:
+    if not stages:
+        return None
+    total = sum(seconds for _, seconds in stages) or 1.0
+    bars = [Bar(name, seconds, f"{numbers.duration(seconds)} · {_share(seconds / total)}") for name, seconds in stages]
+    spoken = "Duration by stage: " + "; ".join(f"{bar.name} {bar.text}" for bar in bars)
+    return bar_chart(bars, spoken, end=max(*(seconds for _, seconds in stages), 1e-9))
 
 
 def _share(share: float) -> str:
@@ -204,45 +240,58 @@ def _share(share: float) -> str:
 # -- Charts -----------------------------------------------------------------------------------------------------------
 
 
-def _loss_charts(job: Job) -> list[DrawnChart]:
-    """One chart a term; the known terms first, in the order of the method, then any other."""
-    found = {name for row in job.rows for name in row["loss"]}
-    names = [name for name in _LOSSES if name in found] + sorted(found - set(_LOSSES))
-    return [_loss_chart(job, name) for name in names]
+@dataclass(frozen=True)
+class Quantity:
+    """What a chart shows of each row. noisy, from_zero: as of `line_chart`."""
+
+    title: str
+    unit: str
+    value: Callable[[Row], float | None]
+    from_zero: bool = False
+    noisy: bool = False
 
 
-def _loss_chart(job: Job, name: str) -> DrawnChart:
-    title, unit = _LOSSES.get(name, (f"{name} loss", "unit not known"))
-    return _draw(job, title, unit, lambda row: row["loss"].get(name), noisy=True)
-
-
-def _other_charts(job: Job) -> list[DrawnChart]:
-    if not job.rows:
+def quantities(rows: Sequence[Row]) -> list[Quantity]:
+    """The terms of the loss, the known ones first, in the order of the method; then the course of the training."""
+    if not rows:
         return []
+    found = {name for row in rows for name in row["loss"]}
+    names = [name for name in _LOSSES if name in found] + sorted(found - set(_LOSSES))
     return [
-        _draw(job, "Learning rate", "dimensionless", lambda row: row["lr"], from_zero=True),
-        _draw(job, "Temperature", "dimensionless", lambda row: row["temperature"]),
-        _draw(job, "Throughput", "samples/s", lambda row: row["samples_per_s"], from_zero=True, noisy=True),
-        _draw(job, "Waiting for data", "% of the time", _waiting, from_zero=True, noisy=True),
-        _draw(job, "Host memory of the first rank", "GiB", lambda row: row["memory_gib"], from_zero=True),
+        *(Quantity(*_LOSSES.get(name, (f"{name} loss", "unit not known")), partial(_loss, name), noisy=True) for name in names),
+        Quantity("Learning rate", "dimensionless", itemgetter("lr"), from_zero=True),
+        Quantity("Temperature", "dimensionless", itemgetter("temperature")),
+        Quantity("Throughput", "samples/s", itemgetter("samples_per_s"), from_zero=True, noisy=True),
+        Quantity("Waiting for data", "% of the time", _waiting, from_zero=True, noisy=True),
+        Quantity("Host memory of the first rank", "GiB", itemgetter("memory_gib"), from_zero=True),
     ]
+
+
+def _loss(name: str, row: Row) -> float | None:
+    value: float | None = row["loss"].get(name)
+    return value
 
 
 def _waiting(row: Row) -> float:
     return 100.0 * row["data_wait"]
 
 
-def _draw(job: Job, title: str, unit: str, value: Callable[[Row], float | None], **options: bool) -> DrawnChart:
-    """options: from_zero and noisy, as of `LineChart`."""
-    points = tuple((float(row["step"]), value(row)) for row in job.rows)
-    chart = LineChart(title, unit, points, _step_axis(job), job.boundary, **options)
-    svg = line_chart(chart) if chart.known else None
-    return DrawnChart(title, unit, svg, chart.window, len(points), table_rows(chart))
+def _draw(job: Job, quantity: Quantity) -> DrawnChart:
+    title, unit = quantity.title, quantity.unit
+    line = Line(tuple((float(row["step"]), quantity.value(row)) for row in job.rows), job.boundary)
+    svg = None
+    if line.known:
+        svg = line_chart(
+            [line], step_axis(job.rows), unit, describe(title, unit, line), from_zero=quantity.from_zero, noisy=quantity.noisy,
+            warm_up=job.boundary,
+        )  # fmt: skip
+    smoothed = line.window if quantity.noisy else 0
+    return DrawnChart(title, unit, svg, smoothed, ("Step", unit), table_rows(line), len(line.points))
 
 
-def _step_axis(job: Job) -> tuple[float, float]:
-    """First step of the axis: 0, or that of the checkpoint a run resumed from if most of the axis would be empty."""
-    first, last = job.rows[0]["step"], job.rows[-1]["step"]
+def step_axis(rows: Sequence[Row]) -> tuple[float, float]:
+    """Ends of an axis. The first is 0, or the step of the checkpoint that runs resumed from if most of it would be empty."""
+    first, last = min(row["step"] for row in rows), max(row["step"] for row in rows)
     return (0.0 if first <= 0.3 * last or first == last else float(first), float(last) or 1.0)
 
 
@@ -260,8 +309,8 @@ def _commands(phases: Sequence[Phase]) -> list[tuple[str, str]]:
 
 def _evaluate_command(job: Job) -> str:
     """The command that writes the missing zeroshot.json."""
-    words = ["--checkpoint", str(job.phases[-1].folder), "--out", str(job.folder / "zeroshot.json")]
-    return f"mmclip evaluate zeroshot SET {shlex.join(words)}"
+    run, out = shlex.quote(str(job.phases[-1].folder)), shlex.quote(str(job.folder / "zeroshot.json"))
+    return f"mmclip evaluate zeroshot {run} --data URL --out {out}"
 
 
 def _last_environment(phases: Sequence[Phase]) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.storage import local_path
 from mmclip_shards.textfiles import read_json, read_text
 
+from mmclip_dist.evaluate.classification import ROC_AT
 from mmclip_dist.evaluate.report.numbers import is_known
 from mmclip_dist.evaluate.zeroshot import ZeroShot, load_result
 from mmclip_dist.run.metrics import METRICS, read_metrics
@@ -131,7 +132,10 @@ def _read_result(path: Path) -> ZeroShot | None:
     if not path.is_file():
         return None
     try:
-        return load_result(path)
+        result = load_result(path)
+        if wrong := [name for name, rates in result.roc.items() if len(rates) != len(ROC_AT) or not all(map(is_known, rates))]:
+            raise ValueError(f"the curve of {wrong[0]} is not of {len(ROC_AT)} numbers")
+        return result
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no result of `mmclip evaluate zeroshot` ({error}); run that again") from error
 

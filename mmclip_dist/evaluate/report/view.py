@@ -13,11 +13,10 @@ from mmclip_shards.document import check_spans, json_fields, parse_json, read_do
 from mmclip_shards.images import decode_image
 from mmclip_shards.schema import ATTENTION_SUFFIX, ENTITIES_SUFFIX, IMAGE_SUFFIXES, Box, decode_npy
 from mmclip_shards.storage import write_atomic
-from PIL import Image
 
 from mmclip_dist.config import Source
 from mmclip_dist.data.join import JoinedSet
-from mmclip_dist.evaluate.report.examples import box_of, data_uri, heat_map
+from mmclip_dist.evaluate.report.pictures import box_of, data_uri, heat_map, jpeg
 
 _LONG_SIDE = 640  # pixels of an embedded picture: about 60 kB as JPEG
 _VALUES = {1: "present", 0: "absent", -1: "uncertain", None: "not mentioned"}
@@ -62,7 +61,7 @@ def build_view(source: Source, out: Path, *, count: int, keys: Sequence[str] = (
     if label is not None and label not in joined.manifest.labels:
         known = ", ".join(joined.manifest.labels) or "none"
         raise ValueError(f"{source.url} has no label {label!r}; it has: {known}")
-    places = _named(joined, keys) if keys else _labelled(joined, label) if label is not None else spread_over(joined, count)
+    places = _named(joined, keys) if keys else _labelled(joined, label) if label is not None else spread(joined, count)
     samples = [read_sample(joined, shard, key) for (shard, key), _ in zip(places, range(len(keys) or count), strict=False)]
     kinds = sorted({piece.kind for sample in samples for piece in sample.report if piece.kind})
     environment = jinja2.Environment(
@@ -104,7 +103,7 @@ def _labelled(joined: JoinedSet, label: str | None) -> Iterator[tuple[int, str]]
                 yield shard, key
 
 
-def spread_over(joined: JoinedSet, count: int) -> Iterator[tuple[int, str]]:
+def spread(joined: JoinedSet, count: int) -> Iterator[tuple[int, str]]:
     """Samples in the middle of `count` equal parts of the set."""
     ends = np.cumsum(joined.counts)
     total = int(ends[-1])
@@ -131,10 +130,9 @@ def read_sample(joined: JoinedSet, shard: int, key: str) -> Sample:
     except ValueError as error:
         return Sample(key, fault=str(error))
     width, height = picture.size
-    picture.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.BICUBIC)
     grid = decode_npy(members[ATTENTION_SUFFIX]) if ATTENTION_SUFFIX in members else None
     return Sample(
-        key, data_uri(picture, "JPEG", quality=88),
+        key, jpeg(picture, _LONG_SIDE),
         None if grid is None else data_uri(heat_map(grid.astype(np.float64)), "PNG"),
         "" if grid is None else " × ".join(map(str, grid.shape)), width, height, tuple(box_of(box) for box in boxes),
         tuple(pieces(document.report, spans)),
