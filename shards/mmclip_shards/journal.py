@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from mmclip_shards import storage
-from mmclip_shards.manifest import Manifest, Shard, save_manifest
+from mmclip_shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, save_manifest
 from mmclip_shards.schema import RawImage, Record, canonical_json
 from mmclip_shards.storage import Url
 from mmclip_shards.textfiles import read_rows
@@ -120,13 +121,15 @@ class Unfinished:
         if len(self._pending) == self._samples_per_shard or (self._pending and self._seen == self._size):
             self._publish()
 
-    def finish(
-        self, dataset: str, split: str, labels: tuple[str, ...], *, licence: str | None = None, access: str | None = None
-    ) -> Manifest:
-        """Publish the quarantine and the manifest, remove the journal -> the manifest."""
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The finished shards."""
+        return tuple(done.shard for done in self._done)
+
+    def finish(self, dataset: str, split: str, labels: tuple[str, ...], **more: Any) -> Manifest:
+        """Publish the quarantine and the manifest, remove the journal -> the manifest. more: other fields of it, as `licence`."""
         self.write_quarantine()
-        shards = tuple(done.shard for done in self._done)
-        manifest = Manifest("base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access)
+        manifest = Manifest("base", dataset, split, self.shards, self._config_hash, labels, **more)
         save_manifest(self._url, manifest)
         storage.remove(storage.join(self._url, JOURNAL))
         return manifest
@@ -184,6 +187,30 @@ def read_journal(url: Url, config_hash: str) -> list[Done]:
             f"go on with those of before, or {mend}"
         )
     return done
+
+
+def load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
+    """Manifests in `dest` of an earlier run with the same settings, by split. ValueError when `dest` holds another set."""
+    if storage.exists(storage.join(dest, MANIFEST_NAME)):
+        raise ValueError(f"{dest} is itself a split of a packed set: name a new folder, or the folder above it")
+    finished: dict[str, Manifest] = {}
+    for name in storage.list_folder(dest):
+        folder = storage.join(dest, name)
+        if not storage.exists(storage.join(folder, MANIFEST_NAME)):
+            read_journal(folder, config_hash)  # refuses that of another pack
+            continue
+        manifest = load_manifest(folder)
+        if manifest.kind != "base":
+            continue  # sidecars may lie beside the splits
+        if manifest.config_hash != config_hash:
+            raise ValueError(
+                f"{dest} holds another set (split {name!r} of {manifest.dataset!r}, made from other data or with "
+                "other settings): name a new folder, or remove this one first"
+            )
+        if storage.exists(journal := storage.join(folder, JOURNAL)):  # killed between the last two steps
+            storage.remove(journal)
+        finished[name] = manifest
+    return finished
 
 
 def read_quarantine(url: Url) -> list[Bad]:

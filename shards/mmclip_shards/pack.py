@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage
-from mmclip_shards.journal import JOURNAL, QUARANTINE, Unfinished, read_journal, read_quarantine
-from mmclip_shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from mmclip_shards.journal import QUARANTINE, Unfinished, load_finished, read_quarantine
+from mmclip_shards.manifest import Manifest
 from mmclip_shards.preparation import cannot_be_used, prepare_all
 from mmclip_shards.schema import Record, canonical_json, check_record, sample_document
 from mmclip_shards.split import (
@@ -23,6 +23,7 @@ from mmclip_shards.split import (
     check_split_name,
     check_splits,
     hash_patient,
+    key_id,
     split_of,
 )
 from mmclip_shards.split import patient_key as stored_patient_key
@@ -82,10 +83,10 @@ def pack(
         seed=seed if splits is not None else None,
         short_side=short_side,
         samples_per_shard=samples_per_shard,
-        patient_key=hash_patient("fingerprint of the key", key),
+        patient_key=key_id(key),
     )
     found.keys.clear()
-    manifests = _load_finished(dest, full_hash)
+    manifests = load_finished(dest, full_hash)
     todo = {split: numbers for split, numbers in plan.items() if split not in manifests}
     if todo:
         _check_images_exist(records, found.missing, max_bad_fraction)
@@ -106,7 +107,9 @@ def pack(
                     progress(done, total)
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
         manifests |= {
-            split: writer.finish(dataset, split, found.label_names, licence=licence, access=access)
+            split: writer.finish(
+                dataset, split, found.label_names, licence=licence, access=access, patient_key_id=key_id(key)
+            )
             for split, writer in writers.items()
         }
     return {split: manifests[split] for split in plan}
@@ -192,30 +195,6 @@ def _assign(
 def _hash_settings(**settings: object) -> str:
     """Hash of everything that shapes a packed set. Packing with an equal hash is skipped."""
     return hashlib.sha256(canonical_json(settings)).hexdigest()
-
-
-def _load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
-    """Manifests in `dest` of an earlier run with the same settings, by split. ValueError when `dest` holds another set."""
-    if storage.exists(storage.join(dest, MANIFEST_NAME)):
-        raise ValueError(f"{dest} is itself a split of a packed set: name a new folder, or the folder above it")
-    finished: dict[str, Manifest] = {}
-    for name in storage.list_folder(dest):
-        folder = storage.join(dest, name)
-        if not storage.exists(storage.join(folder, MANIFEST_NAME)):
-            read_journal(folder, config_hash)  # refuses that of another pack
-            continue
-        manifest = load_manifest(folder)
-        if manifest.kind != "base":
-            continue  # sidecars may lie beside the splits
-        if manifest.config_hash != config_hash:
-            raise ValueError(
-                f"{dest} holds another set (split {name!r} of {manifest.dataset!r}, packed from other data or with "
-                "other settings): pack into a new folder, or remove this one first"
-            )
-        if storage.exists(journal := storage.join(folder, JOURNAL)):  # killed between the last two steps
-            storage.remove(journal)
-        finished[name] = manifest
-    return finished
 
 
 def _check_images_exist(records: Sequence[Record], missing: Sequence[int], max_bad_fraction: float) -> None:
