@@ -20,7 +20,7 @@ app.add_typer(pack.pack_app, name="pack")
 app.add_typer(evaluate.evaluate_app, name="evaluate")
 for command in (
     sets.verify, sets.stats, sets.view, sets.index, rewrite.reshard, rewrite.merge, rewrite.split,
-    training.tokenizer, training.config, offline.entities, offline.attention,
+    rewrite.duplicates, training.tokenizer, training.config, offline.entities, offline.attention,
     plan.plan, evaluate.report, export.export, demo.demo,
 ):  # fmt: skip
     app.command()(command)

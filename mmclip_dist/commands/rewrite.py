@@ -1,4 +1,5 @@
-"""The commands that make new sets of packed ones: `mmclip reshard`, `mmclip merge`, `mmclip split`, `mmclip filter`."""
+"""The commands that make new sets of packed ones: `mmclip reshard`, `mmclip merge`, `mmclip split`, `mmclip filter`; and
+`mmclip duplicates`, which says what to leave out."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmclip_dist.commands.options import Workers
 from mmclip_dist.commands.pack import Dest, PerShard
 from mmclip_dist.commands.progress import progress_bar
 from mmclip_dist.commands.sets import SetUrl
@@ -90,6 +92,41 @@ def filter_(
             print(f"{name}: {kept} of {total} samples match")
         return
     _print(dest, made)
+
+
+def duplicates(
+    urls: Annotated[list[str], typer.Argument(help="Packed sets, or folders of splits.")],
+    distance: Annotated[int, typer.Option(min=0, max=64, help="Bits of 256 in which images may differ.")] = 8,
+    list_: Annotated[
+        str | None, typer.Option("--list", help="Write which samples could go, for `mmclip filter --leave-out`.")
+    ] = None,
+    kinds: Annotated[str, typer.Option(help="What the list holds, of images,reports,patients.")] = "images,patients",
+    workers: Workers = 1,
+) -> None:
+    """Count images that are nearly the same, equal reports, and patients in two splits, within and across sets."""
+    from mmclip_shards.duplicates import BITS, Groups, check_kinds, find_duplicates, write_list
+
+    chosen = check_kinds(kinds.split(","))
+    with progress_bar("duplicates", "shards") as report:
+        found = find_duplicates(urls, distance=distance, workers=workers, progress=report)
+
+    def told(groups: Groups) -> str:
+        return (
+            f"{groups.samples} samples in {groups.groups} groups; of these {groups.across_sets} across sets, "
+            f"{groups.across_splits} across splits, {groups.across_patients} across patients"
+        )
+
+    print(f"{found.samples} samples of {found.sets} sets; {found.undecodable} cannot be decoded")
+    print(f"images that differ in at most {distance} of {BITS} bits: {told(found.images)}")
+    print(f"equal reports: {told(found.reports)}")
+    for (one, other), count in found.patients.items():
+        print(f"WRONG: {count} patients are in {one} and in {other}, two splits")
+    if not found.patients:
+        print("no patient is in two splits")
+    for note in found.notes:
+        print(f"note: {note}")
+    if list_ is not None:
+        print(f"{list_}: {write_list(list_, found, chosen)} samples that could go")
 
 
 def _print(dest: str, made: Rewritten) -> None:
