@@ -51,6 +51,7 @@ Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient nev
 Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic data).")]
 ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
 PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
+Check = Annotated[bool, typer.Option("--check", help="Only look at 20 samples; draw them in DEST-check.png.")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
 
 
@@ -79,6 +80,9 @@ def pack_csv(
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
     empty_reports: Annotated[str, typer.Option(help="A row without text: error, drop or unpaired.")] = "error",
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default DEST's last part.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the data, for the manifests.")] = None,
+    access: Annotated[str | None, typer.Option(help="Terms of access to the data, for the manifests.")] = None,
+    check: Check = False,
     splits: Splits = SHARES,
     seed: Seed = 0,
     short_side: ShortSide = 512,
@@ -87,6 +91,7 @@ def pack_csv(
     workers: Workers = 1,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
+    from mmclip_shards.datasets.check import check_records
     from mmclip_shards.datasets.table import read_table, splits_of, table_hash
     from mmclip_shards.pack import pack
     from mmclip_shards.split import parse_splits
@@ -97,13 +102,17 @@ def pack_csv(
         empty_reports=empty_reports,
     )  # fmt: skip
     records = read_table(table, images, **options)  # type: ignore[arg-type]
+    if check:
+        _print_check(dest, *check_records(records, short_side))
+        return
     with progress_bar("pack", "images") as report:
         manifests = pack(
             records, dest, dataset=dataset or Path(dest.rstrip("/")).name,
             splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=workers, progress=report,
+            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, licence=licence, access=access,
+            workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -120,7 +129,7 @@ def pack_recipe(
     sections: Annotated[
         str | None, typer.Option(help="Sections that become the report, in this order. By default findings,impression.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only look at 20 samples; draw them in DEST-check.png.")] = False,
+    check: Check = False,
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the recipe's.")] = None,
     seed: Seed = 0,
     short_side: ShortSide = 512,
@@ -143,9 +152,7 @@ def pack_recipe(
     split = split.removeprefix(f"{name}@") if split is not None else OFFICIAL if found.official and splits is None else None
     chosen = parse_choice(sections) if sections is not None else None
     if check:
-        lines, sheet = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side)
-        write_atomic(target := f"{dest.rstrip('/')}-check.png", sheet)
-        print("\n".join([*lines, f"contact sheet: {target}"]))
+        _print_check(dest, *check_recipe(found, raw, split=split, sections=chosen, short_side=short_side))
         return
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
@@ -159,6 +166,11 @@ def pack_recipe(
             workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
+
+
+def _print_check(dest: str, lines: list[str], sheet: bytes) -> None:
+    write_atomic(target := f"{dest.rstrip('/')}-check.png", sheet)
+    print("\n".join([*lines, f"contact sheet: {target}"]))
 
 
 def _print_terms(name: str, found: Recipe) -> None:

@@ -2,8 +2,9 @@
 
 An image's mark is its difference hash (dHash): for each of 16 x 16 cells, whether it is brighter than the next to its right. A
 copy that was resized, compressed again or made lighter differs in few of the 256 bits. Two images count as nearly the same if at
-most `distance` bits differ. Not all pairs are compared: the bits are dealt into `distance` + 1 bands, and only marks that agree in a
-whole band are looked at, which misses none (pigeonhole). The usual 64 bits would not do: radiographs of two people differ in 2.
+most `distance` bits differ. Not all pairs are compared: the bits are dealt into `distance` + 1 bands, and only marks that agree
+in a whole band are looked at, which misses none (pigeonhole). The usual 64 bits would not do: radiographs of two people differ
+in 2 of them.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Duplicates:
     """What `find_duplicates` found. images: nearly the same; reports: the same but for case, space; undecodable: samples whose
     image or document cannot be read. patients: (folder, folder) -> patients that are in both, if these are of different splits.
 
-    spare: without these samples, one of each group of images stays, one patient of each report, and each patient in one split. What
+    spare: without these samples, one of each group of images stays, one patient of each report, each patient in one split. What
     stays is of a split other than `train` if it can be, else of the set that was named first.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -62,10 +62,13 @@ class Unfinished:
 
     A full shard is published at once, then the journal, a small file that is written whole each time. An earlier journal in
     folder `url` is read first: call `keep_unchanged`, then add the split's records from number `start` on. size: records of
-    the split. ValueError if the journal is of another pack, or unreadable.
+    the split; left_out: others of it, which are only listed. ValueError if the journal is of another pack, or unreadable.
     """
 
-    def __init__(self, url: Url, config_hash: str, samples_per_shard: int, size: int) -> None:
+    def __init__(
+        self, url: Url, config_hash: str, samples_per_shard: int, size: int, left_out: Sequence[Bad] = ()
+    ) -> None:
+        self._left_out = list(left_out)
         self._url, self._config_hash, self._samples_per_shard, self._size = url, config_hash, samples_per_shard, size
         self._done = read_journal(url, config_hash)
         self._pending: list[Sample] = []
@@ -85,8 +88,8 @@ class Unfinished:
 
     @property
     def bad(self) -> list[Bad]:
-        """All records that were left out so far, in the order of the keys."""
-        return [bad for done in self._done for bad in done.bad] + self._bad
+        """All records that were left out so far: those that were never to be added, then the others in the order of the keys."""
+        return self._left_out + [bad for done in self._done for bad in done.bad] + self._bad
 
     def keep_unchanged(self, records: Iterator[Record], is_bad: Callable[[Record], bool]) -> None:
         """Keep the finished shards before the first that must be made again; the files of the others are removed.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage
-from mmclip_shards.journal import QUARANTINE, Unfinished, load_finished, read_quarantine
+from mmclip_shards.journal import QUARANTINE, Bad, Unfinished, load_finished, read_quarantine
 from mmclip_shards.manifest import Manifest
 from mmclip_shards.preparation import cannot_be_used, prepare_all
 from mmclip_shards.schema import Record, canonical_json, check_record, sample_document
@@ -59,8 +59,9 @@ def pack(
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
     short_side: pixels (see `prepare_image`). config_hash: identifies the records (see `datasets`); pack adds its own settings.
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
-    max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
-    DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
+    max_bad_fraction: share of the records whose image may be missing or unreadable, or whose key an earlier record has. They are
+    left out, and listed in DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no
+    manifest is written.
     licence, access: terms of the raw data set, for the manifests.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
@@ -75,7 +76,9 @@ def pack(
     key = stored_patient_key() if patient_key is None else patient_key
     records = records if isinstance(records, Sequence) else list(records)
     found = _survey(records, splits, split_of_record, seed)
+    _check_repeated(found, max_bad_fraction)
     plan = _assign(found, records, splits, split_of_record)
+    repeated = _repeated(found)
     full_hash = _hash_settings(
         config=config_hash,
         dataset=dataset,
@@ -91,7 +94,7 @@ def pack(
     if todo:
         _check_images_exist(records, found.missing, max_bad_fraction)
         writers = {
-            split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers))
+            split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers), repeated.get(split, []))
             for split, numbers in todo.items()
         }
         for split, writer in writers.items():
@@ -119,8 +122,8 @@ def pack(
 class _Survey:
     """What one look at every record tells: they may be made on demand, which costs more than all that is done with them here.
 
-    splits: of each record, a number into `names`. order: the places of the records, sorted by key. missing: places of the
-    records whose image file is not there.
+    splits: of each record, a number into `names`. order: the places of the records, sorted by key; without `repeated`: those that
+    have the key of an earlier record, and its place. missing: places of the records whose image file is not there.
     """
 
     keys: list[str]
@@ -129,12 +132,13 @@ class _Survey:
     splits: array[int]
     order: array[int]
     missing: array[int]
+    repeated: list[tuple[int, int]]
 
 
 def _survey(
     records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int
 ) -> _Survey:
-    """ValueError that names the first record that cannot be stored, or has no split, or shares a key."""
+    """ValueError that names the first record that cannot be stored, or has no split."""
     if (splits is None) == (split_of_record is None):
         raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
     if splits is not None:
@@ -159,13 +163,13 @@ def _survey(
             missing.append(number - 1)
     if not keys:
         raise ValueError("there are no records to pack")
-    order = array("Q", sorted(range(len(keys)), key=keys.__getitem__))
-    for first, second in itertools.pairwise(order):
-        if keys[first] == keys[second]:
-            raise ValueError(
-                f"records {first + 1} and {second + 1} share the key {keys[first]!r}: every image needs a key of its own"
-            )
-    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing)
+    order, repeated = array("Q"), []
+    for place in sorted(range(len(keys)), key=keys.__getitem__):  # of equal keys, the first record comes first
+        if order and keys[place] == keys[order[-1]]:
+            repeated.append((place, order[-1]))
+        else:
+            order.append(place)
+    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing, sorted(repeated))
 
 
 def _assign(
@@ -195,6 +199,25 @@ def _assign(
 def _hash_settings(**settings: object) -> str:
     """Hash of everything that shapes a packed set. Packing with an equal hash is skipped."""
     return hashlib.sha256(canonical_json(settings)).hexdigest()
+
+
+def _check_repeated(found: _Survey, max_bad_fraction: float) -> None:
+    total = len(found.keys)
+    if len(found.repeated) / total > max_bad_fraction:
+        place, first = found.repeated[0]
+        raise ValueError(
+            f"{len(found.repeated)} of {total} records have the key of an earlier one (records {first + 1} and {place + 1} share "
+            f"the key): every image needs a key of its own; {_mend(len(found.repeated), total)}"
+        )
+
+
+def _repeated(found: _Survey) -> dict[str, list[Bad]]:
+    """Split -> its records that are left out since an earlier one has their key."""
+    left_out: dict[str, list[Bad]] = {}
+    for place, first in found.repeated:
+        bad = found.keys[place], f"record {place + 1} has the key of record {first + 1}"
+        left_out.setdefault(found.names[found.splits[place]], []).append(bad)
+    return left_out
 
 
 def _check_images_exist(records: Sequence[Record], missing: Sequence[int], max_bad_fraction: float) -> None:

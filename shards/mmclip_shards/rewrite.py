@@ -41,6 +41,9 @@ from mmclip_shards.writer import SAMPLES_PER_SHARD, write_shard
 
 Progress = Callable[[int, int], None]
 
+_OF_ITS_OWN = {"kind", "split", "shards", "config_hash", "base", "checkpoint", "version"}
+"""Fields of a manifest that a new set does not take from its sources."""
+
 _UNCHANGED = image_mark(b"")  # a journal marks raw images, and here are none: the hash of the sources' manifests stands for them
 
 
@@ -362,7 +365,10 @@ def _described(plan: _Plan, dataset: str | None) -> dict[str, Any]:
             return next(text for _, text in stated)
         return "; ".join(f"{of_dataset}: {text or 'not stated'}" for of_dataset, text in stated)
 
+    # What else a manifest states of how its samples were made holds for the new set if all sources state it.
+    same = {field: value for field, value in vars(manifests[0]).items() if all(vars(m)[field] == value for m in manifests)}
     return {
+        **{field: value for field, value in same.items() if field not in _OF_ITS_OWN},
         "dataset": name,
         "labels": parts[0].labels if len(parts) == 1 else tuple(sorted({label for part in parts for label in part.labels})),
         "licence": terms("licence"),

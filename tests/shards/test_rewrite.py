@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import uuid
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,14 @@ def test_merge_keeps_the_terms_and_labels_of_each(tmp_path: Path) -> None:
     # equal terms are told once
     c = build(f"{tmp_path}/c", "c", patients="xyz", test="z", licence="CC BY 4.0")
     assert merge([a, c], tmp_path / "equal").manifests["train"].licence == "CC BY 4.0"
+
+
+def test_every_field_of_a_manifest_is_known_here() -> None:
+    """A new field is carried over if all sources agree on it. What counts samples must not be: see `rewrite._described`."""
+    assert {field.name for field in fields(Manifest)} == {
+        "kind", "dataset", "split", "shards", "config_hash", "labels", "base", "checkpoint", "licence", "access",
+        "patient_key_id", "parts", "version",
+    }  # fmt: skip
 
 
 def test_a_document_of_no_part_is_found(tmp_path: Path) -> None:
@@ -286,6 +295,11 @@ def test_another_set_sidecars_and_damage_are_refused(tmp_path: Path) -> None:
     reshard(source, tmp_path / "x", samples_per_shard=5)
     with pytest.raises(ValueError, match="holds another set"):
         reshard(source, tmp_path / "x", samples_per_shard=6)
+    build(f"{tmp_path}/changed", licence="other terms")
+    (tmp_path / "a").rename(tmp_path / "before")
+    (tmp_path / "changed").rename(tmp_path / "a")
+    with pytest.raises(ValueError, match="holds another set"):  # the source is no longer what it was
+        reshard(source, tmp_path / "x", samples_per_shard=5)
     shard = Path(source) / "train" / "000003.tar"
     data = bytearray(shard.read_bytes())
     data[600] ^= 1
