@@ -34,7 +34,7 @@ from mmclip_shards.sources import (
     open_sources,
     unknown_keys,
 )
-from mmclip_shards.split import check_splits, split_of
+from mmclip_shards.split import check_split_name, check_splits, split_of
 from mmclip_shards.storage import Url
 from mmclip_shards.textfiles import read_rows
 from mmclip_shards.writer import SAMPLES_PER_SHARD, write_shard
@@ -275,7 +275,7 @@ def _selected(
         return sample.source.manifest.split if kept else None
 
     plans = _plan(sources, choose, progress, reads=wanted is not None)
-    of_list = [sorted(keys) for _, keys in sorted(listed.items())]
+    of_list = [sorted(listed.get(source.folder, ())) for source in sources]
     return sources, plans, hashlib.sha256(canonical_json(of_list)).hexdigest() if leave_out is not None else None
 
 
@@ -317,6 +317,8 @@ def _write(
     progress: Progress | None = None,
 ) -> Rewritten:
     """Write what is missing of the planned splits below `dest`."""
+    for split in plans:
+        check_split_name(split)  # it becomes a folder, and a manifest may come from anywhere
     manifests = load_finished(dest, config_hash)
     told = list(notes)
     todo = {split: plan for split, plan in plans.items() if split not in manifests}

@@ -309,6 +309,14 @@ def test_another_set_sidecars_and_damage_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "y" / "train" / "manifest.json").exists()
 
 
+def test_a_manifest_cannot_name_a_place_outside_the_destination(tmp_path: Path) -> None:
+    source = build(f"{tmp_path}/a", test="")
+    save_manifest(f"{source}/train", Manifest(**{**vars(load_manifest(f"{source}/train")), "split": "../../evil"}))
+    with pytest.raises(ValueError, match="split name"):
+        reshard(source, tmp_path / "deep" / "new", samples_per_shard=5)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
 KILLED = """
 import os, signal, sys
 from mmclip_shards import storage
