@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, NamedTuple
 
 LABELS = "labels"
@@ -21,6 +22,7 @@ _KINDS = {
 FIELDS = tuple(_KINDS)
 """The fields that an expression may name: those of `schema.sample_document`, and the sample's key."""
 
+_CONSTANTS: dict[type, str] = {str: "text", int: "number", float: "number", NoneType: "nothing"}  # no bool
 _LONGEST = 10_000  # characters
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -105,14 +107,12 @@ class _Parser:
                 found = self._field(name, source)
             case ast.Subscript(value=ast.Name(id="labels"), slice=ast.Constant(value=str(name))):
                 found = self._label(name, source)
+            case ast.Subscript(value=ast.Name(id=name)) if name not in _KINDS:
+                found = self._field(name, source)  # which says so
             case ast.Call(func=ast.Name(id="len"), args=[argument], keywords=[]):
                 found = _length(self.term(argument), source)
-            case ast.Constant(value=None):
-                found = _Term("nothing", lambda _: None, source)
-            case ast.Constant(value=str(value)):
-                found = _Term("text", lambda _: value, source)
-            case ast.Constant(value=int(value) | float(value)) if not isinstance(value, bool):
-                found = _Term("number", lambda _: value, source)
+            case ast.Constant(value=value) if type(value) in _CONSTANTS:
+                found = _Term(_CONSTANTS[type(value)], lambda _: value, source)
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value) | float(value))) if not isinstance(value, bool):
                 found = _Term("number", lambda _: -value, source)
             case ast.List(elts=items) | ast.Tuple(elts=items):

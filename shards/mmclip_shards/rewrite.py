@@ -283,6 +283,8 @@ def _read_list(url: Url, sources: Sequence[Source]) -> dict[str, set[str]]:
     """Folder -> the keys that a list names. ValueError if it names no sample of these sets."""
     folders = {manifest_hash(source.manifest): source.folder for source in sources}
     found: dict[str, set[str]] = {}
+    if not storage.exists(url):
+        raise ValueError(f"there is no list {url}: make it with `mmclip duplicates ... --list`")
     for row in read_rows(url, "make it again with `mmclip duplicates ... --list`"):
         if (folder := folders.get(str(row.get("set")))) is not None:
             found.setdefault(folder, set()).add(str(row.get("key")))
@@ -316,7 +318,7 @@ def _write(
     notes: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Rewritten:
-    """Write what is missing of the planned splits below `dest`."""
+    """Write what is missing of the planned splits below `dest`. Their manifests come last, when all else is there."""
     for split in plans:
         check_split_name(split)  # it becomes a folder, and a manifest may come from anywhere
     manifests = load_finished(dest, config_hash)
@@ -329,6 +331,7 @@ def _write(
         writer.keep_unchanged(map(_raw, todo[split].samples()), lambda record: False)
     total = sum(len(plan) - writers[split].start for split, plan in todo.items())
     done = 0
+    described = {split: _described(plan, dataset) for split, plan in todo.items()}
     for split, plan in plans.items():
         folder = storage.join(dest, split)
         sidecars, why_not = _sidecars_of(plan, folder)
@@ -341,11 +344,10 @@ def _write(
             done += 1
             if progress is not None:
                 progress(done, total)
-        fields = _described(plan, dataset)
         for kind, identity in sidecars.items():
-            made = {"kind": kind, "dataset": fields["dataset"], "split": split, **identity}
+            made = {"kind": kind, "dataset": described[split]["dataset"], "split": split, **identity}
             _write_sidecar(storage.join(folder, kind), plan, writer.shards, made)
-        manifests[split] = writer.finish(split=split, **fields)
+    manifests |= {split: writer.finish(split=split, **described[split]) for split, writer in writers.items()}
     return Rewritten({split: manifests[split] for split in plans}, tuple(told))
 
 

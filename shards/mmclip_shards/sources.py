@@ -137,10 +137,8 @@ def in_order(sources: Sequence[Source]) -> Iterator[Sample]:
         if last is not None and sample.key <= last.key and not is_foreign(sample.source.manifest):
             if sample.source is last.source:
                 raise ValueError(f"{sample.source.folder}: key {sample.key!r} is not after {last.key!r}; see `mmclip verify`")
-            raise ValueError(
-                f"{last.source.folder} and {sample.source.folder} both hold the key {sample.key!r}: give --prefix-keys, or leave "
-                "out one of the sets"
-            )
+            mend = "leave out one of the sets" + ("" if sample.source.prefix else ", or give --prefix-keys")
+            raise ValueError(f"{last.source.folder} and {sample.source.folder} both hold the key {sample.key!r}: {mend}")
         last = sample
         yield sample
 

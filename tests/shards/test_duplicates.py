@@ -146,6 +146,8 @@ def test_the_list_leaves_out_and_then_nothing_is_left_to_find(sets: tuple[str, s
     assert not any(hash_patient(patient, KEY) in text for patient in ("p0", "p4"))
     with pytest.raises(ValueError, match="lists no sample of"):
         select(tmp_path / "a2", tmp_path / "x", None, leave_out=listed)
+    with pytest.raises(ValueError, match="there is no list"):
+        select(a, tmp_path / "x", None, leave_out=tmp_path / "none")
     listed.write_text("{}\nno json\n")
     with pytest.raises(ValueError, match="line 2"):
         select(a, tmp_path / "x", None, leave_out=listed)

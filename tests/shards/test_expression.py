@@ -68,6 +68,7 @@ def test_a_sample_that_lacks_the_field_is_not_matched() -> None:
     ("text", "message"),
     [
         ('vew == "PA"', "there is no field 'vew'; nearest: 'view'"),
+        ('lables["Edema"] == 1', "there is no field 'lables'; nearest: 'labels'"),
         ('labels["Oedema"] == 1', "there is no label 'Oedema'; nearest: 'Edema'"),
         ('labels["edema"] == 1', "nearest: 'Edema'"),
         ("view", "`view` is a text, and nothing is asked of it"),

@@ -185,7 +185,7 @@ def test_sets_of_different_patient_keys_are_refused_and_unknown_ones_told(tmp_pa
 def test_keys_that_sets_share(tmp_path: Path) -> None:
     a = build(f"{tmp_path}/a", "a", keys="k{number}x")
     b = build(f"{tmp_path}/b", "b", patients="stu", test="", keys="k{number}x")
-    with pytest.raises(ValueError, match="both hold the key 'k0x': give --prefix-keys"):
+    with pytest.raises(ValueError, match="both hold the key 'k0x': leave out one of the sets, or give --prefix-keys"):
         merge([a, b], tmp_path / "new")
     assert not (tmp_path / "new").exists()
     merge([a, b], tmp_path / "new", prefix_keys=True)
@@ -367,6 +367,7 @@ def test_a_killed_run_goes_on_after_its_last_finished_shard(tmp_path: Path) -> N
     source, dest = build(f"{tmp_path}/a"), tmp_path / "new"
     killed = subprocess.run([sys.executable, "-c", KILLED, source, str(dest), "14"], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
+    assert (dest / "test" / "entities" / "manifest.json").exists() and not list(dest.glob("*/manifest.json"))
     first = dest / "train" / "000000.tar"
     inode = first.stat().st_ino
     reshard(source, dest, samples_per_shard=5)
