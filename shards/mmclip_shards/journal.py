@@ -66,7 +66,7 @@ class Unfinished:
     """
 
     def __init__(
-        self, url: Url, config_hash: str, samples_per_shard: int, size: int, left_out: Sequence[Bad] = ()
+        self, url: Url, config_hash: str, samples_per_shard: int, size: int, *, left_out: Sequence[Bad] = ()
     ) -> None:
         self._left_out = list(left_out)
         self._url, self._config_hash, self._samples_per_shard, self._size = url, config_hash, samples_per_shard, size

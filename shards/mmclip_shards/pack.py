@@ -94,7 +94,9 @@ def pack(
     if todo:
         _check_images_exist(records, found.missing, max_bad_fraction)
         writers = {
-            split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers), repeated.get(split, []))
+            split: Unfinished(
+                storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=repeated.get(split, [])
+            )
             for split, numbers in todo.items()
         }
         for split, writer in writers.items():
