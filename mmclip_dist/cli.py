@@ -10,7 +10,7 @@ import typer
 
 import mmclip_dist
 from mmclip_dist import errors
-from mmclip_dist.commands import demo, evaluate, export, offline, pack, plan, sets, training
+from mmclip_dist.commands import demo, evaluate, export, offline, pack, plan, rewrite, sets, training
 
 app = typer.Typer(
     name="mmclip", no_args_is_help=True, pretty_exceptions_enable=False,
@@ -19,10 +19,12 @@ app = typer.Typer(
 app.add_typer(pack.pack_app, name="pack")
 app.add_typer(evaluate.evaluate_app, name="evaluate")
 for command in (
-    sets.verify, sets.stats, sets.view, sets.index, training.tokenizer, training.config, offline.entities, offline.attention,
-    offline.labels, plan.plan, evaluate.report, export.export, demo.demo,
+    sets.verify, sets.stats, sets.view, sets.index, rewrite.reshard, rewrite.merge, rewrite.split,
+    rewrite.duplicates, training.tokenizer, training.config, offline.entities, offline.attention, offline.labels,
+    plan.plan, evaluate.report, export.export, demo.demo,
 ):  # fmt: skip
     app.command()(command)
+app.command("filter")(rewrite.filter_)
 app.command("bench-loader")(sets.bench_loader)
 
 

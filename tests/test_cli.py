@@ -88,7 +88,7 @@ def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixtur
     [
         (lambda rows: rows[3].update(image="gone.png"), "gone.png|row 5"),
         (lambda rows: rows[3].update(text=" "), "empty-reports"),
-        (lambda rows: rows[3].update(image=rows[2]["image"]), "row"),
+        (lambda rows: rows[3].update(image=rows[2]["image"]), "records 3 and 4 share the key.*--max-bad-fraction 0.084"),
         (lambda rows: rows[3].update(patient=""), "row 5"),
         (lambda rows: [row.update(wording=row.pop("text")) for row in rows], "text.*columns|columns.*wording"),
     ],
@@ -103,6 +103,17 @@ def test_bad_tables_are_one_line_and_leave_nothing(
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and re.search(message, error[0]), error
     assert not (table.parent / "set").exists()
+
+
+def test_a_table_is_looked_at_and_its_terms_are_stored(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(table, "--check") == 0
+    out = capsys.readouterr().out
+    assert "looked at 12 records of 6 patients, and at 12 images" in out and "present labels: Edema 12, Mass 12" in out
+    assert f"contact sheet: {table.parent}/set-check.png" in out and not (table.parent / "set").exists()
+    assert Image.open(table.parent / "set-check.png").size[0] > 100
+    assert pack(table, "--licence", "CC BY 4.0", "--access", "ask the hospital") == 0
+    manifest = load_manifest(str(table.parent / "set" / "train"))
+    assert (manifest.licence, manifest.access) == ("CC BY 4.0", "ask the hospital")
 
 
 def test_bad_images_stop_a_pack_unless_their_share_is_allowed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +156,13 @@ def test_a_patient_in_two_splits_is_refused(table: Path, capsys: pytest.CaptureF
         (["verify", "nostore://x"], "nostore"),
         (["stats", "/nowhere"], "no manifest.json in /nowhere"),
         (["index", "/nowhere"], "no *.tar in /nowhere"),
+        (["reshard", "/nowhere", "/tmp/never", "--samples-per-shard", "9"], "no manifest.json in /nowhere"),
+        (["merge", "/nowhere", "/tmp/never"], "merge takes two sets or more"),
+        (["split", "/nowhere", "/tmp/never"], "must be above 0, and at most 1"),
+        (["split", "/nowhere", "/tmp/never", "--val", "0.6", "--test", "0.6"], "must be above 0, and at most 1"),
+        (["filter", "/nowhere", "/tmp/never", "view == 'PA'"], "no manifest.json in /nowhere"),
+        (["duplicates", "/nowhere"], "no manifest.json in /nowhere"),
+        (["duplicates", "/nowhere", "--kinds", "image"], "'image' is no kind of duplicates; the kinds are images, reports"),
         (["plan", "mmclip_vit_b16", "--gpu", "v100"], "the known ones are a100-40"),
         (["plan", "mmclip_vit_b16", "--gpus", "12"], "do not fill nodes of 8"),
     ],
@@ -200,6 +218,30 @@ def test_index_takes_shards_of_others(table: Path, capsys: pytest.CaptureFixture
     assert call("verify", str(folder))[0] == 0
     assert call("index", str(folder))[0] == 2
     assert "has a manifest.json already" in capsys.readouterr().err
+
+
+def test_sets_are_made_of_sets(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(table) == 0
+    folder, made = str(table.parent / "set"), table.parent / "made"
+    assert call("reshard", folder, str(made / "r"), "--samples-per-shard", "2")[0] == 0
+    capsys.readouterr()
+    assert call("split", str(made / "r"), str(made / "s"), "--val", "0.3", "--seed", "3")[0] == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and re.fullmatch(rf"{made}/s/train: \d+ samples in 1 shards; licence: not stated", out[0])
+    assert call("filter", str(made / "s"), str(made / "f"), 'labels["Edema"] == 1', "--dry-run")[0] == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == ["train", "val"]
+    assert not (made / "f").exists()
+    assert call("filter", str(made / "s"), str(made / "f"), 'labels["Oedema"] == 1')[0] == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and "\n" not in error and "there is no label 'Oedema'; nearest: 'Edema'" in error
+    assert call("filter", str(made / "s"), str(made / "f"), 'labels["Edema"] == 1')[0] == 0
+    assert call("merge", str(made / "f" / "train"), str(made / "s" / "val"), str(made / "m"), "--dataset", "all")[0] == 0
+    assert call("verify", str(made / "m"))[0] == 0
+    capsys.readouterr()
+    assert call("duplicates", folder, str(made / "s"), "--list", str(made / "list.jsonl"))[0] == 0
+    out = capsys.readouterr().out
+    assert "24 samples of 4 sets; 0 cannot be decoded" in out and "24 samples in 12 groups" in out
+    assert (made / "list.jsonl").exists() and "samples that could go" in out
 
 
 def test_wrong_options_are_code_2() -> None:

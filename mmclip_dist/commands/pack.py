@@ -56,6 +56,7 @@ Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient nev
 Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic data).")]
 ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
 PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
+Check = Annotated[bool, typer.Option("--check", help="Only look at 20 samples; draw them in DEST-check.png.")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
 
 
@@ -123,6 +124,9 @@ def pack_csv(
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
     empty_reports: Annotated[str, typer.Option(help="A row without text: error, drop or unpaired.")] = "error",
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default DEST's last part.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the data, for the manifests.")] = None,
+    access: Annotated[str | None, typer.Option(help="Terms of access to the data, for the manifests.")] = None,
+    check: Check = False,
     splits: Splits = SHARES,
     seed: Seed = 0,
     short_side: ShortSide = 512,
@@ -134,6 +138,7 @@ def pack_csv(
     workers: Workers = 1,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
+    from mmclip_shards.datasets.check import check_records
     from mmclip_shards.datasets.prepared import without_patient
     from mmclip_shards.datasets.table import read_table, splits_of, table_hash
     from mmclip_shards.pack import pack
@@ -151,6 +156,9 @@ def pack_csv(
         identity = hashlib.sha256(f"{identity} private paths of {name}".encode()).hexdigest()
     else:
         _tell_named_patients(records)
+    if check:
+        _print_check(dest, *check_records(records, short_side))
+        return
     source: dict[str, Any] = dict(records=records, config_hash=identity)
     if labels_from_reports:
         source = _from_reports(**source)
@@ -159,7 +167,8 @@ def pack_csv(
             **source, dest=dest, dataset=name, patient_key=key, splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
-            max_bad_fraction=max_bad_fraction, allow_phi_like=allow_phi_like, workers=workers, progress=report,
+            max_bad_fraction=max_bad_fraction, licence=licence, access=access, allow_phi_like=allow_phi_like,
+            workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -176,7 +185,7 @@ def pack_recipe(
     sections: Annotated[
         str | None, typer.Option(help="Sections that become the report, in this order. By default findings,impression.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only look at 20 samples; draw them in DEST-check.png.")] = False,
+    check: Check = False,
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the recipe's.")] = None,
     seed: Seed = 0,
     short_side: ShortSide = 512,
@@ -203,9 +212,7 @@ def pack_recipe(
     split = split.removeprefix(f"{name}@") if split is not None else OFFICIAL if found.official and splits is None else None
     chosen = parse_choice(sections) if sections is not None else None
     if check:
-        lines, sheet = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side)
-        write_atomic(target := f"{dest.rstrip('/')}-check.png", sheet)
-        print("\n".join([*lines, f"contact sheet: {target}"]))
+        _print_check(dest, *check_recipe(found, raw, split=split, sections=chosen, short_side=short_side))
         return
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
@@ -224,6 +231,11 @@ def pack_recipe(
             allow_phi_like=allow_phi_like, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
+
+
+def _print_check(dest: str, lines: list[str], sheet: bytes) -> None:
+    write_atomic(target := f"{dest.rstrip('/')}-check.png", sheet)
+    print("\n".join([*lines, f"contact sheet: {target}"]))
 
 
 def _print_terms(name: str, found: Recipe) -> None:

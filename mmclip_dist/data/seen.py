@@ -59,7 +59,7 @@ class Seen:
                     unknown.add(name_of(reader))
                 else:
                     patients.add(xxhash.xxh3_64_intdigest(patient.encode()))
-        names = tuple(dict.fromkeys(reader.manifest.dataset for reader in readers))
+        names = tuple(dict.fromkeys(name for reader in readers for name in reader.manifest.datasets))
         return cls(_sorted(patients), _sorted(images), names, tuple(sorted(unknown)))
 
     @classmethod

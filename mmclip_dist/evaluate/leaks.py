@@ -79,7 +79,8 @@ def check(
         found["shards"] = sum(len(set(trained_on) & {shard.sha256 for shard in reader.manifest.shards}) for reader in readers)
     if seen is not None:
         found["patients"], found["images"] = seen.common(Seen.of(readers))
-        names = dict.fromkeys([*(reader.manifest.dataset for reader in readers), *([dataset] if dataset else [])])
+        own = (name for reader in readers for name in reader.manifest.datasets)
+        names = dict.fromkeys([*own, *([dataset] if dataset else [])])
         found["data_sets"] = [[mine, its] for mine in names for its in seen.datasets if share_images(mine, its)]
     if (found["patients"] or found["images"] or found["data_sets"]) and not allow:
         told = [f"{found[kind]} {kind} of it" for kind in ("patients", "images") if found[kind]]

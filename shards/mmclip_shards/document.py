@@ -47,6 +47,20 @@ def read_document(members: Mapping[str, bytes]) -> Document:
     )
 
 
+def named_fields(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
+    """What an expression may ask of a sample (`expression.FIELDS`): field -> value, None for one that the sample lacks or that
+    has another type than ours. ValueError as in `read_document`."""
+    document = read_document(members)
+    fields = json_fields(members["json"]) if "json" in members else {}
+    texts = {name: value if isinstance(value := fields.get(name), str) else None for name in ("dataset", "source")}
+    sides = {name: value if _is_number(value := fields.get(name)) else None for name in ("width", "height")}
+    boxes = fields.get("boxes", [])
+    return {
+        "key": key, "report": document.report or None, "view": document.view, "patient": document.patient,
+        "labels": document.labels, "boxes": boxes if isinstance(boxes, list) else None, **texts, **sides,
+    }  # fmt: skip
+
+
 def json_fields(data: bytes) -> dict[str, Any]:
     """The fields of a JSON object; empty for any other JSON value. ValueError when it cannot be parsed."""
     value = parse_json(data)

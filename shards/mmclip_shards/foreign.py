@@ -22,8 +22,10 @@ from mmclip_shards.webdataset_extra import webdataset_module
 
 DEFAULT_SPLIT = "train"
 
+FOREIGN = "foreign-"
+"""The config_hash of such a set, and of those made of it, begins with this."""
+
 _TARITERATORS = "webdataset.tariterators"
-_FOREIGN = "foreign-"  # the config_hash of such a set begins with this
 _METADATA = re.compile(r"__[^/]*__(?:$|/)")  # names that webdataset skips
 _HIDDEN = re.compile(r"(?:.*/)?\.[^/]*", re.DOTALL)
 _JSON_LIMIT = 16 << 20  # bytes; labels are not read from a larger member
@@ -96,7 +98,7 @@ def index_set(
             dataset=dataset or _folder_name(url),
             split=split,
             shards=tuple(shards),
-            config_hash=_FOREIGN + hashlib.sha256(canonical_json([shard.sha256 for shard in shards])).hexdigest(),
+            config_hash=FOREIGN + hashlib.sha256(canonical_json([shard.sha256 for shard in shards])).hexdigest(),
             labels=tuple(sorted(labels)),
         )
         save_manifest(url, manifest)
@@ -109,7 +111,7 @@ def index_set(
 
 def is_foreign(manifest: Manifest) -> bool:
     """Whether `index_set` made the manifest. Then the index may leave out members, and JSON may have any fields."""
-    return manifest.config_hash.startswith(_FOREIGN)
+    return manifest.config_hash.startswith(FOREIGN)
 
 
 def foreign_member(name: str) -> tuple[str, str] | None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 from mmclip_shards import storage
-from mmclip_shards.manifest import Manifest, Shard, save_manifest
+from mmclip_shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, save_manifest
 from mmclip_shards.schema import RawImage, Record, canonical_json
 from mmclip_shards.storage import Url
 from mmclip_shards.textfiles import read_rows
@@ -61,10 +62,13 @@ class Unfinished:
 
     A full shard is published at once, then the journal, a small file that is written whole each time. An earlier journal in
     folder `url` is read first: call `keep_unchanged`, then add the split's records from number `start` on. size: records of
-    the split. ValueError if the journal is of another pack, or unreadable.
+    the split; left_out: others of it, which are only listed. ValueError if the journal is of another pack, or unreadable.
     """
 
-    def __init__(self, url: Url, config_hash: str, samples_per_shard: int, size: int) -> None:
+    def __init__(
+        self, url: Url, config_hash: str, samples_per_shard: int, size: int, *, left_out: Sequence[Bad] = ()
+    ) -> None:
+        self._left_out = list(left_out)
         self._url, self._config_hash, self._samples_per_shard, self._size = url, config_hash, samples_per_shard, size
         self._done = read_journal(url, config_hash)
         self._pending: list[Sample] = []
@@ -84,8 +88,8 @@ class Unfinished:
 
     @property
     def bad(self) -> list[Bad]:
-        """All records that were left out so far, in the order of the keys."""
-        return [bad for done in self._done for bad in done.bad] + self._bad
+        """All records that were left out so far: those that were never to be added, then the others in the order of the keys."""
+        return self._left_out + [bad for done in self._done for bad in done.bad] + self._bad
 
     def keep_unchanged(self, records: Iterator[Record], is_bad: Callable[[Record], bool]) -> None:
         """Keep the finished shards before the first that must be made again; the files of the others are removed.
@@ -120,17 +124,15 @@ class Unfinished:
         if len(self._pending) == self._samples_per_shard or (self._pending and self._seen == self._size):
             self._publish()
 
-    def finish(
-        self, dataset: str, split: str, labels: tuple[str, ...], *, licence: str | None = None, access: str | None = None,
-        phi_scan: dict[str, int] | None = None, labels_by: str | None = None,
-    ) -> Manifest:  # fmt: skip
-        """Publish the quarantine and the manifest, remove the journal -> the manifest. phi_scan, labels_by: as in `Manifest`."""
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The finished shards."""
+        return tuple(done.shard for done in self._done)
+
+    def finish(self, dataset: str, split: str, labels: tuple[str, ...], **more: Any) -> Manifest:
+        """Publish the quarantine and the manifest, remove the journal -> the manifest. more: other fields of it, as `licence`."""
         self.write_quarantine()
-        shards = tuple(done.shard for done in self._done)
-        manifest = Manifest(
-            "base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access, phi_scan=phi_scan,
-            labels_by=labels_by,
-        )  # fmt: skip
+        manifest = Manifest("base", dataset, split, self.shards, self._config_hash, labels, **more)
         save_manifest(self._url, manifest)
         storage.remove(storage.join(self._url, JOURNAL))
         return manifest
@@ -188,6 +190,30 @@ def read_journal(url: Url, config_hash: str) -> list[Done]:
             f"go on with those of before, or {mend}"
         )
     return done
+
+
+def load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
+    """Manifests in `dest` of an earlier run with the same settings, by split. ValueError when `dest` holds another set."""
+    if storage.exists(storage.join(dest, MANIFEST_NAME)):
+        raise ValueError(f"{dest} is itself a split of a packed set: name a new folder, or the folder above it")
+    finished: dict[str, Manifest] = {}
+    for name in storage.list_folder(dest):
+        folder = storage.join(dest, name)
+        if not storage.exists(storage.join(folder, MANIFEST_NAME)):
+            read_journal(folder, config_hash)  # refuses that of another pack
+            continue
+        manifest = load_manifest(folder)
+        if manifest.kind != "base":
+            continue  # sidecars may lie beside the splits
+        if manifest.config_hash != config_hash:
+            raise ValueError(
+                f"{dest} holds another set (split {name!r} of {manifest.dataset!r}, made from other data or with "
+                "other settings): name a new folder, or remove this one first"
+            )
+        if storage.exists(journal := storage.join(folder, JOURNAL)):  # killed between the last two steps
+            storage.remove(journal)
+        finished[name] = manifest
+    return finished
 
 
 def read_quarantine(url: Url) -> list[Bad]:

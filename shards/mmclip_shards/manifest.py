@@ -22,7 +22,9 @@ _PATH_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TAR_BLOCK = 512
-_UNSTATED = ("licence", "access", "phi_scan", "labels_by")
+_OPTIONAL: dict[str, object] = {
+    "licence": None, "access": None, "patient_key_id": None, "parts": (), "phi_scan": None, "labels_by": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,32 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What a merged set holds of one data set: the name and the labels that its samples state, and its terms. ValueError when
+    these are no texts."""
+
+    dataset: str
+    labels: tuple[str, ...]
+    licence: str | None = None
+    access: str | None = None
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(name, str) and name for name in (self.dataset, *self.labels)):
+            raise ValueError("dataset and labels of a part must be non-empty texts")
+        if not all(text is None or isinstance(text, str) for text in (self.licence, self.access)):
+            raise ValueError("licence and access of a part must be texts or null")
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A whole set: which shards, how many samples, and the hash of the configuration that made them.
 
     base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
     checkpoint: hash of the checkpoint (attention sidecars only). licence, access: the terms of the raw data set, if its recipe
-    states them. phi_scan: what the scan of the reports found (`phi.PhiScan`): its version, and records by kind; None if they were
-    not scanned. labels_by: the program that made the labels from the reports; None if they are the data set's own. ValueError
-    when the fields do not fit together.
+    states them. patient_key_id: mark of the key of its patient hashes (`split.key_id`): sets that share it can be compared by
+    patient. parts: of a merged set, whose licence and access tell those of each. phi_scan: what the scan of the reports found
+    (`phi.PhiScan`): its version, and records by kind; None if they were not scanned. labels_by: the program that made the labels
+    from the reports; None if they are the data set's own. ValueError when fields do not fit together.
     """
 
     kind: Kind
@@ -67,6 +87,8 @@ class Manifest:
     checkpoint: str | None = None
     licence: str | None = None
     access: str | None = None
+    patient_key_id: str | None = None
+    parts: tuple[Part, ...] = ()
     phi_scan: dict[str, int] | None = None
     labels_by: str | None = None
     version: int = SCHEMA_VERSION
@@ -89,9 +111,9 @@ class Manifest:
         for path, sha256 in (self.base or {}).items():
             check_relative(path)
             _check_sha256(sha256, f"base shard {path}")
-        texts = (self.checkpoint, self.licence, self.access, self.labels_by)
+        texts = self.checkpoint, self.licence, self.access, self.patient_key_id, self.labels_by
         if not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError("checkpoint, licence, access and labels_by must be texts or null")
+            raise ValueError("checkpoint, licence, access, patient_key_id and labels_by must be texts or null")
         if self.phi_scan is not None and not (
             isinstance(self.phi_scan, dict) and "version" in self.phi_scan and all(map(_is_count, self.phi_scan.values()))
         ):
@@ -101,6 +123,16 @@ class Manifest:
     def samples(self) -> int:
         """Samples in all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def origins(self) -> tuple[Part, ...]:
+        """The data sets that its samples come from: one, unless sets were merged."""
+        return self.parts or (Part(self.dataset, self.labels, self.licence, self.access),)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The names of these data sets, each once."""
+        return tuple(dict.fromkeys(part.dataset for part in self.origins))
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +271,9 @@ def check_relative(path: str) -> None:
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
-    """The fields of a manifest and the number of its samples. Terms and a scan that are not stated are left out: the manifest of
-    a set without them, and its hash, are those of releases that did not know them."""
-    fields = {name: value for name, value in asdict(manifest).items() if value is not None or name not in _UNSTATED}
+    """The fields of a manifest and the number of its samples. Optional ones that are not stated are left out: a manifest of a set
+    without any, and its hash, are those of releases that did not know them."""
+    fields = {name: value for name, value in asdict(manifest).items() if name not in _OPTIONAL or value != _OPTIONAL[name]}
     return {**fields, "samples": manifest.samples}
 
 
@@ -252,6 +284,7 @@ def _parse_manifest(document: dict[str, Any]) -> Manifest:
     fields = {name: value for name, value in document.items() if name not in ("samples", "digest")}
     fields["shards"] = tuple(Shard(**row) for row in document["shards"])
     fields["labels"] = tuple(document["labels"])
+    fields["parts"] = tuple(Part(**{**row, "labels": tuple(row["labels"])}) for row in document.get("parts", ()))
     manifest = Manifest(**fields)
     if manifest.samples != document["samples"]:
         raise ValueError(f"its shards hold {manifest.samples} samples, but it promises {document['samples']}")

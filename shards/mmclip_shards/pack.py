@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage
-from mmclip_shards.journal import JOURNAL, QUARANTINE, Unfinished, read_journal, read_quarantine
-from mmclip_shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from mmclip_shards.journal import QUARANTINE, Bad, Unfinished, load_finished, read_quarantine
+from mmclip_shards.manifest import Manifest
 from mmclip_shards.phi import PhiScan
 from mmclip_shards.preparation import cannot_be_used, prepare_all
 from mmclip_shards.schema import Record, canonical_json, check_record, sample_document
@@ -24,6 +24,7 @@ from mmclip_shards.split import (
     check_split_name,
     check_splits,
     hash_patient,
+    key_id,
     split_of,
 )
 from mmclip_shards.split import patient_key as stored_patient_key
@@ -61,8 +62,9 @@ def pack(
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
     short_side: pixels (see `prepare_image`). config_hash: identifies the records (see `datasets`); pack adds its own settings.
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
-    max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
-    DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
+    max_bad_fraction: share of the records whose image may be missing or unreadable, or whose key an earlier record has. They are
+    left out, and listed in DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no
+    manifest is written.
     licence, access: terms of the raw data set, for the manifests.
     allow_phi_like: whether reports may seem to identify people (`phi`); the manifests hold the counts. Reports of drawn images
     are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
@@ -82,7 +84,9 @@ def pack(
     found = _survey(records, splits, split_of_record, seed, scan)
     if not allow_phi_like:
         scan.check()
+    _check_repeated(found, max_bad_fraction)
     plan = _assign(found, records, splits, split_of_record)
+    repeated = _repeated(found)
     full_hash = _hash_settings(
         config=config_hash,
         dataset=dataset,
@@ -90,15 +94,17 @@ def pack(
         seed=seed if splits is not None else None,
         short_side=short_side,
         samples_per_shard=samples_per_shard,
-        patient_key=hash_patient("fingerprint of the key", key),
+        patient_key=key_id(key),
     )
     found.keys.clear()
-    manifests = _load_finished(dest, full_hash)
+    manifests = load_finished(dest, full_hash)
     todo = {split: numbers for split, numbers in plan.items() if split not in manifests}
     if todo:
         _check_images_exist(records, found.missing, max_bad_fraction)
         writers = {
-            split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers))
+            split: Unfinished(
+                storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=repeated.get(split, [])
+            )
             for split, numbers in todo.items()
         }
         for split, writer in writers.items():
@@ -115,13 +121,8 @@ def pack(
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
         manifests |= {
             split: writer.finish(
-                dataset,
-                split,
-                found.label_names,
-                licence=licence,
-                access=access,
-                phi_scan=scan.document(split),
-                labels_by=labels_by,
+                dataset, split, found.label_names, licence=licence, access=access, patient_key_id=key_id(key),
+                phi_scan=scan.document(split), labels_by=labels_by,
             )
             for split, writer in writers.items()
         }
@@ -132,8 +133,8 @@ def pack(
 class _Survey:
     """What one look at every record tells: they may be made on demand, which costs more than all that is done with them here.
 
-    splits: of each record, a number into `names`. order: the places of the records, sorted by key. missing: places of the
-    records whose image file is not there.
+    splits: of each record, a number into `names`. order: the places of the records, sorted by key; without `repeated`: those that
+    have the key of an earlier record, and its place. missing: places of the records whose image file is not there.
     """
 
     keys: list[str]
@@ -142,13 +143,14 @@ class _Survey:
     splits: array[int]
     order: array[int]
     missing: array[int]
+    repeated: list[tuple[int, int]]
 
 
 def _survey(
     records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None, seed: int,
     scan: PhiScan,
 ) -> _Survey:  # fmt: skip
-    """scan: is given the reports. ValueError that names the first record that cannot be stored, has no split, or shares a key."""
+    """scan: is given the reports. ValueError that names the first record that cannot be stored, or has no split."""
     if (splits is None) == (split_of_record is None):
         raise ValueError("give either split fractions (splits) or every record's split (split_of_record), not both")
     if splits is not None:
@@ -175,13 +177,13 @@ def _survey(
             missing.append(number - 1)
     if not keys:
         raise ValueError("there are no records to pack")
-    order = array("Q", sorted(range(len(keys)), key=keys.__getitem__))
-    for first, second in itertools.pairwise(order):
-        if keys[first] == keys[second]:
-            raise ValueError(
-                f"records {first + 1} and {second + 1} share the key {keys[first]!r}: every image needs a key of its own"
-            )
-    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing)
+    order, repeated = array("Q"), []
+    for place in sorted(range(len(keys)), key=keys.__getitem__):  # of equal keys, the first record comes first
+        if order and keys[place] == keys[order[-1]]:
+            repeated.append((place, order[-1]))
+        else:
+            order.append(place)
+    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing, sorted(repeated))
 
 
 def _assign(
@@ -213,28 +215,23 @@ def _hash_settings(**settings: object) -> str:
     return hashlib.sha256(canonical_json(settings)).hexdigest()
 
 
-def _load_finished(dest: Url, config_hash: str) -> dict[str, Manifest]:
-    """Manifests in `dest` of an earlier run with the same settings, by split. ValueError when `dest` holds another set."""
-    if storage.exists(storage.join(dest, MANIFEST_NAME)):
-        raise ValueError(f"{dest} is itself a split of a packed set: name a new folder, or the folder above it")
-    finished: dict[str, Manifest] = {}
-    for name in storage.list_folder(dest):
-        folder = storage.join(dest, name)
-        if not storage.exists(storage.join(folder, MANIFEST_NAME)):
-            read_journal(folder, config_hash)  # refuses that of another pack
-            continue
-        manifest = load_manifest(folder)
-        if manifest.kind != "base":
-            continue  # sidecars may lie beside the splits
-        if manifest.config_hash != config_hash:
-            raise ValueError(
-                f"{dest} holds another set (split {name!r} of {manifest.dataset!r}, packed from other data or with "
-                "other settings): pack into a new folder, or remove this one first"
-            )
-        if storage.exists(journal := storage.join(folder, JOURNAL)):  # killed between the last two steps
-            storage.remove(journal)
-        finished[name] = manifest
-    return finished
+def _check_repeated(found: _Survey, max_bad_fraction: float) -> None:
+    total = len(found.keys)
+    if len(found.repeated) / total > max_bad_fraction:
+        place, first = found.repeated[0]
+        raise ValueError(
+            f"{len(found.repeated)} of {total} records have the key of an earlier one (records {first + 1} and {place + 1} share "
+            f"the key): every image needs a key of its own; {_mend(len(found.repeated), total)}"
+        )
+
+
+def _repeated(found: _Survey) -> dict[str, list[Bad]]:
+    """Split -> its records that are left out since an earlier one has their key."""
+    left_out: dict[str, list[Bad]] = {}
+    for place, first in found.repeated:
+        bad = found.keys[place], f"record {place + 1} has the key of record {first + 1}"
+        left_out.setdefault(found.names[found.splits[place]], []).append(bad)
+    return left_out
 
 
 def _check_images_exist(records: Sequence[Record], missing: Sequence[int], max_bad_fraction: float) -> None:

@@ -31,7 +31,7 @@ def prepare_all(jobs: Iterator[Job], short_side: int, workers: int) -> Generator
             yield job, _prepare(job[1].image, job[1].boxes, short_side)
         return
     # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
     window: deque[tuple[Job, Future[Prepared]]] = deque()
     try:
         for job in jobs:
@@ -50,7 +50,7 @@ def prepare_all(jobs: Iterator[Job], short_side: int, workers: int) -> Generator
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In a worker: end when the packing process was killed. Otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None

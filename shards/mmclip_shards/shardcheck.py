@@ -13,7 +13,7 @@ from mmclip_shards import storage
 from mmclip_shards.document import check_fields, check_spans, decode_text, parse_json, report_texts
 from mmclip_shards.foreign import foreign_member, is_foreign, may_hold
 from mmclip_shards.images import ImageFacts, image_facts
-from mmclip_shards.manifest import Manifest, ShardIndex, load_index
+from mmclip_shards.manifest import Manifest, Part, ShardIndex, load_index
 from mmclip_shards.phi import phi_like
 from mmclip_shards.schema import (
     ATTENTION_SUFFIX,
@@ -238,7 +238,8 @@ class _Check:
             if suffix == ENTITIES_SUFFIX:
                 check_spans(value)
             elif suffix == "json" and packed:
-                check_fields(value, dataset=self.place.manifest.dataset, label_names=self.place.manifest.labels)
+                part = _part_of(value, self.place.manifest.origins)
+                check_fields(value, dataset=part.dataset, label_names=part.labels)
                 return value
         return None
 
@@ -290,6 +291,15 @@ class _Check:
             self._find(added[0], f"the first of {len(added)} rows of samples that the base does not have")
         if not (missing or added):
             self._find("", "its keys are in another order than the base's: make the sidecar again")
+
+
+def _part_of(fields: Any, parts: tuple[Part, ...]) -> Part:
+    """The part of a set that a document with these fields is of, or the one that it comes nearest to."""
+    if len(parts) == 1 or not isinstance(fields, dict):
+        return parts[0]
+    labels = fields.get("labels")
+    names = set(labels) if isinstance(labels, dict) else set()
+    return max(parts, key=lambda part: (part.dataset == fields.get("dataset"), set(part.labels) == names))
 
 
 def _rows(index: ShardIndex) -> list[_Row]:

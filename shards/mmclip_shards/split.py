@@ -98,6 +98,11 @@ def hash_patient(patient: str, key: bytes) -> str:
     return hashlib.blake2b(patient.encode("utf-8", "surrogatepass"), key=key, digest_size=16).hexdigest()
 
 
+def key_id(key: bytes) -> str:
+    """A mark of a key, which tells nothing of it: sets whose patients were hashed with one key have the same."""
+    return hash_patient("fingerprint of the key", key)
+
+
 def patient_key() -> bytes:
     """The key for `hash_patient`: $MMCLIP_PATIENT_KEY, or else a private file, made with random content if it is missing.
 

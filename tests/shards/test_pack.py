@@ -143,6 +143,27 @@ def test_explicit_splits(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_records_that_repeat_a_key_are_counted_and_listed(tmp_path: Path) -> None:
+    twice = [*records(), *(replace(row, image=np.zeros((9, 9), np.uint8), patient="RAW-9") for row in records()[:2])]
+    with pytest.raises(ValueError, match=r"^2 of 14 records have the key of an earlier one \(records 1 and 13 share the key\)"):
+        pack_to(tmp_path / "set", twice, max_bad_fraction=0.14)
+    assert not (tmp_path / "set").exists()
+    manifests = pack_to(tmp_path / "set", twice, max_bad_fraction=0.15)
+    assert sum(manifest.samples for manifest in manifests.values()) == 12
+    listed = [json.loads(line) for path in tmp_path.glob("set/*/quarantine.jsonl") for line in path.read_text().splitlines()]
+    assert sorted((row["key"], row["reason"]) for row in listed) == [
+        ("s10", "record 14 has the key of record 2"), ("s11", "record 13 has the key of record 1"),
+    ]  # fmt: skip
+    for split in manifests:  # the first record of a key is packed: its bytes are those of a pack without the others
+        pack_to(tmp_path / "once")
+        assert list(iterate(tmp_path / "set" / split)) == list(iterate(tmp_path / "once" / split))
+    assert pack_to(tmp_path / "set", twice, max_bad_fraction=0.15) == manifests
+    # an unreadable image counts with them
+    broken = [replace(row, image=b"no image") if row.key == "s03" else row for row in twice]
+    with pytest.raises(ValueError, match="3 of 14 images cannot be used"):
+        pack_to(tmp_path / "broken", broken, max_bad_fraction=0.15)
+
+
 def test_everything_else_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     one = records()[0]
     bad: dict[str, list[Record]] = {

@@ -91,6 +91,19 @@ def test_keys_are_stems_whole_paths_where_stems_collide_or_a_column(tmp_path: Pa
     assert len(set(keys)) == 2 and all("." not in key for key in keys)
 
 
+@pytest.mark.parametrize(
+    ("rows", "key_column"),
+    [("a.png,SECRET,x,,\nb.png,2,y,,\na.png,SECRET,z,,\n", None), ("a.png,SECRET,x,,\nb.png,2,y,,\nx.png,1,x,,\n", "report")],
+)
+def test_rows_that_repeat_a_key_are_left_to_pack(tmp_path: Path, rows: str, key_column: str | None) -> None:
+    found = read(tmp_path, rows, key_column=key_column)
+    options: dict = {"dataset": "d", "splits": {"train": 1.0}, "config_hash": "c", "patient_key": b"k"}
+    with pytest.raises(ValueError, match=r"1 of 3 records .* \(records 1 and 3 share the key\)") as told:
+        pack(found, tmp_path / "set", **options)
+    assert "SECRET" not in str(told.value) and not (tmp_path / "set").exists()
+    assert pack(found, tmp_path / "set", max_bad_fraction=0.34, **options)["train"].samples == 2
+
+
 def test_empty_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = "a.png,1,text,,\nb.png,2, ,,\nc.png,3,,,\n"
     with pytest.raises(ValueError, match=r"2 of 3 rows .* row 3: .*--empty-reports drop"):
@@ -112,8 +125,6 @@ def test_empty_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         ("/etc/passwd,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
         ("images/../../a.png,SECRET,SECRET,,\n", {}, "row 2 names an image outside"),
         ("images,SECRET,SECRET,,\n", {}, "none of the 1 images .*: check the image column"),
-        ("a.png,SECRET,SECRET,,\na.png,SECRET,SECRET,,\n", {}, "rows 2 and 3 .* same image"),
-        ("a.png,SECRET,SECRET,,\nb.png,SECRET,SECRET,,\n", {"key_column": "report"}, "rows 2 and 3 .* same 'report'"),
         ("a.png,SECRET,SECRET,,\nb.png, ,SECRET,,\n", {}, "1 rows .* no 'patient', the first is row 3"),
         (",SECRET,SECRET,,\n", {}, "no 'image'"),
         ("a.png,SECRET,SECRET,,\n", {"split_column": "split"}, "no 'split'"),

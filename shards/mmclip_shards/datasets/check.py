@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -25,23 +25,32 @@ _COLUMNS, _TILE, _CAPTION = 5, 224, 14
 def check_recipe(
     recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, short_side: int
 ) -> tuple[list[str], bytes]:
-    """Prepare 20 of a recipe's first 2,000 records -> lines that say what was seen, and a contact sheet (PNG).
-
-    The lines hold counts, sizes, names of labels, views and splits, but no ids and no text of a report; the sheet shows the
-    images with their boxes. ValueError when there is no record, or one that cannot be stored.
-    """
+    """`check_records` of a recipe's records."""
     skipped: Counter[str] = Counter()
-    first = list(islice(read_records(recipe, raw, split=split, sections=sections, skipped=skipped), _FIRST))
+    records = read_records(recipe, raw, split=split, sections=sections, skipped=skipped)
+    first = list(islice(records, _FIRST))
+    if not first:
+        raise nothing_found(raw, skipped)
+    return check_records(first, short_side, skipped)
+
+
+def check_records(
+    records: Iterable[Record], short_side: int, skipped: Counter[str] | None = None
+) -> tuple[list[str], bytes]:
+    """Prepare 20 of the first 2,000 records -> lines that say what was seen, and a contact sheet (PNG).
+
+    skipped: what was left out before, by reason. The lines hold counts, sizes, names of labels, views and splits, but no ids and
+    no text of a report; the sheet shows the images with their boxes. ValueError for a record that cannot be stored.
+    """
+    first = list(islice(records, _FIRST))
     for number, record in enumerate(first, 1):
         try:
             check_record(record)
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
-    if not first:
-        raise nothing_found(raw, skipped)
     chosen = [first[place * len(first) // min(SAMPLES, len(first))] for place in range(min(SAMPLES, len(first)))]
     images = [prepare_one(record, short_side) for record in chosen]
-    return list(_lines(first, chosen, images, skipped)), _sheet(images)
+    return list(_lines(first, chosen, images, skipped or Counter())), _sheet(images)
 
 
 def _lines(

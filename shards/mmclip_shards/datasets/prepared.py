@@ -66,7 +66,7 @@ def prepare_records(
         except ValueError as error:
             raise ValueError(f"recipe {name}, record {number}: {error}") from error
         if record.split is not None:
-            split_of[record.key] = sys.intern(record.split)
+            split_of.setdefault(record.key, sys.intern(record.split))  # of a key that comes twice, the first record is packed
         label_names.update(record.labels)
         reports[hash(record.report)] += bool(record.report)
         # Not the image: the journal marks its content.

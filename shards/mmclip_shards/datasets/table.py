@@ -96,9 +96,15 @@ def table_hash(table: Path | str, **options: object) -> str:
 
 def splits_of(records: Sequence[Record]) -> dict[str, str]:
     """Key -> the record's own split, for `pack(split_of_record=...)`. ValueError when a record has none."""
-    splits = {record.key: sys.intern(record.split) for record in records if record.split is not None}
-    if len(splits) != len(records):
-        raise ValueError(f"{len(records) - len(splits)} of {len(records)} records have no split: name a split column")
+    splits: dict[str, str] = {}
+    missing = 0
+    for record in records:
+        if record.split is None:
+            missing += 1
+        else:
+            splits.setdefault(record.key, sys.intern(record.split))  # of a key that comes twice, the first record is packed
+    if missing:
+        raise ValueError(f"{missing} of {len(records)} records have no split: name a split column")
     return splits
 
 
@@ -202,7 +208,8 @@ def _find_images(rows: Rows, column: str, images: Path) -> Callable[[int, Mappin
 
 
 def _keys(rows: Rows, image_column: str, key_column: str | None) -> Callable[[Mapping[str, str]], str]:
-    """row -> its key: the key column, or else the image's file name, or its whole path if two file names are equal."""
+    """row -> its key: the key column, or else the image's file name, or its whole path if two images have one name. Two rows may
+    have one key: `pack` counts them."""
 
     def of_cell(row: Mapping[str, str]) -> str:
         return make_key(row[str(key_column)])
@@ -213,17 +220,11 @@ def _keys(rows: Rows, image_column: str, key_column: str | None) -> Callable[[Ma
     def of_path(row: Mapping[str, str]) -> str:
         return make_key(str(PurePosixPath(row[image_column])))
 
-    twins = 0, 0
-    for key_of in (of_stem, of_path) if key_column is None else (of_cell,):
-        first: dict[str, int] = {}
-        for number, row in rows:
-            if (known := first.setdefault(key_of(row), number)) != number:
-                twins = known, number
-                break
-        else:
-            return key_of
-    what = f"the same {key_column!r}" if key_column is not None else "the same image"
-    raise ValueError(f"rows {twins[0]} and {twins[1]} of {rows.table} have {what}: a table needs one row per image")
+    if key_column is not None:
+        return of_cell
+    first: dict[str, str] = {}
+    one_name_each = all(first.setdefault(of_stem(row), row[image_column]) == row[image_column] for _, row in rows)
+    return of_stem if one_name_each else of_path
 
 
 def _label_names(rows: Rows, column: str | None, separator: str) -> list[str]:
