@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from copy import copy
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, find_recipe, recipe_names
@@ -15,6 +15,9 @@ from typer.core import TyperGroup
 
 from mmclip_dist.commands.options import Workers
 from mmclip_dist.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mmclip_shards.images import Rendering
 
 RECIPE = "RECIPE"
 
@@ -51,7 +54,26 @@ Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient nev
 Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic data).")]
 ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
 PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
+ImageFormat = Annotated[str, typer.Option("--format", help="source (JPEG stays JPEG, all else: PNG), jpg, png, webp-lossless.")]
+Quality = Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")]
+Window = Annotated[
+    str | None, typer.Option(help="Two percentiles of an image's values, such as 1,99: what lies beyond becomes black and white.")
+]
+Clahe = Annotated[bool, typer.Option("--clahe", help="Contrast-limited adaptive histogram equalisation (8 x 8 tiles, limit 2).")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
+
+
+def _rendering(image_format: str, quality: int, window: str | None, clahe: bool) -> Rendering:
+    from mmclip_shards.images import Rendering
+
+    low_high = None
+    if window is not None:
+        try:
+            low, high = map(float, window.split(","))
+        except ValueError:
+            raise ValueError(f"--window is {window!r}; two percentiles such as 1,99 are needed") from None
+        low_high = low, high
+    return Rendering(image_format, quality, low_high, clahe)  # type: ignore[arg-type]  # it checks the format
 
 
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
@@ -82,6 +104,10 @@ def pack_csv(
     splits: Splits = SHARES,
     seed: Seed = 0,
     short_side: ShortSide = 512,
+    image_format: ImageFormat = "source",
+    quality: Quality = 95,
+    window: Window = None,
+    clahe: Clahe = False,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     workers: Workers = 1,
@@ -96,13 +122,14 @@ def pack_csv(
         labels_separator=labels_separator, view_column=view_column, split_column=split_column, key_column=key_column,
         empty_reports=empty_reports,
     )  # fmt: skip
+    rendering = _rendering(image_format, quality, window, clahe)
     records = read_table(table, images, **options)  # type: ignore[arg-type]
     with progress_bar("pack", "images") as report:
         manifests = pack(
             records, dest, dataset=dataset or Path(dest.rstrip("/")).name,
             splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
-            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
+            seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard,
             config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
@@ -124,6 +151,10 @@ def pack_recipe(
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the recipe's.")] = None,
     seed: Seed = 0,
     short_side: ShortSide = 512,
+    image_format: ImageFormat = "source",
+    quality: Quality = 95,
+    window: Window = None,
+    clahe: Clahe = False,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     workers: Workers = 1,
@@ -135,6 +166,7 @@ def pack_recipe(
     from mmclip_shards.pack import pack
     from mmclip_shards.split import parse_splits, patient_key
 
+    rendering = _rendering(image_format, quality, window, clahe)
     found = find_recipe(str(context.info_name))
     name = Path(str(context.info_name)).stem
     _print_terms(name, found)
@@ -143,7 +175,7 @@ def pack_recipe(
     split = split.removeprefix(f"{name}@") if split is not None else OFFICIAL if found.official and splits is None else None
     chosen = parse_choice(sections) if sections is not None else None
     if check:
-        lines, sheet = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side)
+        lines, sheet = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side, rendering=rendering)
         write_atomic(target := f"{dest.rstrip('/')}-check.png", sheet)
         print("\n".join([*lines, f"contact sheet: {target}"]))
         return
@@ -154,9 +186,9 @@ def pack_recipe(
         manifests = pack(
             prepared.records, dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
-            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, config_hash=prepared.config_hash,
-            patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
-            workers=workers, progress=report,
+            seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard,
+            config_hash=prepared.config_hash, patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence,
+            access=found.access, workers=workers, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -121,12 +122,15 @@ class Unfinished:
             self._publish()
 
     def finish(
-        self, dataset: str, split: str, labels: tuple[str, ...], *, licence: str | None = None, access: str | None = None
-    ) -> Manifest:
+        self, dataset: str, split: str, labels: tuple[str, ...], *, images: dict[str, Any], licence: str | None = None,
+        access: str | None = None,
+    ) -> Manifest:  # fmt: skip
         """Publish the quarantine and the manifest, remove the journal -> the manifest."""
         self.write_quarantine()
         shards = tuple(done.shard for done in self._done)
-        manifest = Manifest("base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access)
+        manifest = Manifest(
+            "base", dataset, split, shards, self._config_hash, labels, licence=licence, access=access, images=images
+        )
         save_manifest(self._url, manifest)
         storage.remove(storage.join(self._url, JOURNAL))
         return manifest

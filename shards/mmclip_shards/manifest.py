@@ -22,7 +22,7 @@ _PATH_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TAR_BLOCK = 512
-_TERMS = ("licence", "access")
+_OPTIONAL = ("licence", "access", "images")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Manifest:
 
     base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
     checkpoint: hash of the checkpoint (attention sidecars only). licence, access: the terms of the raw data set, if its recipe
-    states them. ValueError when the fields do not fit together.
+    states them. images: how `pack` made the images: its short_side, and the fields of `images.Rendering`. ValueError when the
+    fields do not fit together.
     """
 
     kind: Kind
@@ -65,6 +66,7 @@ class Manifest:
     checkpoint: str | None = None
     licence: str | None = None
     access: str | None = None
+    images: dict[str, Any] | None = None
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ class Manifest:
             _check_sha256(sha256, f"base shard {path}")
         if not all(text is None or isinstance(text, str) for text in (self.checkpoint, self.licence, self.access)):
             raise ValueError("checkpoint, licence and access must be texts or null")
+        if not isinstance(self.images, dict | None):
+            raise ValueError("images must be an object or null")
 
     @property
     def samples(self) -> int:
@@ -230,9 +234,9 @@ def check_relative(path: str) -> None:
 
 
 def _document(manifest: Manifest) -> dict[str, Any]:
-    """The fields of a manifest and the number of its samples. Terms that are not stated are left out: a manifest of a set
-    without any, and its hash, are those of releases that knew no terms."""
-    fields = {name: value for name, value in asdict(manifest).items() if value is not None or name not in _TERMS}
+    """The fields of a manifest and the number of its samples. What is optional and not stated is left out: a manifest
+    without it, and its hash, are those of releases that did not know it."""
+    fields = {name: value for name, value in asdict(manifest).items() if value is not None or name not in _OPTIONAL}
     return {**fields, "samples": manifest.samples}
 
 

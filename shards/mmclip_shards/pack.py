@@ -8,11 +8,11 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmclip_shards import storage
-from mmclip_shards.images import PreparedImage
+from mmclip_shards.images import AS_PUBLISHED, PreparedImage, Rendering
 from mmclip_shards.journal import JOURNAL, QUARANTINE, Unfinished, read_journal, read_quarantine
 from mmclip_shards.manifest import MANIFEST_NAME, Manifest, load_manifest
 from mmclip_shards.preparation import cannot_be_used, prepare_all
@@ -42,6 +42,7 @@ def pack(
     split_of_record: Mapping[str, str] | None = None,
     seed: int = 0,
     short_side: int = SHORT_SIDE,
+    rendering: Rendering = AS_PUBLISHED,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     config_hash: str,
     patient_key: bytes | None = None,
@@ -56,7 +57,8 @@ def pack(
     records: a Sequence is asked for each record when it is needed, so one that makes records on demand need not hold them (pack
     itself keeps 25 bytes of each, and the keys while it sorts them); of anything else a list is made.
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
-    short_side: pixels (see `prepare_image`). config_hash: identifies the records (see `datasets`); pack adds its own settings.
+    short_side, rendering: see `prepare_image`; the manifests state them. config_hash: identifies the records (see `datasets`);
+    pack adds its own settings.
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
     max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
     DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
@@ -83,6 +85,7 @@ def pack(
         short_side=short_side,
         samples_per_shard=samples_per_shard,
         patient_key=hash_patient("fingerprint of the key", key),
+        **({} if rendering == AS_PUBLISHED else {"rendering": asdict(rendering)}),
     )
     found.keys.clear()
     manifests = _load_finished(dest, full_hash)
@@ -94,19 +97,20 @@ def pack(
             for split, numbers in todo.items()
         }
         for split, writer in writers.items():
-            writer.keep_unchanged((records[n] for n in todo[split]), lambda record: cannot_be_used(record, short_side))
+            writer.keep_unchanged((records[n] for n in todo[split]), lambda record: cannot_be_used(record, short_side, rendering))
         start = {split: writer.start for split, writer in writers.items()}
         total = sum(len(numbers) - start[split] for split, numbers in todo.items())
         jobs = ((split, records[n]) for split in todo for n in itertools.islice(todo[split], start[split], None))
-        with closing(prepare_all(jobs, short_side, workers)) as prepared:
+        with closing(prepare_all(jobs, short_side, rendering, workers)) as prepared:
             for done, ((split, record), (mark, image)) in enumerate(prepared, 1):
                 files = image if isinstance(image, str) else _members(record, image, found.label_names, key, dataset)
                 writers[split].add(record.key, mark, files)
                 if progress is not None:
                     progress(done, total)
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
+        images = {"short_side": short_side, **asdict(rendering), "window": rendering.window and [*rendering.window]}
         manifests |= {
-            split: writer.finish(dataset, split, found.label_names, licence=licence, access=access)
+            split: writer.finish(dataset, split, found.label_names, licence=licence, access=access, images=images)
             for split, writer in writers.items()
         }
     return {split: manifests[split] for split in plan}

@@ -20,7 +20,7 @@ from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.images import decode_image
 from mmclip_shards.manifest import Manifest, load_manifest
 from mmclip_shards.reader import ShardReader
-from mmclip_shards.schema import IMAGE_SUFFIXES, Box
+from mmclip_shards.schema import Box, image_of
 from PIL import Image
 
 from mmclip_dist.checkpoint.folder import weights_hash
@@ -128,7 +128,7 @@ def _without_report(members: Mapping[str, bytes]) -> dict[str, bytes]:
 def _panel(members: Mapping[str, bytes], grid: np.ndarray, scores: Mapping[str, float]) -> Panel:
     labels = read_document(members).labels
     boxes = json_fields(members["json"]).get("boxes", ()) if "json" in members else ()
-    picture = decode_image(next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))
+    picture = decode_image(image_of(members) or b"")
     width, height = picture.size
     picture.thumbnail((_LONG_SIDE, _LONG_SIDE), Image.Resampling.BICUBIC)
     rows = _scores(labels, scores)

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from mmclip_shards.datasets.prepared import nothing_found, read_records
 from mmclip_shards.datasets.recipe import Recipe
-from mmclip_shards.images import PreparedImage
+from mmclip_shards.images import AS_PUBLISHED, PreparedImage, Rendering
 from mmclip_shards.preparation import prepare_one
 from mmclip_shards.schema import Record, check_record
 
@@ -22,7 +22,8 @@ _COLUMNS, _TILE, _CAPTION = 5, 224, 14
 
 
 def check_recipe(
-    recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, short_side: int
+    recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, short_side: int,
+    rendering: Rendering = AS_PUBLISHED,
 ) -> tuple[list[str], bytes]:
     """Prepare 20 of a recipe's first 2,000 records -> lines that say what was seen, and a contact sheet (PNG).
 
@@ -39,7 +40,7 @@ def check_recipe(
     if not first:
         raise nothing_found(raw, skipped)
     chosen = [first[place * len(first) // min(SAMPLES, len(first))] for place in range(min(SAMPLES, len(first)))]
-    images = [prepare_one(record, short_side) for record in chosen]
+    images = [prepare_one(record, short_side, rendering) for record in chosen]
     return list(_lines(first, chosen, images, skipped)), _sheet(images)
 
 
