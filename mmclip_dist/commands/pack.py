@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +20,8 @@ from mmclip_dist.commands.progress import progress_bar
 
 if TYPE_CHECKING:
     from mmclip_shards.images import Rendering
+
+    from mmclip_dist.offline.packing import RayWorkers
 
 RECIPE = "RECIPE"
 
@@ -60,6 +64,9 @@ Window = Annotated[
     str | None, typer.Option(help="Two percentiles of an image's values, such as 1,99: what lies beyond becomes black and white.")
 ]
 Clahe = Annotated[bool, typer.Option("--clahe", help="Contrast-limited adaptive histogram equalisation (8 x 8 tiles, limit 2).")]
+Address = Annotated[
+    str | None, typer.Option(help="Pack on this Ray cluster: auto, HOST:PORT or ray://HOST:PORT. By default on processes here.")
+]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
 
 
@@ -74,6 +81,19 @@ def _rendering(image_format: str, quality: int, window: str | None, clahe: bool)
             raise ValueError(f"--window is {window!r}; two percentiles such as 1,99 are needed") from None
         low_high = low, high
     return Rendering(image_format, quality, low_high, clahe)  # type: ignore[arg-type]  # it checks the format
+
+
+@contextmanager
+def _crew(workers: int, address: str | None) -> Iterator[int | RayWorkers]:
+    """Who packs: that many processes, or that many tasks at once of the cluster at `address`."""
+    if address is None:
+        yield workers
+        return
+    from mmclip_dist.commands.offline import cluster
+    from mmclip_dist.offline.packing import RayWorkers
+
+    with cluster(address):
+        yield RayWorkers(workers)
 
 
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
@@ -111,6 +131,7 @@ def pack_csv(
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     workers: Workers = 1,
+    address: Address = None,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
     from mmclip_shards.datasets.table import read_table, splits_of, table_hash
@@ -124,13 +145,13 @@ def pack_csv(
     )  # fmt: skip
     rendering = _rendering(image_format, quality, window, clahe)
     records = read_table(table, images, **options)  # type: ignore[arg-type]
-    with progress_bar("pack", "images") as report:
+    with _crew(workers, address) as crew, progress_bar("pack", "images") as report:
         manifests = pack(
             records, dest, dataset=dataset or Path(dest.rstrip("/")).name,
             splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard,
-            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=workers, progress=report,
+            config_hash=table_hash(table, **options), max_bad_fraction=max_bad_fraction, workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -158,6 +179,7 @@ def pack_recipe(
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     workers: Workers = 1,
+    address: Address = None,
 ) -> None:
     """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
     from mmclip_shards.datasets.check import check_recipe
@@ -182,13 +204,13 @@ def pack_recipe(
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
     print("\n".join(describe(prepared)))
-    with progress_bar("pack", "images") as report:
+    with _crew(workers, address) as crew, progress_bar("pack", "images") as report:
         manifests = pack(
             prepared.records, dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
             seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard,
             config_hash=prepared.config_hash, patient_key=key, max_bad_fraction=max_bad_fraction, licence=found.licence,
-            access=found.access, workers=workers, progress=report,
+            access=found.access, workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmclip_shards import storage
-from mmclip_shards.images import AS_PUBLISHED, PreparedImage, Rendering
+from mmclip_shards.images import AS_PUBLISHED, Rendering
 from mmclip_shards.journal import JOURNAL, QUARANTINE, Unfinished, read_journal, read_quarantine
 from mmclip_shards.manifest import MANIFEST_NAME, Manifest, load_manifest
-from mmclip_shards.preparation import cannot_be_used, prepare_all
-from mmclip_shards.schema import Record, canonical_json, check_record, sample_document
+from mmclip_shards.preparation import Processes, SampleMaker, Workers, cannot_be_used
+from mmclip_shards.schema import Record, canonical_json, check_record
 from mmclip_shards.split import (
     check_patient,
     check_patients_stay,
@@ -49,7 +49,7 @@ def pack(
     max_bad_fraction: float = 0.0,
     licence: str | None = None,
     access: str | None = None,
-    workers: int = 1,
+    workers: int | Workers = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
     """Write a base set below `dest`, one folder per split -> its manifests, by split.
@@ -62,15 +62,17 @@ def pack(
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
     max_bad_fraction: share of the records whose image may be missing or unreadable. They are left out, and listed in
     DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no manifest is written.
-    licence, access: terms of the raw data set, for the manifests.
+    licence, access: terms of the raw data set, for the manifests. workers: processes of this machine, or a cluster's
+    (`mmclip_dist.offline.packing.RayWorkers`); the bytes do not depend on them.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
     of the images is checked before anything is written. ValueError for all that the caller can mend.
     """
     for name, value in (("short_side", short_side), ("samples_per_shard", samples_per_shard), ("workers", workers)):
-        if value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    crew: Workers = Processes(workers) if isinstance(workers, int) else workers
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
     key = stored_patient_key() if patient_key is None else patient_key
@@ -93,7 +95,7 @@ def pack(
     if todo:
         _check_images_exist(records, found.missing, max_bad_fraction)
         writers = {
-            split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers))
+            split: Unfinished(storage.join(dest, split), full_hash, samples_per_shard, len(numbers), crew.write, crew.ahead)
             for split, numbers in todo.items()
         }
         for split, writer in writers.items():
@@ -101,12 +103,14 @@ def pack(
         start = {split: writer.start for split, writer in writers.items()}
         total = sum(len(numbers) - start[split] for split, numbers in todo.items())
         jobs = ((split, records[n]) for split in todo for n in itertools.islice(todo[split], start[split], None))
-        with closing(prepare_all(jobs, short_side, rendering, workers)) as prepared:
-            for done, ((split, record), (mark, image)) in enumerate(prepared, 1):
-                files = image if isinstance(image, str) else _members(record, image, found.label_names, key, dataset)
-                writers[split].add(record.key, mark, files)
+        make = SampleMaker(dataset, found.label_names, key, short_side, rendering)
+        with closing(crew.prepare(jobs, make, samples_per_shard)) as prepared:
+            for done, ((split, record), mark, sample) in enumerate(prepared, 1):
+                writers[split].add(record.key, mark, sample)
                 if progress is not None:
                     progress(done, total)
+        for writer in writers.values():
+            writer.wait()
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
         images = {"short_side": short_side, **asdict(rendering), "window": rendering.window and [*rendering.window]}
         manifests |= {
@@ -258,19 +262,3 @@ def _check_left_out(
 
 def _mend(bad: int, total: int) -> str:
     return f"mend them, or leave them out with --max-bad-fraction {math.ceil(1000 * bad / total) / 1000:g}"
-
-
-def _members(
-    record: Record, image: PreparedImage, label_names: tuple[str, ...], key: bytes, dataset: str
-) -> dict[str, bytes]:
-    """Suffix -> bytes of a record's sample."""
-    document = sample_document(
-        record,
-        label_names=label_names,
-        patient_hash=hash_patient(record.patient, key),
-        dataset=dataset,
-        width=image.width,
-        height=image.height,
-        boxes=image.boxes,
-    )
-    return {image.suffix: image.data, "json": canonical_json(document)}
