@@ -98,7 +98,7 @@ def test_a_page_of_figures(client: TestClient, image: bytes) -> None:
 @pytest.mark.parametrize(
     ("image", "findings", "told"),
     [
-        (b"no image", "edema", "not a usable JPEG or PNG"),
+        (b"no image", "edema", "not a usable JPEG, PNG or WebP"),
         (None, "edema", "No image is given"),
         (b"", "edema", "No image is given"),
         (b"\0" * 128 + b"DICM" + b"\1" * 50, "edema", "DICOM"),
@@ -182,7 +182,7 @@ def test_a_browser_uploads_an_image_and_then_a_bad_file(run: Path, sets, image: 
         assert drawn > 50
         browser.find_element(By.NAME, "image").send_keys(str(tmp_path / "bad.png"))
         browser.find_element(By.TAG_NAME, "button").click()
-        assert "not a usable JPEG or PNG" in answered("fault")
+        assert "not a usable JPEG, PNG or WebP" in answered("fault")
         blocked = [entry for entry in browser.get_log("browser") if entry["source"] != "network"]  # by the page's policy
         assert not blocked
     finally:

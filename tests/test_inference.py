@@ -6,16 +6,20 @@ import io
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from mmclip_shards import decode_image, load_manifest
 from mmclip_shards.dicom import decode_dicom
+from mmclip_shards.images import Rendering, prepare_image
 from PIL import Image
 
 from mmclip_dist import MMCLIPModel, class_directions, crop_image, load_prompts, tokenize_prompts
 from mmclip_dist.data.transforms import WHOLE
+from mmclip_dist.export.remote_code.image_processing_mmclip import MMCLIPImageProcessor
+from mmclip_dist.inference import decoded
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -120,6 +124,44 @@ def test_the_attention_map_is_the_models(model: MMCLIPModel) -> None:
     torch.testing.assert_close(grid.flatten(), expected[0], rtol=0, atol=1e-6)
 
 
+def odd_images() -> dict[str, Any]:
+    """Files and arrays that have been decoded in two ways somewhere: name -> image."""
+    deep = np.linspace(900, 60_000, 40 * 60).reshape(40, 60)
+    grey = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    palette = grey.convert("RGB").quantize(9)
+    clear = grey.copy()
+    clear.putalpha(Image.fromarray(picture()[::-1]))
+    found: dict[str, Any] = {
+        "orientation": encoded(grey, "JPEG", exif=exif), "colour": encoded(grey.convert("RGB"), "JPEG"),
+        "cmyk": encoded(grey.convert("CMYK"), "JPEG"), "alpha": encoded(clear, "PNG"),
+        "colour with alpha": encoded(clear.convert("RGBA"), "PNG"), "palette": encoded(palette, "PNG"),
+        "clear palette": encoded(palette, "PNG", transparency=3), "one bit": encoded(grey.convert("1"), "PNG"),
+        "16 bit": encoded(Image.fromarray(deep.astype(np.uint16)), "PNG"), "webp": encoded(grey, "WEBP", lossless=True),
+    }  # fmt: skip
+    return found | {name: deep.astype(name) for name in ("uint16", "int32", "int64", "uint32", "float32", "float64")}
+
+
+def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", odd_images())
+def test_packing_training_evaluation_and_export_see_one_picture(name: str, tmp_path: Path) -> None:
+    image = odd_images()[name]
+    if isinstance(image, bytes):
+        (tmp_path / "image").write_bytes(image)
+        image = tmp_path / "image"
+    packed = prepare_image(image, 512, rendering=Rendering(format="png")).data
+    trained = crop_image(decode_image(packed), WHOLE, 32)
+    assert trained.min() < trained.max()
+    np.testing.assert_array_equal(crop_image(decoded(image), WHOLE, 32), trained)
+    np.testing.assert_array_equal(MMCLIPImageProcessor(size=32)(image, return_tensors="np")["pixel_values"][0], trained)
+
+
 @pytest.mark.parametrize(
     ("present", "absent", "message"),
     [
@@ -139,10 +181,10 @@ def test_images_that_cannot_be_used(model: MMCLIPModel, tmp_path: Path) -> None:
     (tmp_path / "torn.png").write_bytes(png(Image.fromarray(picture()))[:200])
     torn = Image.open(tmp_path / "torn.png")
     for image, message in (
-        (tmp_path / "none.png", "none.png is not a usable JPEG or PNG: No such file"),
-        (str(tmp_path / "torn.png"), "torn.png is not a usable JPEG or PNG"),
+        (tmp_path / "none.png", "none.png is not a usable JPEG, PNG or WebP: No such file"),
+        (str(tmp_path / "torn.png"), "torn.png is not a usable JPEG, PNG or WebP"),
         (torn, "the Pillow image cannot be used"),
-        (b"text", "image data is not a usable JPEG or PNG: it has another format"),
+        (b"text", "image data is not a usable JPEG, PNG or WebP: it has another format"),
         (np.zeros((4, 4, 3), np.uint8), r"shape \(4, 4, 3\); a single-channel image"),
         (torch.zeros(1, 5, 5), r"shape \[1, 5, 5\]; the model takes \[1, 32, 32\]"),
     ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -30,10 +30,10 @@ def entities(
 ) -> None:
     """Find the medical entities of every report, on Ray."""
     from mmclip_dist.offline.entities import entities_stage
-    from mmclip_dist.offline.stage import connect, progress_line, run_stage
+    from mmclip_dist.offline.stage import progress_line, run_stage
 
     stage = entities_stage(base, out or join(base, "entities"), model)
-    with _ray(connect, address):
+    with cluster(address):
         report = progress_line("shards", as_json=as_json)
         manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)
     print(f"{stage.out}: entities of {manifest.samples} samples")
@@ -67,18 +67,21 @@ def attention(
 ) -> None:
     """Score how strongly each patch responds to the report, on Ray."""
     from mmclip_dist.offline.attention import attention_stage
-    from mmclip_dist.offline.stage import connect, progress_line, run_stage
+    from mmclip_dist.offline.stage import progress_line, run_stage
 
     stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities, gpus)
-    with _ray(connect, address):
+    with cluster(address):
         report = progress_line("shards", as_json=as_json)
         manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)
     print(f"{stage.out}: attention scores of {manifest.samples} samples")
 
 
 @contextmanager
-def _ray(connect: Callable[[str | None], None], address: str | None) -> Iterator[None]:
+def cluster(address: str | None) -> Iterator[None]:
+    """Join the Ray cluster, and leave it at the end."""
     import ray
+
+    from mmclip_dist.offline.stage import connect
 
     connect(address)
     try:

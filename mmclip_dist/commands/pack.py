@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, find_recipe, recipe_names
@@ -20,6 +21,11 @@ from typer.core import TyperGroup
 
 from mmclip_dist.commands.options import Workers
 from mmclip_dist.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mmclip_shards.images import Rendering
+
+    from mmclip_dist.offline.packing import RayWorkers
 
 RECIPE = "RECIPE"
 
@@ -57,19 +63,22 @@ Seed = Annotated[int, typer.Option(help="Seed of the split (and of synthetic dat
 ShortSide = Annotated[int, typer.Option(help="Shrink images to this short side, in pixels.")]
 PerShard = Annotated[int, typer.Option(help="Samples of one shard.")]
 Check = Annotated[bool, typer.Option("--check", help="Only look at 20 samples; draw them in DEST-check.png.")]
+ImageFormat = Annotated[str, typer.Option("--format", help="source (JPEG stays JPEG, all else: PNG), jpg, png, webp-lossless.")]
+Quality = Annotated[int, typer.Option(help="Of JPEG, 1 to 100.")]
+Window = Annotated[
+    str | None, typer.Option(help="Two percentiles of an image's values, such as 1,99: what lies beyond becomes black and white.")
+]
+Clahe = Annotated[bool, typer.Option("--clahe", help="Contrast-limited adaptive histogram equalisation (8 x 8 tiles, limit 2).")]
+Address = Annotated[
+    str | None, typer.Option(help="Pack on this Ray cluster: auto, HOST:PORT or ray://HOST:PORT. By default on processes here.")
+]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of missing or unreadable images that may be left out; 0: none.")]
-
-
 AllowPhi = Annotated[
     bool, typer.Option("--allow-phi-like", help="Pack reports that seem to hold names, numbers or dates that identify people.")
 ]
-
-
 LabelsFromReports = Annotated[
     bool, typer.Option("--labels-from-reports", help="CheXpert's 14 observations, by rules on the reports, as the labels.")
 ]
-
-
 PrivatePaths = Annotated[
     bool, typer.Option("--private-paths", help="Paths name patients: store keyed hashes in place of keys and paths.")
 ]
@@ -97,6 +106,32 @@ def _from_reports(records: Sequence[Record], config_hash: str) -> dict[str, Any]
         config_hash=hashlib.sha256(f"{config_hash} {identity}".encode()).hexdigest(),
         labels_by=f"mmclip_dist's rules for CheXpert's observations ({identity[:12]})",
     )
+
+
+def _rendering(image_format: str, quality: int, window: str | None, clahe: bool) -> Rendering:
+    from mmclip_shards.images import Rendering
+
+    low_high = None
+    if window is not None:
+        try:
+            low, high = map(float, window.split(","))
+        except ValueError:
+            raise ValueError(f"--window is {window!r}; two percentiles such as 1,99 are needed") from None
+        low_high = low, high
+    return Rendering(image_format, quality, low_high, clahe)  # type: ignore[arg-type]  # it checks the format
+
+
+@contextmanager
+def _crew(workers: int, address: str | None) -> Iterator[int | RayWorkers]:
+    """Who packs: that many processes, or that many tasks at once of the cluster at `address`."""
+    if address is None:
+        yield workers
+        return
+    from mmclip_dist.commands.offline import cluster
+    from mmclip_dist.offline.packing import RayWorkers
+
+    with cluster(address):
+        yield RayWorkers(workers)
 
 
 def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
@@ -130,12 +165,17 @@ def pack_csv(
     splits: Splits = SHARES,
     seed: Seed = 0,
     short_side: ShortSide = 512,
+    image_format: ImageFormat = "source",
+    quality: Quality = 95,
+    window: Window = None,
+    clahe: Clahe = False,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     allow_phi_like: AllowPhi = False,
     labels_from_reports: LabelsFromReports = False,
     private_paths: PrivatePaths = False,
     workers: Workers = 1,
+    address: Address = None,
 ) -> None:
     """Pack images and a table. One line per split says what was written. Packing again skips what is done, also after a kill."""
     from mmclip_shards.datasets.check import check_records
@@ -149,6 +189,7 @@ def pack_csv(
         labels_separator=labels_separator, view_column=view_column, split_column=split_column, key_column=key_column,
         empty_reports=empty_reports,
     )  # fmt: skip
+    rendering = _rendering(image_format, quality, window, clahe)
     records, identity = read_table(table, images, **options), table_hash(table, **options)  # type: ignore[arg-type]
     name, key = dataset or Path(dest.rstrip("/")).name, patient_key()
     if private_paths:
@@ -157,18 +198,18 @@ def pack_csv(
     else:
         _tell_named_patients(records)
     if check:
-        _print_check(dest, *check_records(records, short_side))
+        _print_check(dest, *check_records(records, short_side, rendering=rendering))
         return
     source: dict[str, Any] = dict(records=records, config_hash=identity)
     if labels_from_reports:
         source = _from_reports(**source)
-    with progress_bar("pack", "images") as report:
+    with _crew(workers, address) as crew, progress_bar("pack", "images") as report:
         manifests = pack(
             **source, dest=dest, dataset=name, patient_key=key, splits=None if split_column else parse_splits(splits),
             split_of_record=splits_of(records) if split_column else None,
-            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard,
+            seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard,
             max_bad_fraction=max_bad_fraction, licence=licence, access=access, allow_phi_like=allow_phi_like,
-            workers=workers, progress=report,
+            workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -189,12 +230,17 @@ def pack_recipe(
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the recipe's.")] = None,
     seed: Seed = 0,
     short_side: ShortSide = 512,
+    image_format: ImageFormat = "source",
+    quality: Quality = 95,
+    window: Window = None,
+    clahe: Clahe = False,
     samples_per_shard: PerShard = 1024,
     max_bad_fraction: MaxBad = 0.0,
     allow_phi_like: AllowPhi = False,
     labels_from_reports: LabelsFromReports = False,
     private_paths: PrivatePaths = False,
     workers: Workers = 1,
+    address: Address = None,
 ) -> None:
     """The terms are printed first, and stored. Packing again skips what is done, also after a kill."""
     from mmclip_shards.datasets.check import check_recipe
@@ -203,6 +249,7 @@ def pack_recipe(
     from mmclip_shards.pack import pack
     from mmclip_shards.split import parse_splits, patient_key
 
+    rendering = _rendering(image_format, quality, window, clahe)
     found = find_recipe(str(context.info_name))
     found = replace(found, private_paths=found.private_paths or private_paths)
     name = Path(str(context.info_name)).stem
@@ -212,7 +259,8 @@ def pack_recipe(
     split = split.removeprefix(f"{name}@") if split is not None else OFFICIAL if found.official and splits is None else None
     chosen = parse_choice(sections) if sections is not None else None
     if check:
-        _print_check(dest, *check_recipe(found, raw, split=split, sections=chosen, short_side=short_side))
+        seen = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side, rendering=rendering)
+        _print_check(dest, *seen)
         return
     key = patient_key()
     prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
@@ -222,13 +270,13 @@ def pack_recipe(
     source: dict[str, Any] = dict(records=prepared.records, config_hash=prepared.config_hash)
     if labels_from_reports:
         source = _from_reports(**source)
-    with progress_bar("pack", "images") as report:
+    with _crew(workers, address) as crew, progress_bar("pack", "images") as report:
         manifests = pack(
             **source, dest=dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
-            seed=seed, short_side=short_side, samples_per_shard=samples_per_shard, patient_key=key,
+            seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard, patient_key=key,
             max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
-            allow_phi_like=allow_phi_like, workers=workers, progress=report,
+            allow_phi_like=allow_phi_like, workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from mmclip_shards.document import is_evidence, read_document
 from mmclip_shards.images import decode_image
-from mmclip_shards.schema import decode_npy
+from mmclip_shards.schema import decode_npy, image_of
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Augment, EntMLM
@@ -57,9 +57,9 @@ class ExampleMaker:
         """The example. ValueError if the image or the document cannot be decoded."""
         random = np.random.Generator(np.random.PCG64(xxhash.xxh3_64_intdigest(f"{self.seed}/{epoch}/{key}".encode())))
         crop = random_crop(random, self.augment) if self.augment else WHOLE
-        data = members.get("jpg") or members.get("png")
+        data = image_of(members)
         if data is None:
-            raise ValueError(f"sample {key} has no jpg or png")
+            raise ValueError(f"sample {key} has no image")
         example: Example = {
             "key": key,
             "image": torch.from_numpy(crop_image(decode_image(data), crop, self.size)),

@@ -13,6 +13,7 @@ import torch
 from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.images import decode_image
 from mmclip_shards.reader import ShardReader
+from mmclip_shards.schema import image_of
 from torch import Tensor
 
 from mmclip_dist.evaluate.encoders import Encoder
@@ -130,7 +131,7 @@ class LabelledImages:
         labels = np.full(len(self.classes), -1)
         try:
             document = read_document(members)
-            data = members.get("jpg") or members.get("png")
+            data = image_of(members)
             pixels = None if data is None else encoder.pixels(decode_image(data))
         except ValueError:
             return _Sample(key, key, labels, "", {}, None)

@@ -6,21 +6,24 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image
 
-from mmclip_shards.grey import grey_image, rescale_to_8_bit
+from mmclip_shards.clahe import equalise
+from mmclip_shards.grey import FORMATS, Window, check_pixels, grey_array, grey_image
 from mmclip_shards.schema import Box
 
-MAX_PIXELS = 100_000_000
-"""Larger images are refused by the size in their header (decompression bombs). The largest radiographs have about 25
-million pixels."""
+_WEBP_SIDE = 16_383
+_ORIENTATION = 0x0112
+_FINER = 2  # a JPEG's decoder leaves this many times the wanted pixels, and the filter that takes the rest decides the quality
 
-JPEG_QUALITY = 95
+_SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+Format = Literal["source", "jpg", "png", "webp-lossless"]
 
 _DECODE_ERRORS = (
     OSError,
@@ -33,9 +36,36 @@ _DECODE_ERRORS = (
 )
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a packed image is made, beside its size.
+
+    format: "source" (JPEG stays JPEG, all else becomes PNG), or one for all images. quality: of JPEG, 1 to 100. window:
+    percentiles of an image's values that become black and white; None: 8 bits stay as they are, deeper ones are scaled from
+    minimum to maximum. clahe: contrast-limited adaptive histogram equalisation (`clahe.equalise`). ValueError for what cannot be.
+    """
+
+    format: Format = "source"
+    quality: int = 95
+    window: Window | None = None
+    clahe: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in get_args(Format):
+            raise ValueError(f"format {self.format!r} is unknown; it must be one of {', '.join(get_args(Format))}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality is {self.quality}; it must be between 1 and 100")
+        if self.window is not None and not 0 <= self.window[0] < self.window[1] <= 100:
+            low, high = self.window
+            raise ValueError(f"window is {low:g},{high:g}; two rising percentiles between 0 and 100 are needed")
+
+
+AS_PUBLISHED = Rendering()
+
+
 class PreparedImage(NamedTuple):
-    """An image as a shard holds it. data: JPEG or PNG, 8-bit single channel; suffix: "jpg" or "png"; width, height, boxes: in
-    its pixels."""
+    """An image as a shard holds it. data: 8-bit single channel; suffix: "jpg", "png" or "webp"; width, height, boxes: in its
+    pixels."""
 
     data: bytes
     suffix: str
@@ -45,7 +75,8 @@ class PreparedImage(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """Facts about an encoded image. suffix: "jpg" or "png"; mode: Pillow's, "L" for 8-bit single channel."""
+    """Facts about an encoded image. suffix: "jpg", "png" or "webp"; mode: Pillow's, "L" for 8-bit single channel (WebP has
+    none and stores it as "RGB")."""
 
     suffix: str
     mode: str
@@ -53,44 +84,52 @@ class ImageFacts(NamedTuple):
     height: int
 
 
+class _Picture(NamedTuple):
+    """A decoded image. pixels: mode "L", upright; suffix: to store it under; size: (width, height) of the whole image; extent:
+    its (width, height) in `pixels`, which may be fewer."""
+
+    pixels: Image.Image
+    suffix: str
+    size: tuple[int, int]
+    extent: tuple[float, float]
+
+
 def decode_image(data: bytes | Path | Image.Image | np.ndarray) -> Image.Image:
-    """A JPEG or PNG, as a file or its bytes, a Pillow image or an array [height, width] -> an 8-bit image of mode "L", upright.
-    Everything that reads pixels uses this.
+    """A JPEG, PNG or WebP (a file or its bytes), a Pillow image or an array [height, width] -> an 8-bit image of mode "L",
+    upright. Everything that reads pixels uses this.
 
     EXIF orientation is applied, colour becomes luma, transparent pixels become black, and anything deeper than 8 bits
     is rescaled (`rescale_to_8_bit`). The image carries no metadata: it can name the patient. ValueError that names the
     file when it cannot be used.
     """
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(_array_to_8_bit(data))
-    if isinstance(data, Image.Image):
-        try:
-            check_pixels(data.size)
-            return _grey(data)
-        except _DECODE_ERRORS as error:
-            raise ValueError(f"the Pillow image cannot be used: {_reason(error)}") from error
-    return _decode(data)[0]
+    return _decode(data).pixels
 
 
-def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = ()) -> PreparedImage:
+def prepare_image(
+    image: Path | bytes | np.ndarray, short_side: int, boxes: Sequence[Box] = (), rendering: Rendering = AS_PUBLISHED
+) -> PreparedImage:
     """Decode an image (`decode_image`), reduce its shorter side to at most `short_side` pixels, encode it, scale its boxes.
 
-    JPEG stays JPEG (quality 95); PNG, DICOM and arrays [height, width] become PNG. No image is enlarged. No metadata is kept: it
-    can name the patient. ValueError that names the file when it cannot be used.
+    JPEG stays JPEG (quality 95); PNG, DICOM and arrays [height, width] become PNG, unless `rendering` says else. No image is
+    enlarged. No metadata is kept: it can name the patient. ValueError that names the file when it cannot be used.
     """
     from mmclip_shards.dicom import decode_dicom, is_dicom  # it imports this module
 
-    if isinstance(image, np.ndarray):
-        pixels, suffix = Image.fromarray(_array_to_8_bit(image)), "png"
-    elif is_dicom(image):
-        pixels, suffix = decode_dicom(image), "png"
+    if short_side < 1:
+        raise ValueError(f"short_side is {short_side}; it must be at least 1 pixel")
+    if not isinstance(image, np.ndarray) and is_dicom(image):
+        found = _whole(decode_dicom(image, rendering.window), "png")
     else:
-        pixels, suffix = _decode(image)
-    before = pixels.size
-    pixels = _reduce(pixels, short_side)
-    scale_x, scale_y = pixels.width / before[0], pixels.height / before[1]
+        found = _decode(image, short_side, rendering.window)
+    pixels = _reduce(found, short_side)
+    if rendering.clahe:
+        pixels = Image.fromarray(equalise(np.asarray(pixels)))
+    suffix = found.suffix if rendering.format == "source" else rendering.format.removesuffix("-lossless")
+    if suffix == "webp" and max(pixels.size) > _WEBP_SIDE:
+        raise ValueError(f"{_name(image)} is {max(pixels.size)} pixels long, and WebP ends at {_WEBP_SIDE:,}: pack as png")
+    scale_x, scale_y = pixels.width / found.size[0], pixels.height / found.size[1]
     return PreparedImage(
-        data=_encode(pixels, suffix),
+        data=_encode(pixels, suffix, rendering.quality),
         suffix=suffix,
         width=pixels.width,
         height=pixels.height,
@@ -101,76 +140,79 @@ def prepare_image(image: Path | bytes | np.ndarray, short_side: int, boxes: Sequ
 def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
     """Facts from an image's header. decode: also decode all of it. ValueError when that fails."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as source:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as source:
             check_pixels(source.size)
             if decode:
                 source.load()
-            return ImageFacts(_suffix(source), source.mode, source.width, source.height)
+            return ImageFacts(_SUFFIXES[source.format or ""], source.mode, source.width, source.height)
     except _DECODE_ERRORS as error:
-        raise ValueError(f"not a usable JPEG or PNG: {_reason(error)}") from error
+        raise ValueError(f"not a usable JPEG, PNG or WebP: {_reason(error)}") from error
 
 
-def _decode(data: Path | bytes) -> tuple[Image.Image, str]:
-    """The upright 8-bit image, and the suffix to store it under."""
+def _decode(
+    data: Path | bytes | Image.Image | np.ndarray, short_side: int | None = None, window: Window | None = None
+) -> _Picture:
+    """short_side: pixels that the shorter side will be reduced to, so that finer detail need not be decoded."""
     try:
-        # Pillow knows some 40 formats, and some of them start other programs: allow only these two.
-        source = Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=("JPEG", "PNG"))
-        with source:
+        if isinstance(data, np.ndarray):
+            return _whole(grey_array(data, window), "png")
+        if isinstance(data, Image.Image):
+            return _whole(_without_metadata(grey_image(data, window)), "png")
+        with Image.open(data if isinstance(data, Path) else io.BytesIO(data), formats=FORMATS) as source:
             check_pixels(source.size)
-            suffix = _suffix(source)
-            return _grey(source), suffix
+            # A raw WebP may be stored with losses or without: PNG is always right.
+            suffix = "jpg" if source.format in ("JPEG", "MPO") else "png"
+            size = source.size
+            extent = None if short_side is None else _decode_coarsely(source, _FINER * short_side)
+            pixels = _without_metadata(grey_image(source, window))
+            return _whole(pixels, suffix) if extent is None else _Picture(pixels, suffix, size, extent)
     except _DECODE_ERRORS as error:
-        raise ValueError(f"{_name(data)} is not a usable JPEG or PNG: {_reason(error)}") from error
+        wrong = "cannot be used" if isinstance(data, Image.Image | np.ndarray) else "is not a usable JPEG, PNG or WebP"
+        raise ValueError(f"{_name(data)} {wrong}: {_reason(error)}") from error
 
 
-def _grey(source: Image.Image) -> Image.Image:
-    """The upright 8-bit image, without metadata."""
-    image = grey_image(source)
+def _decode_coarsely(source: Image.Image, short_side: int) -> tuple[float, float] | None:
+    """Have a JPEG decoded at a half, a quarter or an eighth that leaves `short_side` pixels -> its extent then; None: the whole.
+
+    The decoder averages in the frequency domain, so this is an antialiased reduction, at a fraction of the time.
+    """
+    times = min(source.size) // short_side
+    # Turned images are left whole: their uneven last row would come first.
+    if times < 2 or source.format not in ("JPEG", "MPO") or source.getexif().get(_ORIENTATION, 1) != 1:
+        return None
+    found = source.draft(None, (source.width // times, source.height // times))  # type: ignore[arg-type]
+    return None if found is None else found[1][2:]
+
+
+def _whole(pixels: Image.Image, suffix: str) -> _Picture:
+    return _Picture(pixels, suffix, pixels.size, pixels.size)
+
+
+def _without_metadata(image: Image.Image) -> Image.Image:
     image.info = {}  # Pillow would write the comments and profiles in it into every saved copy
     return image
 
 
 def _name(image: object) -> str:
+    if isinstance(image, Image.Image):
+        return "the Pillow image"
     return str(image) if isinstance(image, Path) else "image data"
 
 
-def _suffix(source: Image.Image) -> str:
-    return "jpg" if source.format in ("JPEG", "MPO") else "png"
-
-
-def _array_to_8_bit(array: np.ndarray) -> np.ndarray:
-    name = _name(array)
-    if array.ndim != 2 or array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}; a single-channel image [height, width] is needed")
-    if array.dtype.kind not in "uif":
-        raise ValueError(f"{name} has pixels of type {array.dtype}; whole or floating-point numbers are needed")
-    try:
-        check_pixels((array.shape[1], array.shape[0]))
-        return array if array.dtype == np.uint8 else rescale_to_8_bit(array)
-    except ValueError as error:
-        raise ValueError(f"{name} cannot be used: {error}") from error
-
-
-def check_pixels(size: tuple[int, int]) -> None:
-    """ValueError for an image of (width, height) that would fill the memory when it is decoded."""
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
-
-
-def _reduce(image: Image.Image, short_side: int) -> Image.Image:
-    if short_side < 1:
-        raise ValueError(f"short_side is {short_side}; it must be at least 1 pixel")
-    shorter = min(image.size)
+def _reduce(found: _Picture, short_side: int) -> Image.Image:
+    shorter = min(found.size)
     if shorter <= short_side:
-        return image
-    width, height = (max(1, round(side * short_side / shorter)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+        return found.pixels
+    width, height = (max(1, round(side * short_side / shorter)) for side in found.size)
+    return found.pixels.resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, *found.extent))
 
 
-def _encode(image: Image.Image, suffix: str) -> bytes:
+def _encode(image: Image.Image, suffix: str, quality: int) -> bytes:
     buffer = io.BytesIO()
     if suffix == "jpg":
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        image.save(buffer, "JPEG", quality=quality)
+    elif suffix == "webp":
+        image.save(buffer, "WEBP", lossless=True)
     else:
         image.save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()

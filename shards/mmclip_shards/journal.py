@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 JOURNAL, QUARANTINE = "pack.jsonl", "quarantine.jsonl"
 
 _KILLED = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # the half-written file of a killed `storage.write_atomic`
+
+_PUBLISHED = re.compile(r"\d{6,}\.(tar|index\.json)")
+
+Write = Callable[[Url, int, list[tuple[str, Any]]], Callable[[], Shard]]
+"""`preparation.Workers.write`."""
 
 Bad = tuple[str, str]
 """The key of a record whose image cannot be used, and why."""
@@ -57,23 +63,33 @@ def image_mark(image: RawImage) -> str:
     return f"{image.shape} {image.dtype} {xxhash.xxh3_128_hexdigest(image.tobytes())}"
 
 
+def write_at_once(url: Url, number: int, samples: list[Sample]) -> Callable[[], Shard]:
+    """A `Write` that publishes the shard before it returns."""
+    shard = write_shard(url, number, samples)
+    return lambda: shard
+
+
 class Unfinished:
     """Writes one split of a base set, record by record in the order of the keys, and keeps what is finished after any end.
 
     A full shard is published at once, then the journal, a small file that is written whole each time. An earlier journal in
-    folder `url` is read first: call `keep_unchanged`, then add the split's records from number `start` on. size: records of
-    the split; left_out: others of it, which are only listed. ValueError if the journal is of another pack, or unreadable.
+    folder `url` is read first: call `keep_unchanged`, then add the split's records from number `start` on, then `wait`. size:
+    records of the split; left_out: others of it, which are only listed; write, ahead: see `preparation.Workers`. ValueError if the
+    journal is of another pack, or unreadable.
     """
 
     def __init__(
-        self, url: Url, config_hash: str, samples_per_shard: int, size: int, *, left_out: Sequence[Bad] = ()
-    ) -> None:
+        self, url: Url, config_hash: str, samples_per_shard: int, size: int, *, left_out: Sequence[Bad] = (),
+        write: Write | None = None, ahead: int = 0,
+    ) -> None:  # fmt: skip
         self._left_out = list(left_out)
         self._url, self._config_hash, self._samples_per_shard, self._size = url, config_hash, samples_per_shard, size
+        self._write, self._ahead = write or write_at_once, ahead
+        self._writing: deque[tuple[Callable[[], Shard], int, tuple[Bad, ...], str]] = deque()  # with the other fields of Done
         self._done = read_journal(url, config_hash)
-        self._pending: list[Sample] = []
+        self._pending: list[tuple[str, Any]] = []
         self._bad: list[Bad] = []
-        self._seen = self.start  # records of the split
+        self._seen = self._begun = self.start  # records of the split; those before the shard that is being filled
         self._marks = xxhash.xxh3_128()
 
     @property
@@ -89,7 +105,8 @@ class Unfinished:
     @property
     def bad(self) -> list[Bad]:
         """All records that were left out so far: those that were never to be added, then the others in the order of the keys."""
-        return self._left_out + [bad for done in self._done for bad in done.bad] + self._bad
+        on_their_way = [bad for each in self._writing for bad in each[2]]
+        return self._left_out + [bad for done in self._done for bad in done.bad] + on_their_way + self._bad
 
     def keep_unchanged(self, records: Iterator[Record], is_bad: Callable[[Record], bool]) -> None:
         """Keep the finished shards before the first that must be made again; the files of the others are removed.
@@ -105,24 +122,27 @@ class Unfinished:
                 self._url, kept, found - kept, found,
             )  # fmt: skip
             self._done = self._done[:kept]
-            self._seen = self.start
+            self._seen = self._begun = self.start
             self._write_journal()  # first: it must never promise what is not there
-        for number in range(kept, found + 1):  # the last one was perhaps published just before the pack was killed
-            storage.remove(storage.join(self._url, shard_name(number)))
-            storage.remove(storage.join(self._url, index_name(number)))
-        for name in filter(_KILLED.fullmatch, storage.list_folder(self._url)):
-            storage.remove(storage.join(self._url, name))
+        whole = {name for number in range(kept) for name in (shard_name(number), index_name(number))}
+        for name in storage.list_folder(self._url):  # some were perhaps published just before the pack was killed
+            if _KILLED.fullmatch(name) or (_PUBLISHED.fullmatch(name) and name not in whole):
+                storage.remove(storage.join(self._url, name))
 
-    def add(self, key: str, mark: str, files: dict[str, bytes] | str) -> None:
-        """The next record. mark: of its image, taken before it was read; files: suffix -> bytes, or why it is left out."""
+    def add(self, key: str, mark: str, sample: Any) -> None:
+        """The next record. mark: of its image, taken before it was read; sample: what `write` takes, or why it is left out."""
         self._seen += 1
         _add_mark(self._marks, key, mark)
-        if isinstance(files, str):
-            self._bad.append((key, files))
+        if isinstance(sample, str):
+            self._bad.append((key, sample))
         else:
-            self._pending.append((key, files))
+            self._pending.append((key, sample))
         if len(self._pending) == self._samples_per_shard or (self._pending and self._seen == self._size):
             self._publish()
+
+    def wait(self) -> None:
+        """Return when all shards are published, and in the journal."""
+        self._collect(0)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -146,11 +166,20 @@ class Unfinished:
             storage.remove(url)
 
     def _publish(self) -> None:
-        shard = write_shard(self._url, len(self._done), self._pending)
-        self._done.append(Done(shard, self._seen - self.start, tuple(self._bad), self._marks.hexdigest()))
-        self._write_journal()
+        published = self._write(self._url, len(self._done) + len(self._writing), self._pending)
+        self._writing.append((published, self._seen - self._begun, tuple(self._bad), self._marks.hexdigest()))
         self._pending, self._bad = [], []
         self._marks.reset()
+        self._begun = self._seen
+        self._collect(self._ahead)
+
+    def _collect(self, left: int) -> None:
+        """Wait until at most `left` shards are on their way; the journal lists them in order."""
+        while len(self._writing) > left:
+            published, *facts = self._writing[0]
+            self._done.append(Done(published(), *facts))
+            self._writing.popleft()
+            self._write_journal()
 
     def _write_journal(self) -> None:
         lines = [{"config_hash": self._config_hash}, *map(asdict, self._done)]

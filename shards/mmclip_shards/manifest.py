@@ -24,6 +24,7 @@ _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TAR_BLOCK = 512
 _OPTIONAL: dict[str, object] = {
     "licence": None, "access": None, "patient_key_id": None, "parts": (), "phi_scan": None, "labels_by": None,
+    "images": None,
 }  # fmt: skip
 
 
@@ -74,7 +75,8 @@ class Manifest:
     states them. patient_key_id: mark of the key of its patient hashes (`split.key_id`): sets that share it can be compared by
     patient. parts: of a merged set, whose licence and access tell those of each. phi_scan: what the scan of the reports found
     (`phi.PhiScan`): its version, and records by kind; None if they were not scanned. labels_by: the program that made the labels
-    from the reports; None if they are the data set's own. ValueError when fields do not fit together.
+    from the reports; None if they are the data set's own. images: how `pack` made the images: its short_side, and the fields of
+    `images.Rendering`. ValueError when fields do not fit together.
     """
 
     kind: Kind
@@ -91,6 +93,7 @@ class Manifest:
     parts: tuple[Part, ...] = ()
     phi_scan: dict[str, int] | None = None
     labels_by: str | None = None
+    images: dict[str, Any] | None = None
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -118,6 +121,8 @@ class Manifest:
             isinstance(self.phi_scan, dict) and "version" in self.phi_scan and all(map(_is_count, self.phi_scan.values()))
         ):
             raise ValueError("phi_scan must be null, or hold `version` and counts by kind")
+        if not isinstance(self.images, dict | None):
+            raise ValueError("images must be an object or null")
 
     @property
     def samples(self) -> int:

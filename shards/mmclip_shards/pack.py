@@ -8,22 +8,21 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mmclip_shards import storage
-from mmclip_shards.images import PreparedImage
+from mmclip_shards.images import AS_PUBLISHED, Rendering
 from mmclip_shards.journal import QUARANTINE, Bad, Unfinished, load_finished, read_quarantine
 from mmclip_shards.manifest import Manifest
 from mmclip_shards.phi import PhiScan
-from mmclip_shards.preparation import cannot_be_used, prepare_all
-from mmclip_shards.schema import Record, canonical_json, check_record, sample_document
+from mmclip_shards.preparation import Processes, SampleMaker, Workers, cannot_be_used
+from mmclip_shards.schema import Record, canonical_json, check_record
 from mmclip_shards.split import (
     check_patient,
     check_patients_stay,
     check_split_name,
     check_splits,
-    hash_patient,
     key_id,
     split_of,
 )
@@ -44,6 +43,7 @@ def pack(
     split_of_record: Mapping[str, str] | None = None,
     seed: int = 0,
     short_side: int = SHORT_SIDE,
+    rendering: Rendering = AS_PUBLISHED,
     samples_per_shard: int = SAMPLES_PER_SHARD,
     config_hash: str,
     patient_key: bytes | None = None,
@@ -52,7 +52,7 @@ def pack(
     access: str | None = None,
     allow_phi_like: bool = False,
     labels_by: str | None = None,
-    workers: int = 1,
+    workers: int | Workers = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Manifest]:
     """Write a base set below `dest`, one folder per split -> its manifests, by split.
@@ -60,7 +60,8 @@ def pack(
     records: a Sequence is asked for each record when it is needed, so one that makes records on demand need not hold them (pack
     itself keeps 25 bytes of each, and the keys while it sorts them); of anything else a list is made.
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
-    short_side: pixels (see `prepare_image`). config_hash: identifies the records (see `datasets`); pack adds its own settings.
+    short_side, rendering: see `prepare_image`; the manifests state them. config_hash: identifies the records (see `datasets`);
+    pack adds its own settings.
     patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
     max_bad_fraction: share of the records whose image may be missing or unreadable, or whose key an earlier record has. They are
     left out, and listed in DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no
@@ -68,14 +69,16 @@ def pack(
     licence, access: terms of the raw data set, for the manifests.
     allow_phi_like: whether reports may seem to identify people (`phi`); the manifests hold the counts. Reports of drawn images
     are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
+    workers: processes of this machine, or a cluster's (`mmclip_dist.offline.packing.RayWorkers`); the bytes do not depend on them.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
     of the images is checked before anything is written. ValueError for all that the caller can mend.
     """
     for name, value in (("short_side", short_side), ("samples_per_shard", samples_per_shard), ("workers", workers)):
-        if value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
+    crew: Workers = Processes(workers) if isinstance(workers, int) else workers
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
     key = stored_patient_key() if patient_key is None else patient_key
@@ -95,6 +98,7 @@ def pack(
         short_side=short_side,
         samples_per_shard=samples_per_shard,
         patient_key=key_id(key),
+        **({} if rendering == AS_PUBLISHED else {"rendering": asdict(rendering)}),
     )
     found.keys.clear()
     manifests = load_finished(dest, full_hash)
@@ -103,26 +107,30 @@ def pack(
         _check_images_exist(records, found.missing, max_bad_fraction)
         writers = {
             split: Unfinished(
-                storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=repeated.get(split, [])
+                storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=repeated.get(split, []),
+                write=crew.write, ahead=crew.ahead,
             )
             for split, numbers in todo.items()
         }
         for split, writer in writers.items():
-            writer.keep_unchanged((records[n] for n in todo[split]), lambda record: cannot_be_used(record, short_side))
+            writer.keep_unchanged((records[n] for n in todo[split]), lambda record: cannot_be_used(record, short_side, rendering))
         start = {split: writer.start for split, writer in writers.items()}
         total = sum(len(numbers) - start[split] for split, numbers in todo.items())
         jobs = ((split, records[n]) for split in todo for n in itertools.islice(todo[split], start[split], None))
-        with closing(prepare_all(jobs, short_side, workers)) as prepared:
-            for done, ((split, record), (mark, image)) in enumerate(prepared, 1):
-                files = image if isinstance(image, str) else _members(record, image, found.label_names, key, dataset)
-                writers[split].add(record.key, mark, files)
+        make = SampleMaker(dataset, found.label_names, key, short_side, rendering)
+        with closing(crew.prepare(jobs, make, samples_per_shard)) as prepared:
+            for done, ((split, record), mark, sample) in enumerate(prepared, 1):
+                writers[split].add(record.key, mark, sample)
                 if progress is not None:
                     progress(done, total)
+        for writer in writers.values():
+            writer.wait()
         _check_left_out(dest, writers, manifests, len(records), max_bad_fraction)
+        images = {"short_side": short_side, **asdict(rendering), "window": rendering.window and [*rendering.window]}
         manifests |= {
             split: writer.finish(
                 dataset, split, found.label_names, licence=licence, access=access, patient_key_id=key_id(key),
-                phi_scan=scan.document(split), labels_by=labels_by,
+                phi_scan=scan.document(split), labels_by=labels_by, images=images,
             )
             for split, writer in writers.items()
         }
@@ -270,19 +278,3 @@ def _check_left_out(
 
 def _mend(bad: int, total: int) -> str:
     return f"mend them, or leave them out with --max-bad-fraction {math.ceil(1000 * bad / total) / 1000:g}"
-
-
-def _members(
-    record: Record, image: PreparedImage, label_names: tuple[str, ...], key: bytes, dataset: str
-) -> dict[str, bytes]:
-    """Suffix -> bytes of a record's sample."""
-    document = sample_document(
-        record,
-        label_names=label_names,
-        patient_hash=hash_patient(record.patient, key),
-        dataset=dataset,
-        width=image.width,
-        height=image.height,
-        boxes=image.boxes,
-    )
-    return {image.suffix: image.data, "json": canonical_json(document)}

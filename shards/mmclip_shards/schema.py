@@ -25,12 +25,12 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 MAX_KEY_LENGTH = 80
 """A ustar name holds 100 bytes; this leaves 20 for the longest suffix."""
 
-ALLOWED_SUFFIXES = ("jpg", "png", "json", "txt", "npy")
+ALLOWED_SUFFIXES = ("jpg", "png", "webp", "json", "txt", "npy")
 """Allowed last extensions of a member. Nothing else is ever decoded: shards are untrusted, and a pickle runs code."""
 
 ENTITIES_SUFFIX = "entities.json"
 ATTENTION_SUFFIX = "attention.npy"
-IMAGE_SUFFIXES = ("jpg", "png")
+IMAGE_SUFFIXES = ("jpg", "png", "webp")
 
 OLDEST = 90
 """Ages above 89 are stored as this: a higher one can name a patient (HIPAA, Safe Harbor)."""
@@ -132,6 +132,11 @@ def split_member(name: str) -> tuple[str, str]:
     check_key(key)
     check_suffix(suffix)
     return key, suffix
+
+
+def image_of(members: Mapping[str, bytes]) -> bytes | None:
+    """The encoded image of a sample, from its members: suffix -> bytes. None if it has none."""
+    return next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
 
 
 def canonical_json(value: object) -> bytes:

@@ -222,7 +222,7 @@ class _Check:
         packed = self.kind == "base" and not self.foreign
         if extension in IMAGE_SUFFIXES:
             facts = image_facts(data, decode=True)
-            if packed and (facts.suffix, facts.mode) != (suffix, "L"):
+            if packed and (facts.suffix, facts.mode) != (suffix, "RGB" if suffix == "webp" else "L"):
                 raise ValueError(f"a {facts.suffix} of mode {facts.mode}, not an 8-bit single-channel {suffix}")
             return facts
         if extension == "npy":
@@ -266,7 +266,7 @@ class _Check:
                 self._find(key, f"its members are {', '.join(sample)}; a sidecar of kind {self.kind} has one")
             return
         if len(images) != 1 or "json" not in sample:
-            self._find(key, f"its members are {', '.join(sample)}; it needs a json and either a jpg or a png")
+            self._find(key, f"its members are {', '.join(sample)}; it needs a json and one of {', '.join(IMAGE_SUFFIXES)}")
             return
         facts, fields = sample[images[0]], sample["json"]
         if isinstance(facts, ImageFacts) and isinstance(fields, dict):

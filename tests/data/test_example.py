@@ -143,5 +143,5 @@ def test_attention_is_cropped_with_its_image(words) -> None:
 
 
 def test_a_sample_without_an_image_is_a_value_error(words) -> None:
-    with pytest.raises(ValueError, match="key has no jpg or png"):
+    with pytest.raises(ValueError, match="key has no image"):
         maker(words)("key", {"json": members(REPORT)["json"]}, 0)

@@ -147,7 +147,7 @@ def test_undecodable_images_are_replaced_and_listed(sets, tokenizer, tmp_path: P
 
     monkeypatch.setattr(ExampleMaker, "__call__", broken)
     found = list(islice(loader(config, tokenizer), 8))
-    assert [key for key, reason in found[2]["replaced"] if "not a usable JPEG or PNG" in reason] == [bad]
+    assert [key for key, reason in found[2]["replaced"] if "not a usable JPEG, PNG or WebP" in reason] == [bad]
     assert found[2]["keys"][3] != bad
     changed = [i for i in range(8) if found[2]["keys"][i] != alone[2]["keys"][i]]
     assert changed == [3]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
-from mmclip_shards.images import PreparedImage, decode_image, prepare_image, rescale_to_8_bit
+from mmclip_shards.clahe import equalise
+from mmclip_shards.grey import rescale_to_8_bit
+from mmclip_shards.images import Format, PreparedImage, Rendering, decode_image, prepare_image
 from mmclip_shards.schema import Box
 from PIL import Image, PngImagePlugin
 
@@ -216,9 +220,9 @@ def test_unreadable_files_are_errors_that_name_the_file(tmp_path: Path) -> None:
     }
     for name, data in broken.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{name} is not a usable JPEG or PNG"):
+        with pytest.raises(ValueError, match=rf"{name} is not a usable JPEG, PNG or WebP"):
             prepare_image(tmp_path / name, 512)
-        with pytest.raises(ValueError, match="image data is not a usable JPEG or PNG"):
+        with pytest.raises(ValueError, match="image data is not a usable JPEG, PNG or WebP"):
             decode_image(data)
     with pytest.raises(ValueError, match=r"gone\.png"):
         prepare_image(tmp_path / "gone.png", 512)
@@ -243,3 +247,115 @@ def test_arrays_that_are_no_image_are_refused(array: np.ndarray) -> None:
 def test_short_side_must_be_positive() -> None:
     with pytest.raises(ValueError, match="short_side"):
         prepare_image(np.zeros((4, 4), np.uint8), 0)
+
+
+def waves(width: int, height: int, noise: float = 6.0) -> np.ndarray:
+    """Slow and fast changes, and noise, as a radiograph has them."""
+    y, x = np.mgrid[0:height, 0:width]
+    values = 110 + 60 * np.sin(x / 31) + 40 * np.cos(y / 43) + 12 * np.sin(x / 3 + y / 5)
+    return np.clip(values + np.random.default_rng(1).normal(0, noise, values.shape), 0, 255).astype(np.uint8)
+
+
+def test_formats_hold_the_same_pixels_and_quality_is_that_of_jpeg() -> None:
+    array = waves(90, 70)
+    names = get_args(Format)
+    made = {name: prepare_image(array, 64, rendering=Rendering(format=name)) for name in names}
+    assert [each.suffix for each in made.values()] == ["png", "jpg", "png", "webp"]
+    found = {name: np.asarray(decode_image(each.data)).astype(int) for name, each in made.items()}
+    assert made["source"] == made["png"]
+    np.testing.assert_array_equal(found["webp-lossless"], found["png"])
+    assert 0 < np.abs(found["jpg"] - found["png"]).mean() < 3
+    coarse = prepare_image(array, 64, rendering=Rendering(format="jpg", quality=40))
+    assert len(coarse.data) < len(made["jpg"].data) / 2
+    of_jpeg = encode(Image.fromarray(array), "JPEG")
+    assert prepare_image(of_jpeg, 64).suffix == "jpg"
+    lossless = prepare_image(of_jpeg, 64, rendering=Rendering(format="png"))
+    assert (lossless.suffix, lossless.width, lossless.height) == ("png", 82, 64)
+
+
+def test_a_window_of_percentiles_is_of_the_images_own_values() -> None:
+    deep = np.linspace(0, 4000, 10_000).reshape(100, 100).astype(np.uint16)
+    deep[0, 0], deep[-1, -1] = 0, 65_535  # one bright pixel would leave the rest black
+    assert pixels(prepare_image(deep, 512)).mean() < 10
+    found = pixels(prepare_image(deep, 512, rendering=Rendering(window=(1, 99)))).astype(int)
+    expected = np.clip((deep.astype(float) - 40) / (3960 - 40), 0, 1) * 255
+    assert np.abs(found - expected).max() <= 2
+    grey = np.linspace(50, 150, 10_000).reshape(100, 100).astype(np.uint8)
+    for data in (grey, encode(Image.fromarray(grey)), encode(Image.fromarray(grey).convert("RGB"))):
+        found = pixels(prepare_image(data, 512, rendering=Rendering(window=(0, 100))))
+        assert (found.min(), found.max()) == (0, 255)
+    half_black = np.zeros((10, 10), np.uint8)
+    half_black[0, 0] = 9
+    with pytest.raises(ValueError, match="percentiles 1 and 90 are equal: choose a wider window"):
+        prepare_image(half_black, 512, rendering=Rendering(window=(1, 90)))
+
+
+@pytest.mark.parametrize(
+    ("size", "digest"),
+    # of the bytes that OpenCV 5.0's createCLAHE(2.0, (8, 8)) gives
+    [((128, 96), "374af824a91a599a"), ((91, 37), "e32cb5866c951fe1"), ((128, 91), "18e515ffecfad69e")],
+)
+def test_clahe_is_opencvs(size: tuple[int, int], digest: str) -> None:
+    x, y = np.arange(size[0]), np.arange(size[1])[:, None]
+    array = ((x * x + 3 * y * y + x * y // 7) // 16 % 256).astype(np.uint8)
+    assert hashlib.sha256(equalise(array).tobytes()).hexdigest()[:16] == digest
+
+
+def test_clahe_is_applied_to_the_reduced_image() -> None:
+    array = waves(200, 160)
+    plain = prepare_image(array, 80)
+    np.testing.assert_array_equal(pixels(prepare_image(array, 80, rendering=Rendering(clahe=True))), equalise(pixels(plain)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "gif"}, "format 'gif' is unknown; it must be one of source, jpg, png, webp-lossless"),
+        ({"quality": 0}, "quality is 0"),
+        ({"window": (99, 1)}, "two rising percentiles"),
+        ({"window": (0, 101)}, "two rising percentiles"),
+    ],
+)
+def test_what_no_image_can_be_made_by_is_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rendering(**fields)
+
+
+def test_an_image_that_is_too_long_for_webp_is_refused_by_name(tmp_path: Path) -> None:
+    Image.new("L", (16_400, 2)).save(tmp_path / "long.png")
+    with pytest.raises(ValueError, match=r"long\.png is 16400 pixels long, and WebP ends at 16,383"):
+        prepare_image(tmp_path / "long.png", 2, rendering=Rendering(format="webp-lossless"))
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / np.mean((one.astype(float) - other) ** 2))
+
+
+@pytest.mark.parametrize("size", [(480, 640), (515, 643)])  # even and uneven halves
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_big_jpeg_is_decoded_coarsely_and_looks_as_if_it_was_not(size: tuple[int, int], mode: str) -> None:
+    data = encode(Image.fromarray(waves(*size)).convert(mode), "JPEG", quality=95)
+    exact = Rendering(format="png")
+    found = prepare_image(data, 100, [Box("a", 48, 64, 96, 128)], exact)
+    whole = decode_image(data)
+    assert whole.size == size
+    width, height = (round(side * 100 / min(size)) for side in size)
+    assert (found.width, found.height) == (width, height)
+    expected = np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS))
+    assert not np.array_equal(pixels(found), expected), "it was decoded whole"
+    assert psnr(pixels(found), expected) > 48
+    across, down = width / size[0], height / size[1]
+    assert found.boxes == (Box("a", 48 * across, 64 * down, 96 * across, 128 * down),)
+
+
+def test_a_jpeg_is_decoded_whole_where_half_would_not_be_twice_the_target_or_it_is_turned() -> None:
+    array = waves(480, 640)
+    plain = encode(Image.fromarray(array), "JPEG", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encode(Image.fromarray(array), "JPEG", quality=95, exif=exif)
+    for data, short_side in ((plain, 121), (turned, 100)):
+        whole = decode_image(data)
+        size = tuple(round(side * short_side / 480) for side in whole.size)
+        expected = np.asarray(whole.resize(size, Image.Resampling.LANCZOS))
+        np.testing.assert_array_equal(pixels(prepare_image(data, short_side, rendering=Rendering(format="png"))), expected)

@@ -21,12 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmclip_shards import storage
+from mmclip_shards.images import Rendering, decode_image
 from mmclip_shards.manifest import load_manifest, save_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.reader import iterate
 from mmclip_shards.schema import Box, Record
 from mmclip_shards.split import hash_patient, split_of
 from mmclip_shards.testing.s3_server import S3Server
+from mmclip_shards.verify import verify
 from PIL import Image
 
 KEY = b"k" * 32
@@ -90,6 +92,22 @@ def test_a_rebuild_is_byte_identical_whatever_the_order_and_the_workers(tmp_path
     pack_to(tmp_path / "b", sorted(records(), key=lambda record: record.key), workers=2)
     assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
     assert len(files_in(tmp_path / "a")) >= 2 * 3
+
+
+def test_how_images_were_made_is_stated_and_is_part_of_the_sets_identity(tmp_path: Path) -> None:
+    plain = pack_to(tmp_path / "a", short_side=10)["train"]
+    stated = {"short_side": 10, "format": "source", "quality": 95, "window": None, "clahe": False}
+    assert plain.images == load_manifest(tmp_path / "a" / "train").images == stated
+    other = Rendering(format="webp-lossless", window=(1, 99), clahe=True)
+    with pytest.raises(ValueError, match="other settings"):
+        pack_to(tmp_path / "a", short_side=10, rendering=other)
+    images = [*records()[:6], replace(records()[0], key="z", image=np.arange(600, dtype=np.uint16).reshape(20, 30))]
+    made = pack_to(tmp_path / "b", images, splits={"train": 1.0}, short_side=10, rendering=other)["train"]
+    assert made.images == {**stated, "format": "webp-lossless", "window": [1, 99], "clahe": True}
+    assert not verify(str(tmp_path / "b" / "train")).findings
+    ((_, files),) = [sample for sample in iterate(tmp_path / "b" / "train") if sample[0] == "z"]
+    assert set(files) == {"webp", "json"} and np.asarray(decode_image(files["webp"])).std() > 10
+    assert pack_to(tmp_path / "b", images, splits={"train": 1.0}, short_side=10, rendering=other)["train"] == made
 
 
 def test_boxes_and_big_images_are_scaled_together(tmp_path: Path) -> None:

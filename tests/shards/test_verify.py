@@ -251,11 +251,11 @@ def sample(**changes: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (sample(png=bomb()), r"k\.png: not a usable JPEG or PNG: .*pixels"),
-        (sample(png=png()[:40]), r"k\.png: not a usable JPEG or PNG"),
-        (sample(png=b""), r"k\.png: not a usable JPEG or PNG: it has another format"),
+        (sample(png=bomb()), r"k\.png: not a usable JPEG, PNG or WebP: .*pixels"),
+        (sample(png=png()[:40]), r"k\.png: not a usable JPEG, PNG or WebP"),
+        (sample(png=b""), r"k\.png: not a usable JPEG, PNG or WebP: it has another format"),
         ({"jpg": png(), "json": fields()}, r"k\.jpg: a png of mode L, not an 8-bit single-channel jpg"),
-        ({"png": png()}, "k: its members are png; it needs a json and either a jpg or a png"),
+        ({"png": png()}, "k: its members are png; it needs a json and one of jpg, png, webp"),
         ({"json": fields()}, "k: its members are json; it needs"),
         (sample(json=b"{"), r"k\.json: not usable JSON, JSONDecodeError at character 1"),
         (sample(json=b"[" * 100_000), r"k\.json: not usable JSON, RecursionError"),

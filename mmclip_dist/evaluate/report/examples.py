@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.images import decode_image
-from mmclip_shards.schema import IMAGE_SUFFIXES, Box
+from mmclip_shards.schema import Box, image_of
 
 from mmclip_dist.evaluate.report.held_out import HeldOut, NotShown
 from mmclip_dist.evaluate.report.pictures import box_of, data_uri, heat_map, jpeg
@@ -72,7 +72,7 @@ def _without_report(members: Mapping[str, bytes]) -> dict[str, bytes]:
 def _panel(members: Mapping[str, bytes], grid: np.ndarray, scores: Mapping[str, float]) -> Panel:
     labels = read_document(members).labels
     boxes = json_fields(members["json"]).get("boxes", ()) if "json" in members else ()
-    picture = decode_image(next(members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members))
+    picture = decode_image(image_of(members) or b"")
     width, height = picture.size
     rows = _scores(labels, scores)
     shown = rows[: max(_SCORES, sum(row.label == 1 for row in rows))]

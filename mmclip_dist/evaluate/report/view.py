@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 from mmclip_shards.document import check_spans, json_fields, parse_json, read_document
 from mmclip_shards.images import decode_image
-from mmclip_shards.schema import ATTENTION_SUFFIX, ENTITIES_SUFFIX, IMAGE_SUFFIXES, Box, decode_npy
+from mmclip_shards.schema import ATTENTION_SUFFIX, ENTITIES_SUFFIX, Box, decode_npy, image_of
 from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.config import Source
@@ -123,7 +123,7 @@ def read_sample(joined: JoinedSet, shard: int, key: str) -> Sample:
         spans = parse_json(members[ENTITIES_SUFFIX]) if ENTITIES_SUFFIX in members else []
         check_spans(spans)
         boxes = json_fields(members["json"]).get("boxes", ()) if "json" in members else ()
-        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        image = image_of(members)
         if image is None:
             raise ValueError("it has no image")
         picture = decode_image(image)

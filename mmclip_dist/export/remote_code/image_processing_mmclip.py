@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmclip_shards.grey import grey_image
+from mmclip_shards.grey import FORMATS, grey_array, grey_image
 from PIL import Image
 from transformers import BatchFeature
 from transformers.image_processing_base import ImageProcessingMixin
@@ -28,9 +28,9 @@ class MMCLIPImageProcessor(ImageProcessingMixin):
 
     def _pixels(self, image: Any) -> np.ndarray:
         if isinstance(image, str | Path):
-            with Image.open(image, formats=("JPEG", "PNG")) as opened:
+            with Image.open(image, formats=FORMATS) as opened:
                 grey = grey_image(opened)
         else:
-            grey = grey_image(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
+            grey = grey_image(image) if isinstance(image, Image.Image) else grey_array(np.asarray(image))
         resized = grey.resize((self.size, self.size), Image.Resampling.BILINEAR)
         return ((np.asarray(resized, dtype=np.float32) / 255 - self.image_mean) / self.image_std)[None]

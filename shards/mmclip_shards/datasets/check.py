@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from mmclip_shards.datasets.prepared import nothing_found, read_records
 from mmclip_shards.datasets.recipe import Recipe
-from mmclip_shards.images import PreparedImage
+from mmclip_shards.images import AS_PUBLISHED, PreparedImage, Rendering
 from mmclip_shards.phi import phi_like
 from mmclip_shards.preparation import prepare_one
 from mmclip_shards.schema import Record, check_record
@@ -23,7 +23,8 @@ _COLUMNS, _TILE, _CAPTION = 5, 224, 14
 
 
 def check_recipe(
-    recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, short_side: int
+    recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, short_side: int,
+    rendering: Rendering = AS_PUBLISHED,
 ) -> tuple[list[str], bytes]:
     """`check_records` of a recipe's records."""
     skipped: Counter[str] = Counter()
@@ -31,11 +32,11 @@ def check_recipe(
     first = list(islice(records, _FIRST))
     if not first:
         raise nothing_found(raw, skipped)
-    return check_records(first, short_side, skipped)
+    return check_records(first, short_side, skipped, rendering=rendering)
 
 
 def check_records(
-    records: Iterable[Record], short_side: int, skipped: Counter[str] | None = None
+    records: Iterable[Record], short_side: int, skipped: Counter[str] | None = None, *, rendering: Rendering = AS_PUBLISHED
 ) -> tuple[list[str], bytes]:
     """Prepare 20 of the first 2,000 records -> lines that say what was seen, and a contact sheet (PNG).
 
@@ -49,7 +50,7 @@ def check_records(
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
     chosen = [first[place * len(first) // min(SAMPLES, len(first))] for place in range(min(SAMPLES, len(first)))]
-    images = [prepare_one(record, short_side) for record in chosen]
+    images = [prepare_one(record, short_side, rendering) for record in chosen]
     return list(_lines(first, chosen, images, skipped or Counter())), _sheet(images)
 
 
