@@ -68,14 +68,15 @@ WINGS = {
     "engine": {"errors", "launcher", "config", "data", "model"},
     "checkpoint": {"config", "data", "model", "engine"},
     "run": {"launcher", "config", "data", "model", "engine", "plan"},
-    "evaluate": {"config", "data", "model", "engine", "checkpoint", "run"},
+    "fit": {"config", "data", "model", "engine", "checkpoint", "run"},
+    "evaluate": {"config", "data", "model", "engine", "checkpoint", "run", "fit"},
     "export": {"config", "data", "model", "checkpoint", "evaluate"},
     "inference": {"data", "model", "checkpoint", "export"},
     "demo": {"data", "checkpoint", "evaluate", "inference"},
     "offline": {"config", "data", "checkpoint"},
     "bench": {"config", "data", "model", "engine", "checkpoint", "run", "evaluate", "offline"},
     "commands": {"config", "data", "plan", "evaluate", "export", "offline", "bench", "demo"},
-    "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "evaluate"},
+    "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "fit", "evaluate"},
     "cli": {"errors", "commands"},
 }
 """What each wing of mmclip_dist may import of the others: no two import each other, and what reads checkpoints is not read."""
