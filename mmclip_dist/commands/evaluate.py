@@ -103,7 +103,7 @@ def evaluate_finetune(
 
     chosen, how = load_protocol(protocol), finetune.load_recipe(recipe)
     shares, numbers = finetune.parse_shares(share), finetune.parse_seeds(seeds)
-    with open_encoder(checkpoint, average=average) as encoder, finetune.joined() as place:
+    with open_encoder(checkpoint, average=average) as encoder, finetune.joined(finetune.threads_of(encoder)) as place:
         where = folder or Path("runs") / f"finetune-{encoder.sha256[:12]}-{chosen.name}-{how.name}"
         request = tasks.Request(encoder, data, chosen, validation=validation, train=train, allow_leak=allow_leak)
         try:

@@ -55,7 +55,7 @@ from mmclip_dist.engine import watchdog
 from mmclip_dist.engine.collective import agreed, first_rank_does, gathered
 from mmclip_dist.engine.deepspeed_engine import start_distributed
 from mmclip_dist.evaluate.classification import per_class_auc
-from mmclip_dist.evaluate.encoders import Trained
+from mmclip_dist.evaluate.encoders import Encoder, Trained
 from mmclip_dist.evaluate.protocol import Columns, Protocol, load_named
 from mmclip_dist.evaluate.reading import Known, LabelledImages
 from mmclip_dist.fit import Place, Work, fit
@@ -466,15 +466,23 @@ def _streams(batch: int, samples: int) -> int:
 # -- The process ------------------------------------------------------------------------------------------------------
 
 
+def threads_of(encoder: Encoder) -> int | None:
+    """The torch threads that the model's own run had on a CPU. ValueError for a model of another package."""
+    if not isinstance(encoder, Trained):
+        raise ValueError(f"{encoder.name} is no run of this package, whose image encoder is fine-tuned: evaluate a probe of it")
+    threads: int | None = encoder.model.config.threads
+    return threads
+
+
 @contextmanager
-def joined() -> Iterator[Place]:
-    """Join the ranks of a launcher, or be the only one."""
+def joined(threads: int | None) -> Iterator[Place]:
+    """Join the ranks of a launcher, or be the only one. threads: of torch on a CPU; None: cores / ranks."""
     alone = {} if "RANK" in os.environ else {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"
     }  # fmt: skip
     os.environ.update(alone)
     try:
-        yield Place(*start_distributed(None, _TIMEOUT_S))
+        yield Place(*start_distributed(threads, _TIMEOUT_S))
     finally:
         watchdog.rest()
         if dist.is_initialized():

@@ -149,8 +149,7 @@ def finetune(
     """The image encoder and a head, trained on shares of the labels; the best checkpoint on validation is tested. Stopped if a
     stop was asked for. A collective call: every rank gets the outcome."""
     encoder, protocol, sets = request.encoder, request.protocol, request.test()
-    if not isinstance(encoder, Trained):
-        raise ValueError(f"{encoder.name} is no run of this package, whose image encoder is fine-tuned: evaluate a probe of it")
+    assert isinstance(encoder, Trained)
     for share in shares:
         recipe.course(share)
     train, validation = (
