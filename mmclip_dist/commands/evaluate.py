@@ -97,6 +97,7 @@ def evaluate_finetune(
     average: Average = False,
 ) -> None:
     """Image encoder and a head, trained on 1, 10 and 100% of the labels of `train`, and tested once. Goes on where it stopped."""
+    from mmclip_dist.config import config_hash
     from mmclip_dist.evaluate import finetune, tasks
     from mmclip_dist.evaluate.encoders import open_encoder
     from mmclip_dist.evaluate.protocol import load_protocol
@@ -104,7 +105,7 @@ def evaluate_finetune(
     chosen, how = load_protocol(protocol), finetune.load_recipe(recipe)
     shares, numbers = finetune.parse_shares(share), finetune.parse_seeds(seeds)
     with open_encoder(checkpoint, average=average) as encoder, finetune.joined(finetune.threads_of(encoder)) as place:
-        where = folder or Path("runs") / f"finetune-{encoder.sha256[:12]}-{chosen.name}-{how.name}"
+        where = folder or Path("runs") / f"finetune-{chosen.name}-{how.name}-{config_hash(encoder.sha256, data)[:12]}"
         request = tasks.Request(encoder, data, chosen, validation=validation, train=train, allow_leak=allow_leak)
         try:
             found = tasks.finetune(request, how, where, shares, numbers, place)

@@ -19,7 +19,7 @@ from functools import partial
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from mmclip_shards.reader import ShardReader
 from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json, read_text
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,6 +80,12 @@ class Course(Section):
     steps: int = Field(gt=0)
     warmup: int = Field(0, ge=0)
     every: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup >= self.steps:
+            raise ValueError(f"a warm-up of {self.warmup} steps leaves none of {self.steps}: lower it")
+        return self
 
 
 class Recipe(Section):
@@ -167,7 +173,6 @@ def labelled(reader: ShardReader, columns: Columns, classes: Sequence[str], *, e
             if own.count(1) == 1 if exclusive else any(value >= 0 for value in own):
                 places.append((shard, row, key, document.patient or key))  # unknown: a patient of its own
                 labels.append(own)
-        watchdog.beat("reading labels")
     if not places:
         what = "exactly one of the classes" if exclusive else "a label of the classes"
         raise ValueError(f"no sample of {reader.url} has {what} {', '.join(classes[:5])}: pack it with its labels")
@@ -322,7 +327,7 @@ class Cell:
         try:
             with np.load(path, allow_pickle=False) as stored:
                 scored = {name: Scored(**{part: stored[f"{name}_{part}"] for part in Scored.__annotations__}) for name in _SCORED}
-                return cls(**scored, **json.loads(str(stored["about"])))
+                return cls(scored["test"], scored["validation"], **json.loads(str(stored["about"])))
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, and its share and seed are scored again") from error
 
@@ -388,6 +393,12 @@ class FineTuning:
 
     def cell(self, share: float, seed: int) -> Cell:
         """Train and test a cell, or load it if that was done. Stopped if a stop was asked for. A collective call."""
+        try:
+            return self._cell(share, seed)
+        finally:
+            watchdog.rest()  # figures of large sets take a while
+
+    def _cell(self, share: float, seed: int) -> Cell:
         folder = self.folder / f"share-{share:g}" / f"seed-{seed}"
         if first_rank_does((folder / SCORES).is_file, "looking for scores"):
             return Cell.load(folder / SCORES)
@@ -482,7 +493,9 @@ def joined(threads: int | None) -> Iterator[Place]:
     }  # fmt: skip
     os.environ.update(alone)
     try:
-        yield Place(*start_distributed(threads, _TIMEOUT_S))
+        place = Place(*start_distributed(threads, _TIMEOUT_S))
+        watchdog.rest()  # until training begins: sets are read first
+        yield place
     finally:
         watchdog.rest()
         if dist.is_initialized():

@@ -58,14 +58,14 @@ drop_path: 0.1
 augment: {crop_area: [0.9, 1.0], flip: 0.0}
 patience: 3
 courses:
-  0.1: {lr: 3.0e-3, steps: 20, warmup: 4, every: 8}
-  1.0: {lr: 5.0e-3, steps: 80, warmup: 8, every: 16}
+  0.1: {lr: 3.0e-3, steps: 8, warmup: 2, every: 4}
+  1.0: {lr: 5.0e-3, steps: 48, warmup: 6, every: 16}
 """
 
 
 def pack(folder: Path, splits: dict[str, int], *, labels: tuple[str, ...] = CLASSES, first: int = 0) -> str:
-    """Noise with a bright corner where "Mark" is present; two images a patient. "Rare" is of every 20th patient, "Seldom
-    named" is unknown for most."""
+    """Noise with a bright corner where "Mark" is present; two images a patient. "Rare" is of every 20th patient; "Seldom
+    named" is where "Mark" is not, and unknown for most."""
     random, numbers = np.random.default_rng(first), count(first)
     for split, patients in splits.items():
         samples = []
@@ -76,7 +76,7 @@ def pack(folder: Path, splits: dict[str, int], *, labels: tuple[str, ...] = CLAS
                 pixels[4:16, 4:16] += 120 * marked
                 buffer = io.BytesIO()
                 Image.fromarray(pixels).save(buffer, "PNG")
-                seldom = int(marked) if patient % 5 == 0 else None
+                seldom = int(not marked) if patient % 5 == 0 else None
                 found = {"Mark": int(marked), "Rare": int(patient % 20 == 7), "Seldom named": seldom}
                 document = {"patient": f"{patient:032x}", "labels": {name: found[name] for name in labels}, "report": None}
                 samples.append((f"p{patient:04d}-{view}", {"png": buffer.getvalue(), "json": json.dumps(document).encode()}))
@@ -341,16 +341,20 @@ def test_a_fine_tuned_model_knows_an_easy_class_of_new_patients(whole: tuple[Pat
     folder, said = whole
     found = json.loads(folder.with_suffix(".json").read_text())
     few, all_ = found["results"]
-    assert all_["auroc"]["Mark"] > 0.9 and all_["ci95"]["auroc"]["Mark"][0] > 0.8
+    assert all_["auroc"]["Mark"] > 0.9 < all_["auroc"]["Seldom named"]  # both, of both seeds: a random head has the sign of one
+    assert all_["ci95"]["auroc"]["Mark"][0] > 0.8
     assert (found["task"], found["dataset"], found["split_name"]) == ("finetune", "marks", "test")
     assert (found["n"], found["n_patients"]) == (40, 20)
     assert few["n_train"] == [10, 10] and all_["n_train"] == [100, 100] and all_["seeds"] == [1, 2]
     assert np.mean(all_["auroc_macro_of_seeds"]) == pytest.approx(all_["auroc_macro"]) and all_["auroc_macro_sd"] >= 0
     assert all(step % 16 == 0 for step in all_["best_step"]) and all_["f1_val_threshold"]["Mark"] > 0.8
-    assert "marks/val" in all_["threshold_from"] and found["recipe"]["courses"]["1.0"]["steps"] == 80
+    assert "marks/val" in all_["threshold_from"] and found["recipe"]["courses"]["1.0"]["steps"] == 48
     rows = list(csv.DictReader(folder.with_suffix(".csv").open()))
     assert {(row["seed"], row["n_train"]) for row in rows} == {(s, n) for s in "12" for n in ("10", "100")}
-    assert any("have no positives of Rare, so its scores mean nothing" in note for note in found["notes"])
+    taken = train_samples(data)
+    lacking = [taken.one_kind(CLASSES, subset(taken, 0.1, seed)) for seed in (1, 2)]
+    assert few["one_kind_only"] == lacking and lacking[1]["Mark"] == "no positives"
+    assert "10%, seed 2: the 10 training images have no positives of Mark, so its scores mean nothing" in found["notes"]
     assert "100%: macro AUROC 0." in said and "macro" in said and "validation: macro AUC" in said and "temperature" not in said
 
 
