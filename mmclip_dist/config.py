@@ -226,10 +226,11 @@ class Optim(Section):
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps (N)
     schedule: Literal["cosine", "wsd", "linear"] = "cosine"  # after the warm-up; all end at 0 (N)
     decay: float = Field(0.2, gt=0, le=1)  # wsd: share of the steps at the end in which the rate falls (N: 2405.18392)
-    name: Literal["adamw", "lamb", "deepspeed"] = "adamw"  # deepspeed: the one of `deepspeed.optimizer` (N: AdamW)
+    name: Literal["adamw", "lamb", "sgd", "deepspeed"] = "adamw"  # deepspeed: the one of `deepspeed.optimizer` (N: AdamW)
     layer_decay: float = Field(1.0, gt=0, le=1)  # the rate of an encoder's layer relative to the one above; 1: equal (O)
+    encoder_rate: float = Field(1.0, gt=0, le=1)  # the rate of the encoders relative to heads and decoders; 1: equal (O)
     ema: float | None = Field(None, gt=0, lt=1)  # decay per step of an exponential average of the weights; None: none (O)
-    betas: tuple[float, float] = (0.9, 0.95)  # N
+    betas: tuple[float, float] = (0.9, 0.95)  # of sgd, the first one is the momentum (N)
     weight_decay: float = Field(0.05, ge=0)  # N
     clip: float = Field(1.0, gt=0)  # global gradient norm (N)
 
@@ -248,6 +249,11 @@ class Optim(Section):
                 f"optim.warmup={self.warmup} and optim.decay={self.decay} of the steps overlap; their sum may not pass 1"
             )
         return self
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether some weights learn at another rate than others."""
+        return self.layer_decay < 1 or self.encoder_rate < 1
 
     @property
     def last_step(self) -> int:
@@ -297,6 +303,21 @@ class Evaluation(Section):
     every: int = Field(1000, gt=0)  # steps, and after the last one
 
 
+class FineTune(Section):
+    """A classifier on a trained image encoder, in place of the objective of pretraining. `mmclip evaluate finetune` sets it."""
+
+    checkpoint: str  # sha256 of the weights that it starts from
+    classes: tuple[str, ...]
+    labels: tuple[str, ...]  # their names in the training set
+    exclusive: bool = False  # every image has exactly one of the classes: cross-entropy over them, else binary of each
+    samples: str  # sha256 of the keys that it trains on
+    smoothing: float = Field(0.0, ge=0, lt=1)  # of the labels
+    drop_path: float = Field(0.0, ge=0, lt=1)  # share of the images that pass the last layer by; fewer the layers before
+    head_norm: bool = False  # LayerNorm between the pooled patches and the linear head
+    head_deviation: float = Field(2e-5, ge=0)  # standard deviation of the head's initial weights
+    patience: int | None = Field(None, gt=0)  # evaluations without a better one after which it ends; None: all steps
+
+
 class Config(Section):
     """The whole tree. `run_dir` holds everything that a run writes."""
 
@@ -319,6 +340,7 @@ class Config(Section):
     health: Health = Health()
     track: Track = Track()
     evaluation: Evaluation = Evaluation()
+    finetune: FineTune | None = None  # made by `mmclip evaluate finetune`
     deepspeed: dict[str, Any] = Field(default_factory=dict)  # passed through for what is not modelled here
 
     @field_validator("run_dir")
@@ -395,6 +417,8 @@ class Config(Section):
 
     def check_sources(self) -> None:
         """Raise ValueError if training lacks a set or a sidecar that its losses need."""
+        if self.finetune is not None:
+            raise ValueError(f"{self.run_dir} is a part of a fine-tuning: start `mmclip evaluate finetune` again, and it goes on")
         if not self.data.sources:
             raise ValueError("data.sources is empty: name at least one set, data.sources='[{url: SET/train}]'")
         if self.loss.entity and not any(source.entities for source in self.data.sources):

@@ -1,7 +1,6 @@
 """Training: `deepspeed --module mmclip_dist.train RECIPE key=value ...`
 
-Builds the sets, the loader, the model, the engine and the run folder, then loops. The state of a run is its weights,
-its optimizer and one integer, the step: the order of samples, the learning rate and the random masks follow from it.
+Joins the ranks, opens the sets, builds the model and runs `fit.py`'s loop; tells errors and ends the process.
 """
 
 from __future__ import annotations
@@ -14,34 +13,28 @@ import sys
 import time
 import traceback
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.utils.data._utils as loader_inside
-from mmclip_kernels import check_impl
 
 from mmclip_dist import errors
-from mmclip_dist.checkpoint.folder import Meta, newest_checkpoint, read_meta
+from mmclip_dist.checkpoint.folder import newest_checkpoint, read_meta
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.seen import SEEN, Seen, load_seen
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.data.training import TrainingData, open_training_data
 from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, first_rank_does, gathered, place
-from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate, start_distributed
-from mmclip_dist.engine.feed import Feed
-from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
-from mmclip_dist.engine.heartbeat import beating
+from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, broken, gathered, place
+from mmclip_dist.engine.deepspeed_engine import start_distributed
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
+from mmclip_dist.fit import Place, Work, fit
 from mmclip_dist.launcher import ranks_of_machine
 from mmclip_dist.model.build import build_model
-from mmclip_dist.run.folder import describe, locked
-from mmclip_dist.run.guard import Guard
-from mmclip_dist.run.log import open_log
 from mmclip_dist.run.orphans import exit_if_deaf, exit_with_launcher
-from mmclip_dist.run.shared import check_shared
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
 
@@ -54,61 +47,16 @@ def train(config: Config, stop: StopRequest) -> bool:
     True if training reached its end; False if it stopped on request and can go on when it is started again.
     """
     rank, world, device = join_ranks(config)
-    from mmclip_dist.checkpoint.store import Checkpoints  # imports DeepSpeed, which needs the set-up above
 
-    run_dir, first = Path(config.run_dir), rank == 0
-    with beating(config.health.lost_s), ExitStack() as held:
-        with agreed():
-            config.check_world(world)
-            check_impl(config.loss.impl, device)
-            ds_json = deepspeed_json(config, world, gpu=device.type == "cuda")
-            tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
-            data = held.enter_context(open_training_data(config, tokenizer, world))
-            model = build_model(config, tokenizer, data.diseases)
-            evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
-            if first:
-                held.enter_context(locked(run_dir))
-                describe(run_dir, config, world, ds_json, data.identity)
-                stop.forget_file()
-        check_shared(run_dir)
-        engine = build_engine(model.to(device), config, ds_json)
-        checkpoints = Checkpoints(run_dir, engine, tokenizer, config, seen_by_all(run_dir, data, rank, world))
-        step = checkpoints.resume(data.trained_on)
-        guard = Guard(run_dir, stop, config.health, config.data.max_bad_fraction, device)
-        batches = guard.counted(
-            Feed(data.batches(rank, world, step), model.text.width, config.passes(world), config.shares, device)
-        )
-        log = held.enter_context(open_log(config, step, device))
-        announce(config, device, data, step)
+    def opened(held: ExitStack) -> Work:
+        tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
+        data = held.enter_context(open_training_data(config, tokenizer, world))
+        model = build_model(config, tokenizer, data.diseases)
+        evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
+        seen = partial(seen_by_all, Path(config.run_dir), data, rank, world)
+        return Work(data, model, config.loss, tokenizer, model.text.width, evaluation, seen)
 
-        while step < config.optim.last_step and not stop.agreed:
-            watchdog.beat("waiting for data", step + 1)
-            batch = log.wait_for(batches)
-            rate = set_learning_rate(engine, step, config.optim)
-            gradients = log.gradients(step + 1, engine, batch)
-            losses = forward_backward(engine, batch, config.loss)
-            engine.step()  # skipped on every rank if any gradient is not finite
-            step += 1
-            guard.after_step(
-                step, batch, weighted_sum(losses, config.loss), applied=engine.was_step_applied(), writing=checkpoints.writing
-            )
-            if step % config.log_every == 0 or step in (1, config.optim.last_step):
-                log.write(step, losses, rate, engine, gradients)
-            with log.aside():
-                scores = None
-                if evaluation and evaluation.due(step) and not stop.agreed:
-                    scores = evaluation.scores(engine, stop)
-                    log.evaluated(step, scores)
-                if not guard.writing:
-                    checkpoints.publish()
-                if step % config.checkpoint.every == 0 or step == config.optim.last_step or stop.agreed:
-                    score = scores.get("macro") if scores else None
-                    checkpoints.save(Meta(step, world, config.zero_stage, data.diseases, data.trained_on, score))
-        guard.finish()
-        checkpoints.finish()
-        if step < config.optim.last_step:
-            first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
-        return step >= config.optim.last_step
+    return fit(config, stop, Place(rank, world, device), opened)
 
 
 def seen_by_all(run_dir: Path, data: TrainingData, rank: int, world: int) -> Seen:
@@ -122,15 +70,6 @@ def seen_by_all(run_dir: Path, data: TrainingData, rank: int, world: int) -> See
                 return load_seen(newest / SEEN)
         share = data.seen(rank, world)
     return Seen.joined(gathered(share))
-
-
-def announce(config: Config, device: torch.device, data: TrainingData, step: int) -> None:
-    """What begins, in the words of the first rank."""
-    if dist.get_rank():
-        return
-    print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
-    if step >= config.optim.last_step:
-        print(f"nothing left to train: step {step} of {config.optim.last_step} is done", flush=True)
 
 
 def join_ranks(config: Config) -> tuple[int, int, torch.device]:

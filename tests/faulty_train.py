@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mmclip_dist import train
+from mmclip_dist import fit, train
 from mmclip_dist.checkpoint import mirror, writer
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.engine import gradient_cache
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> int:
             arguments = [f"{word}-elsewhere" if word.startswith("run_dir=") else word for word in arguments]
     if fault.startswith("out of memory"):  # at step 5 on rank 1, while every loader process of two a rank waits for its store
         (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
-        set_rate, steps, reads, read = train.set_learning_rate, count(1), count(1), JoinedSet.read
+        set_rate, steps, reads, read = fit.set_learning_rate, count(1), count(1), JoinedSet.read
 
         def waiting(self: JoinedSet, *of: Any) -> Any:
             if next(reads) > 16:  # two samples of each of the five steps, and of those that are fetched ahead
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return set_rate(*of)
 
-        train.set_learning_rate, JoinedSet.read = exhausted, waiting  # type: ignore[method-assign]
+        fit.set_learning_rate, JoinedSet.read = exhausted, waiting  # type: ignore[method-assign]
     if fault == "full disk":  # from the second checkpoint on, no file may be larger
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         save = writer.save_verified

@@ -71,13 +71,14 @@ WINGS = {
     "checkpoint": {"config", "data", "model", "engine"},
     "run": {"launcher", "config", "data", "model", "engine", "plan"},
     "offline": {"config", "data", "checkpoint"},
-    "evaluate": {"config", "data", "model", "engine", "checkpoint", "run", "offline"},
+    "fit": {"config", "data", "model", "engine", "checkpoint", "run"},
+    "evaluate": {"config", "data", "model", "engine", "checkpoint", "run", "offline", "fit"},
     "export": {"config", "data", "model", "checkpoint", "evaluate"},
     "inference": {"data", "model", "checkpoint", "export"},
     "demo": {"data", "checkpoint", "evaluate", "inference"},
     "bench": {"config", "data", "model", "engine", "checkpoint", "run", "evaluate", "offline"},
     "commands": {"config", "data", "plan", "evaluate", "export", "offline", "bench", "demo"},
-    "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "evaluate"},
+    "train": {"errors", "launcher", "config", "data", "model", "engine", "checkpoint", "run", "fit", "evaluate"},
     "cli": {"errors", "commands"},
 }
 """What each wing of mmclip_dist may import of the others: no two import each other, and what reads checkpoints is not read."""

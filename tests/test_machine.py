@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmclip_dist import train
+from mmclip_dist import fit, train
 from mmclip_dist.run.metrics import read_metrics
 from tests.launched import Finished, final_weights, run_training
 from tests.ranks import run_ranks
@@ -28,7 +28,7 @@ def with_few_files(arguments: list[str]) -> int:
 
 def with_a_jump(arguments: list[str]) -> int:
     """At step 5 the clock jumps: an hour ahead on one rank, an hour back on the other."""
-    set_rate, true_time, steps = train.set_learning_rate, time.time, count(1)
+    set_rate, true_time, steps = fit.set_learning_rate, time.time, count(1)
 
     def jumping(*of: Any) -> float:
         if next(steps) == 5:
@@ -38,7 +38,7 @@ def with_a_jump(arguments: list[str]) -> int:
             time.sleep(2.5)  # the watchdog looks once a second
         return set_rate(*of)
 
-    train.set_learning_rate = jumping
+    fit.set_learning_rate = jumping
     return train.main(arguments)
 
 

@@ -14,14 +14,14 @@ from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHT
 from mmclip_dist.config import Config, config_hash, dump_config, load_config
 from mmclip_dist.data.prompts import prompts_text
 from mmclip_dist.data.tokenizer import load_tokenizer
-from mmclip_dist.model.build import build_model
+from mmclip_dist.model.build import Trainable, build_model
 from mmclip_dist.model.mmclip import MMCLIP
 
 _TOKENIZER, _PROMPTS = "tokenizer", "prompts.yaml"
 
 
 def write_model(
-    folder: Path, model: MMCLIP, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta,
+    folder: Path, model: Trainable, tokenizer: PreTrainedTokenizerBase, config: Config, meta: Meta,
     weights: dict[str, Tensor] | None = None, averages: dict[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write what `load_model` reads: all that evaluation and the offline stages need.
@@ -72,6 +72,8 @@ def load_model(
     if not weights.is_file():
         raise ValueError(f"{weights} is missing: the run kept no average of its weights; train with optim.ema=0.9999")
     config, meta = _stored_config(checkpoint), read_meta(checkpoint)
+    if config.finetune is not None:
+        raise ValueError(f"{checkpoint} holds a fine-tuned classifier, no whole model: name the run that it was made from")
     tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
     model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
     model.load_state_dict(load_file(weights))

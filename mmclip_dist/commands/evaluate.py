@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +12,9 @@ from rich.table import Table
 
 from mmclip_dist.commands.options import local_folder
 from mmclip_dist.commands.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mmclip_dist.evaluate.tasks import Outcome
 
 evaluate_app = typer.Typer(no_args_is_help=True, help="Evaluate a checkpoint.")
 
@@ -75,6 +79,44 @@ def evaluate_probe(
     )  # fmt: skip
 
 
+@evaluate_app.command("finetune")
+def evaluate_finetune(
+    checkpoint: Checkpoint,
+    data: Data,
+    protocol: Protocol = "own",
+    recipe: Annotated[str, typer.Option(help="Name of a recipe, or a YAML file of the same form.")] = "mrm",
+    share: Annotated[str, typer.Option(help="Shares of the labels of `train`.")] = "0.01,0.1,1.0",
+    seeds: Annotated[str, typer.Option(help="Each draws its own patients, head and order of samples.")] = "1,2,3",
+    train: Annotated[str | None, typer.Option(help="Set whose `train` split it trains on; by default the one of --data.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Set whose `val` split chooses the checkpoint; likewise.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(parser=local_folder, metavar="FOLDER", help="Where it works, and goes on; by default in runs/.")
+    ] = None,
+    out: Out = None,
+    allow_leak: AllowLeak = False,
+    average: Average = False,
+) -> None:
+    """Image encoder and a head, trained on 1, 10 and 100% of the labels of `train`, and tested once. Goes on where it stopped."""
+    from mmclip_dist.config import config_hash
+    from mmclip_dist.evaluate import finetune, tasks
+    from mmclip_dist.evaluate.encoders import open_encoder
+    from mmclip_dist.evaluate.protocol import load_protocol
+
+    chosen, how = load_protocol(protocol), finetune.load_recipe(recipe)
+    shares, numbers = finetune.parse_shares(share), finetune.parse_seeds(seeds)
+    with open_encoder(checkpoint, average=average) as encoder, finetune.joined(finetune.threads_of(encoder)) as place:
+        where = folder or Path("runs") / f"finetune-{chosen.name}-{how.name}-{config_hash(encoder.sha256, data)[:12]}"
+        request = tasks.Request(encoder, data, chosen, validation=validation, train=train, allow_leak=allow_leak)
+        try:
+            found = tasks.finetune(request, how, where, shares, numbers, place)
+        except finetune.Stopped as stopped:
+            if place.rank == 0:
+                print(f"{stopped}; run the same command again to go on", file=sys.stderr)
+            raise typer.Exit(stopped.code) from None
+        if place.rank == 0:
+            _show(found, out)
+
+
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
     checkpoint: Checkpoint,
@@ -107,7 +149,7 @@ def _run(
     task: str, checkpoint: str, urls: list[str], protocol: str, out: Path | None, average: bool, trust_remote_code: bool,
     *, cache: Path | None = None, **more: Any,
 ) -> None:  # fmt: skip
-    from mmclip_dist.evaluate import result, tasks
+    from mmclip_dist.evaluate import tasks
     from mmclip_dist.evaluate.encoders import open_encoder
     from mmclip_dist.evaluate.probe import cache_folder
     from mmclip_dist.evaluate.protocol import load_protocol
@@ -120,6 +162,13 @@ def _run(
             found = tasks.linear_probe(request, cache or cache_folder())
         else:
             found = {"zeroshot": tasks.zeroshot, "retrieval": tasks.retrieval, "pointing": tasks.pointing}[task](request)
+    _show(found, out)
+
+
+def _show(found: Outcome, out: Path | None) -> None:
+    """Print the table and the notes of an outcome, and write its files."""
+    from mmclip_dist.evaluate import result
+
     head, *rows = found.table
     table = Table(*head)
     for row in rows:

@@ -34,7 +34,7 @@ class ExampleMaker:
     """Turns samples into examples.
 
     diseases: the label names, in the order of the model's prompts. augment: None leaves images whole and unmasked
-    (evaluation, attention scores). needs_entities: refuse a report without entity sidecar.
+    (evaluation, attention scores). needs_entities: refuse a report without entity sidecar. reports: False leaves them out.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -46,6 +46,7 @@ class ExampleMaker:
     augment: Augment | None
     seed: int = 0
     needs_entities: bool = False
+    reports: bool = True
 
     @property
     def bytes_per_example(self) -> int:
@@ -71,7 +72,7 @@ class ExampleMaker:
             [self._label(document.labels.get(name)) for name in self.diseases], dtype=torch.int64
         )
         example |= self._attention(members.get("attention.npy"), crop)
-        example |= self._report(key, document.report, members.get("entities.json"), random)
+        example |= self._report(key, document.report if self.reports else "", members.get("entities.json"), random)
         example["lot"] = np.float32(random.random())
         return example
 

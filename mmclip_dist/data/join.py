@@ -28,6 +28,7 @@ class JoinedSet:
         if self.manifest.kind != "base":
             raise ValueError(f"{source.url} holds {self.manifest.kind} sidecars; name the packed set itself as `url`")
         self.chunks = ChunkReader()
+        self._chosen: Sequence[Sequence[int]] | None = None
         self._base = ShardReader(source.url, self.manifest, open_shards=open_shards, chunks=self.chunks)
         self._sidecars = []
         for kind, url in (("entities", source.entities), ("attention", source.attention)):
@@ -39,7 +40,16 @@ class JoinedSet:
     @property
     def counts(self) -> list[int]:
         """Samples of each shard."""
+        if self._chosen is not None:
+            return [len(rows) for rows in self._chosen]
         return [shard.samples for shard in self.manifest.shards]
+
+    def choose(self, rows: Sequence[Sequence[int]]) -> None:
+        """Use only these rows of each shard from now on, numbered anew."""
+        self._chosen = rows
+
+    def _row(self, shard: int, row: int) -> int:
+        return row if self._chosen is None else self._chosen[shard][row]
 
     @property
     def readers(self) -> list[ShardReader]:
@@ -53,7 +63,7 @@ class JoinedSet:
             reader.chunks = chunks
 
     def key(self, shard: int, row: int) -> str:
-        return self._base.keys(shard)[row]
+        return self._base.keys(shard)[self._row(shard, row)]
 
     def read(self, shard: int, key: str) -> dict[str, bytes]:
         """All members of a sample: suffix -> bytes, each checked against its index."""
@@ -64,8 +74,9 @@ class JoinedSet:
 
     def prefetch(self, shard: int, rows: Sequence[int], due: int) -> None:
         """Start fetching samples of a shard from object storage, and return at once. due: the step that reads them."""
+        places = [self._row(shard, row) for row in rows]
         for reader in self.readers:
-            reader.prefetch(shard, rows, due)
+            reader.prefetch(shard, places, due)
 
 
 def with_sidecars(source: Source) -> Source:

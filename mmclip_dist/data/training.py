@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -60,14 +60,23 @@ class TrainingData:
 
 
 @contextmanager
-def open_training_data(config: Config, tokenizer: PreTrainedTokenizerBase, world: int) -> Iterator[TrainingData]:
-    """Open the sets of `config.data`, and stop reading ahead at the end."""
-    sets = open_sets(config.data.sources, config.data, world)
+def open_training_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, world: int, chosen: Sequence[Sequence[int]] | None = None
+) -> Iterator[TrainingData]:
+    """Open the sets of `config.data`, and stop reading ahead at the end. chosen: the rows of each shard of the first set that are
+    used; None: all.
+
+    With `config.finetune`, samples are images with the labels of its classes, which get their names; reports are left out.
+    """
+    sets, tuned = open_sets(config.data.sources, config.data, world), config.finetune
     try:
-        diseases = config.prompts.diseases or label_names(sets)
+        if chosen is not None:
+            sets[0].choose(chosen)
+        diseases = tuned.classes if tuned else config.prompts.diseases or label_names(sets)
         maker = ExampleMaker(
-            tokenizer, diseases, config.model.image.size, config.model.image.grid, config.model.text.max_tokens,
-            config.entmlm, config.data.augment, config.seed, needs_entities=config.loss.entity > 0,
+            tokenizer, tuned.labels if tuned else diseases, config.model.image.size, config.model.image.grid,
+            config.model.text.max_tokens, config.entmlm, config.data.augment, config.seed,
+            needs_entities=config.loss.entity > 0, reports=tuned is None,
         )  # fmt: skip
         check_open_files(config.data.workers, config.data.reading.connections)
         yield TrainingData(config, sets, build_order(sets, config.data, config.seed), maker, tuple(diseases))

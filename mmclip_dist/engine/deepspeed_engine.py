@@ -17,7 +17,7 @@ from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, paramete
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
 from mmclip_dist.launcher import ranks_of_machine
-from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.model.build import Trainable
 
 _AFTER_WATCHDOG_S = 30.0  # the process group times out so much later than the watchdog, whose message names rank and step
 
@@ -50,7 +50,7 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
         "fp16": {"enabled": config.precision == "fp16"},  # with a dynamic loss scale that starts at 2^16
         # We hand over our own optimizer (engine/optimizer.py), unless optim.name=deepspeed.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": optim.name == "lamb",
+        "zero_allow_untested_optimizer": optim.name in ("lamb", "sgd"),
         "steps_per_print": 10**9,  # never: run/log.py prints progress
     }
     return _merge(derived, config.deepspeed)
@@ -92,7 +92,7 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
 
-def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
+def build_engine(model: Trainable, config: Config, json: dict[str, Any]) -> Any:
     """The DeepSpeed engine around the model, whose layers are compiled or recompute their activations as configured.
 
     A collective call; AgreedError where the configuration asks for what this machine or DeepSpeed cannot do.
@@ -105,7 +105,7 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
             compile_encoders(model)
         if config.model.checkpoint_activations:
             checkpoint_activations(model)
-        scales = layer_scales(model, optim.layer_decay) if optim.layer_decay < 1 else {}
+        scales = layer_scales(model, optim.layer_decay, optim.encoder_rate) if optim.has_scales else {}
         groups = parameter_groups(model, optim, scales)
         if optim.name == "deepspeed":
             refuse_stale_locks()
@@ -118,8 +118,10 @@ def build_engine(model: MMCLIP, config: Config, json: dict[str, Any]) -> Any:
         # At stage 0 in half precision DeepSpeed steps once on zero gradients to create the state (FP16_UnfusedOptimizer).
         # Adam's bias correction would then start one step late.
         ours.state.clear()
-    elif optim.layer_decay < 1 and any("lr_scale" not in group for group in engine.optimizer.param_groups):
-        raise AgreedError("deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 for it")
+    elif optim.has_scales and any("lr_scale" not in group for group in engine.optimizer.param_groups):
+        raise AgreedError(
+            "deepspeed.optimizer makes parameter groups of its own: set optim.layer_decay=1 and optim.encoder_rate=1 for it"
+        )
     if isinstance(engine.optimizer, torch.optim.Optimizer):  # stage 0 in fp32: DeepSpeed does not wrap it
         skip_non_finite(engine.optimizer)
     return engine

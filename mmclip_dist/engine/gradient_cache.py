@@ -15,11 +15,12 @@ from torch import Tensor
 from mmclip_dist.config import Loss
 from mmclip_dist.engine.finite import poisoned
 from mmclip_dist.engine.random_state import random_state, set_random_state
+from mmclip_dist.model.classifier import Weights
 from mmclip_dist.model.inputs import PlannedBatch, parts_of
 from mmclip_dist.model.mmclip import MMCLIP, Embedded, Part
 
 
-def forward_backward(engine: Any, batch: PlannedBatch, weights: Loss) -> dict[str, Tensor]:
+def forward_backward(engine: Any, batch: PlannedBatch, weights: Loss | Weights) -> dict[str, Tensor]:
     """Losses of this rank's batch, and their gradients in the engine, ready for `engine.step()`. A collective call.
 
     The batch's plan says in how many passes it is computed.
@@ -52,7 +53,7 @@ def forward_backward(engine: Any, batch: PlannedBatch, weights: Loss) -> dict[st
     return totals if contrastive is None else totals | {"contrastive": contrastive}
 
 
-def weighted_sum(losses: dict[str, Tensor], weights: Loss) -> Tensor:
+def weighted_sum(losses: dict[str, Tensor], weights: Loss | Weights) -> Tensor:
     return torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
 
 

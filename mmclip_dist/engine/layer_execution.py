@@ -8,26 +8,28 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mmclip_dist.model.build import Trainable
 from mmclip_dist.model.mmclip import MMCLIP
 
 
-def checkpoint_activations(model: MMCLIP) -> None:
+def checkpoint_activations(model: Trainable) -> None:
     """Keep only the input of every layer of encoders and decoders; the rest is computed again in the backward pass.
 
     `forward` is wrapped, not `__call__`: ZeRO-3's hooks of the layer itself stay outside, those of its parts run again and
     gather the weights that the second run needs.
     """
-    for layer in (*_encoder_layers(model), *model.image_decoder.layers, *model.text_decoder.layers):
+    decoders = (*model.image_decoder.layers, *model.text_decoder.layers) if isinstance(model, MMCLIP) else ()
+    for layer in (*_encoder_layers(model), *decoders):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def compile_encoders(model: MMCLIP, backend: str = "inductor") -> None:
+def compile_encoders(model: Trainable, backend: str = "inductor") -> None:
     """torch.compile each layer of the encoders. ValueError if the backend cannot build code on this machine.
 
     Layer by layer: all layers of an encoder share one graph, so that a depth of 24 compiles no longer than one of 1. Shapes
     are dynamic, since the number of reports and their length change from step to step.
     """
-    device = model.log_scale.device
+    device = next(model.parameters()).device
     _try_backend(backend, device)
     for layer in _encoder_layers(model):
         layer.forward = torch.compile(layer.forward, backend=backend, dynamic=True)
@@ -46,5 +48,5 @@ def _try_backend(backend: str, device: torch.device) -> None:
         ) from error
 
 
-def _encoder_layers(model: MMCLIP) -> list[nn.Module]:
-    return [*model.image.layers, *model.text.layers]
+def _encoder_layers(model: Trainable) -> list[nn.Module]:
+    return [layer for encoder in model.encoders for layer in encoder.layers]

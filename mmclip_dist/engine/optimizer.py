@@ -1,4 +1,4 @@
-"""The optimizer: which parameters share a group, LAMB, and an exponential average of the weights."""
+"""The optimizer: which parameters share a group, AdamW, LAMB or SGD, and an exponential average of the weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmclip_dist.config import Optim
-from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.model.build import Trainable
 
 AVERAGE = "ema"  # name of the average in the optimizer's state, beside exp_avg and exp_avg_sq
 
@@ -35,14 +35,16 @@ def parameter_groups(model: nn.Module, optim: Optim, scales: dict[nn.Parameter, 
     return list(groups.values())
 
 
-def layer_scales(model: MMCLIP, layer_decay: float) -> dict[nn.Parameter, float]:
-    """Layer-wise decay of the learning rate in both encoders; heads, decoders and final norms keep the full rate.
+def layer_scales(model: Trainable, layer_decay: float, encoder_rate: float = 1.0) -> dict[nn.Parameter, float]:
+    """Layer-wise decay of the learning rate in the encoders; heads and decoders keep the full rate.
 
-    Of L layers, layer l (from 0) has layer_decay ** (L - l), the embeddings have layer_decay ** (L + 1). Source: BEiT, MAE.
+    Of L layers, layer l (from 0) has layer_decay ** (L - l), the embeddings have layer_decay ** (L + 1), the final norm has 1.
+    Source: BEiT, MAE. encoder_rate: multiplies all of them.
     """
-    return {
-        parameter: layer_decay ** (len(encoder.layers) + 1 - depth)
-        for encoder in (model.image, model.text)
+    scales = {parameter: encoder_rate for encoder in model.encoders for parameter in encoder.parameters()}
+    return scales | {
+        parameter: encoder_rate * layer_decay ** (len(encoder.layers) + 1 - depth)
+        for encoder in model.encoders
         for depth, module in enumerate([encoder.embeddings, *encoder.layers])
         for parameter in module.parameters()
     }
@@ -52,7 +54,7 @@ def layer_scales(model: MMCLIP, layer_decay: float) -> dict[nn.Parameter, float]
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: Optim, *, sharded: bool) -> torch.optim.Optimizer:
-    """AdamW or LAMB. The learning rate is 0 here and set before every step.
+    """AdamW, LAMB or SGD with momentum (the first of `optim.betas`). The learning rate is 0 here and set before every step.
 
     AdamW is torch's fused one, on GPUs and CPUs. DeepSpeed's FusedAdam and CPUAdam need a C++ compiler at first use, and a
     killed build leaves a lock on which every later run waits forever.
@@ -61,6 +63,8 @@ def build_optimizer(groups: list[dict[str, Any]], optim: Optim, *, sharded: bool
     optimizer: torch.optim.Optimizer
     if optim.name == "lamb":
         optimizer = Lamb(groups, betas=optim.betas, sharded=sharded)
+    elif optim.name == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=optim.betas[0])
     else:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
     if optim.ema is not None:

@@ -7,6 +7,7 @@ time-out names neither rank nor step, and covers neither a hung file system nor 
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import socket
 import sys
@@ -35,6 +36,11 @@ def beat(doing: str | None = None, step: int | None = None) -> None:
         _progress.doing = doing
     if step is not None:
         _progress.step = step
+
+
+def rest() -> None:
+    """Expect no progress until the next `beat`: what was watched is over, and the process goes on with something else."""
+    _progress.since = math.inf
 
 
 def start(rank: int, timeout_s: float) -> None:

@@ -35,6 +35,10 @@ class EvaluationDuringTraining:
     def due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.last
 
+    def missed(self, step: int) -> bool:
+        """Never: nothing that follows depends on the scores."""
+        return False
+
     def scores(self, engine: Any, stop: StopRequest) -> dict[str, float] | None:
         """AUC of every class and their mean, "macro"; None if a stop came in between. A collective call.
 

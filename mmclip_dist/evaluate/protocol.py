@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from mmclip_shards.manifest import Manifest
@@ -23,6 +23,7 @@ from mmclip_dist.data.prompts import load_prompts
 
 OWN = "own"
 _FIELD = "{disease}"
+S = TypeVar("S", bound=Section)
 Metric = Literal["auroc", "auprc", "f1", "accuracy"]
 
 
@@ -43,7 +44,8 @@ class Protocol(Section):
     source: where it comes from, and how it departs from that; dataset: the family in the table of sets that share images;
     split: the one it is defined on; images: how many there are, if that is fixed; exclusive: every image has exactly one of the
     classes; classes: empty for those of the set itself; present, absent: prompts of every class, with {disease}. Without absent
-    ones a score is the mean similarity to the present ones, else that minus the mean similarity to the absent ones.
+    ones a score is the mean similarity to the present ones, else that minus the mean similarity to the absent ones. train_lists:
+    share of the labels -> text file, beside the protocol's own, of the keys that are trained on; without one the seed draws them.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Protocol(Section):
     classes: dict[str, Class] = Field(default_factory=dict)
     present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    train_lists: dict[float, str] = Field(default_factory=dict)
 
     def prompts(self) -> Prompts:
         """ValueError for a class without prompts: some protocols fix only split and classes."""
@@ -120,37 +123,49 @@ def check_prompts(prompts: Prompts, tokens: Callable[[str], int], window: int) -
 
 
 def protocol_names() -> list[str]:
-    folder = resources.files("mmclip_dist") / "evaluate" / "protocols"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return names_in("protocols")
+
+
+def names_in(folder: str) -> list[str]:
+    """Names of the files in a folder of this package."""
+    files = (resources.files("mmclip_dist") / "evaluate" / folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in files if entry.name.endswith(".yaml"))
 
 
 def load_protocol(name: str) -> Protocol:
     """A protocol by its name, or from a YAML file of the same form. ValueError in one line if there is none or it is odd."""
+    found = load_named(name, "protocols", Protocol, "protocol")
+    lists = {share: str(Path(name).parent / file) for share, file in found.train_lists.items()}
+    return found.model_copy(update={"train_lists": lists})
+
+
+def load_named(name: str, folder: str, kind: type[S], what: str) -> S:
+    """A section by the name of its file in a folder of this package, or from a YAML file of its form. ValueError in one line."""
     if name.endswith((".yaml", ".yml")):
-        path, text = Path(name), _text_of(Path(name))
-    elif name in protocol_names():
+        path, text = Path(name), _text_of(Path(name), what)
+    elif name in names_in(folder):
         path = Path(name)
-        text = (resources.files("mmclip_dist") / "evaluate" / "protocols" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("mmclip_dist") / "evaluate" / folder / f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise ValueError(f"no protocol {name!r}: the protocols are {', '.join(protocol_names())}; a file must end in .yaml")
+        raise ValueError(f"no {what} {name!r}: the {what}s are {', '.join(names_in(folder))}; a file must end in .yaml")
     try:
         values: Any = yaml.safe_load(text)
         if not isinstance(values, dict):
-            raise ValueError("it must hold the fields of a protocol")
-        return Protocol.model_validate({"name": path.stem if path.suffix else name, **values})
+            raise ValueError(f"it must hold the fields of a {what}")
+        return kind.model_validate({"name": path.stem if path.suffix else name, **values})
     except yaml.YAMLError as error:
-        raise ValueError(f"protocol {name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{what} {name} is not valid YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
-        raise ValueError(f"protocol {name}: {one_line(error)}") from error
+        raise ValueError(f"{what} {name}: {one_line(error)}") from error
     except ValueError as error:
-        raise ValueError(f"protocol {name}: {error}") from error
+        raise ValueError(f"{what} {name}: {error}") from error
 
 
-def _text_of(path: Path) -> str:
+def _text_of(path: Path, what: str) -> str:
     try:
         return read_text(path, "save it as UTF-8")
     except FileNotFoundError as error:
-        raise ValueError(f"--protocol {path}: no such file") from error
+        raise ValueError(f"--{what} {path}: no such file") from error
 
 
 # -- A protocol on a set ----------------------------------------------------------------------------------------------

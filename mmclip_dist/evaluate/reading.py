@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, groupby, islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from mmclip_shards.document import json_fields, read_document
 from mmclip_shards.images import decode_image
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import image_of
+from PIL import Image
 from torch import Tensor
 
-from mmclip_dist.evaluate.encoders import Encoder
 from mmclip_dist.evaluate.protocol import Columns
 
 BATCH = 128
@@ -62,6 +63,20 @@ class _Sample:
     pixels: Tensor | None  # None: the image cannot be decoded
 
 
+class Eye(Protocol):
+    """What images are decoded for: an `Encoder`, or a classifier. device: where pixels go; blank: an image without content
+    [1, channels, S, S]."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def blank(self) -> Tensor: ...
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """A decoded image in mode "L" -> [channels, S, S], on the CPU."""
+
+
 class LabelledImages:
     """The images of some sets, whose labels are those of `classes`. columns: of each set."""
 
@@ -70,7 +85,7 @@ class LabelledImages:
         self.samples = sum(reader.manifest.samples for reader in sets)
 
     def rounds(
-        self, encoder: Encoder, function: Callable[[Tensor], tuple[Tensor, ...]], rank: int = 0, world: int = 1
+        self, encoder: Eye, function: Callable[[Tensor], tuple[Tensor, ...]], rank: int = 0, world: int = 1
     ) -> Iterator[list[tuple[Known, list[np.ndarray]]]]:
         """The rank's batches, one in each round, with what function(pixels) gives of its images; [] in rounds after its last.
 
@@ -96,7 +111,7 @@ class LabelledImages:
             [sample.boxes for sample in whole], [sample.key for sample in samples if sample.pixels is None],
         )  # fmt: skip
 
-    def _ahead(self, pool: ThreadPoolExecutor, encoder: Encoder, rank: int, world: int) -> Iterator[list[_Sample]]:
+    def _ahead(self, pool: ThreadPoolExecutor, encoder: Eye, rank: int, world: int) -> Iterator[list[_Sample]]:
         """The rank's batches; the next one is decoded while the last one is used."""
         waiting: list[list[Future[_Sample]]] = []
         for places in self._shares(rank, world):
@@ -123,7 +138,7 @@ class LabelledImages:
             if index % world == rank:
                 yield batch
 
-    def _sample(self, place: Place, encoder: Encoder) -> _Sample:
+    def _sample(self, place: Place, encoder: Eye) -> _Sample:
         number, shard, row = place
         reader, columns = self.sets[number], self.columns[number]
         key = reader.keys(shard)[row]

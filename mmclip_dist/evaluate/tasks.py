@@ -12,8 +12,9 @@ from mmclip_shards.manifest import find_split, load_manifest
 from mmclip_shards.reader import ShardReader
 
 from mmclip_dist.evaluate import leaks
-from mmclip_dist.evaluate.classification import percentile_interval, resampled
-from mmclip_dist.evaluate.encoders import Encoder
+from mmclip_dist.evaluate.classification import per_class_auc, percentile_interval, resampled
+from mmclip_dist.evaluate.encoders import Encoder, Trained
+from mmclip_dist.evaluate.finetune import FineTuning, Recipe
 from mmclip_dist.evaluate.pointing import TEMPERATURE, THRESHOLDS, pointed
 from mmclip_dist.evaluate.probe import SHARES, Featured, featured, probe
 from mmclip_dist.evaluate.protocol import Columns, Protocol, check_split, matched, prompts_hash
@@ -21,6 +22,7 @@ from mmclip_dist.evaluate.reading import Known, LabelledImages
 from mmclip_dist.evaluate.result import MACRO, NO_VALIDATION, Measured, Subject, document, figures, measured
 from mmclip_dist.evaluate.retrieval import RECALL_AT, hits, ranks
 from mmclip_dist.evaluate.zeroshot import Evaluation, prompt_directions
+from mmclip_dist.fit import Place
 
 Report = Callable[[int, int], None]
 _POINTING = ("hit", "attention", "iou", "cnr", "box_share")
@@ -141,6 +143,63 @@ def linear_probe(request: Request, cache: Path) -> Outcome:
     return Outcome(document(subject, more), tuple(rows), _table(protocol, named), notes)
 
 
+def finetune(
+    request: Request, recipe: Recipe, folder: Path, shares: Sequence[float], seeds: Sequence[int], place: Place
+) -> Outcome:
+    """The image encoder and a head, trained on shares of the labels; the best checkpoint on validation is tested. Stopped if a
+    stop was asked for. A collective call: every rank gets the outcome."""
+    encoder, protocol, sets = request.encoder, request.protocol, request.test()
+    assert isinstance(encoder, Trained)
+    for share in shares:
+        recipe.course(share)
+    train, validation = (
+        _other_split(request, url, split, "fine-tuning") for url, split in ((request.train, "train"), (request.validation, "val"))
+    )
+    classes, columns = matched(protocol, sets)
+    for one, what in ((train, "the training set"), (validation, "the validation set")):
+        _disjoint(request, [one], sets, f"{what} and the test set")
+    _disjoint(request, [train], [validation], "the training set and the validation set")
+    leak = request.leak(sets)
+    others = [(reader, _columns_like(protocol, reader, classes)) for reader in (train, validation)]
+    tuning = FineTuning(
+        encoder, protocol, classes, recipe, folder, place, train=others[0], validation=others[1], tests=(sets, columns)
+    )  # fmt: skip
+    results: list[dict[str, Any]] = []
+    rows, named, told = [], [], []
+    for share in shares:
+        cells, label = [tuning.cell(share, seed) for seed in seeds], f"{100 * share:g}%"
+        test, chosen = cells[0].test, cells[0].validation
+        measures = measured(
+            classes, np.stack([cell.test.scores for cell in cells]), test.labels, test.patients,
+            validation=(np.stack([cell.validation.scores for cell in cells]), chosen.labels),
+            threshold_from=_chosen_on(validation), exclusive=protocol.exclusive,
+        )  # fmt: skip
+        macros = [float(np.nanmean(per_class_auc(cell.test.scores, test.labels))) for cell in cells]
+        results.append({
+            "share": share, "n_train": [cell.n_train for cell in cells], "seeds": list(seeds),
+            "best_step": [cell.step for cell in cells], "validation_auroc_macro": [cell.auroc for cell in cells],
+            "auroc_macro_of_seeds": macros, "auroc_macro_sd": float(np.std(macros, ddof=1)) if len(macros) > 1 else None,
+            "one_kind_only": [cell.one_kind for cell in cells], **figures(measures),
+        })  # fmt: skip
+        rows += [row | {"seed": seeds[row["seed"]], "n_train": cells[row["seed"]].n_train} for row in measures.rows]
+        named.append((label, measures))
+        spread = f", sd {results[-1]['auroc_macro_sd']:.3f}" if len(macros) > 1 else ""
+        each = ", ".join(f"{value:.3f} (seed {seed})" for seed, value in zip(seeds, macros, strict=True))
+        told.append(f"{label}: macro AUROC {each}{spread}")
+        told += [
+            f"{label}, seed {seed}: the {cell.n_train} training images have {what} of {name}, so its scores mean nothing"
+            for seed, cell in zip(seeds, cells, strict=True) for name, what in cell.one_kind.items()
+        ]  # fmt: skip
+        if cells[0].unlisted:
+            told.append(f"{label}: {cells[0].unlisted} lines of the list name no image of {train.url}")
+    known = Known([""] * len(test.scores), test.patients.tolist(), test.labels, [], [], test.undecodable.tolist())
+    unknown = tuple(dict.fromkeys(name for one in columns for name in one.unknown))
+    subject = _subject("finetune", request, sets, known, leak, [*_unknown(protocol, unknown), *told])
+    more = {"classes": classes, "recipe": recipe.model_dump(mode="json"), "results": results}
+    notes = (*subject.notes, *_left_out(named[-1][1], known))
+    return Outcome(document(subject, more), tuple(rows), _table(protocol, named), notes)
+
+
 def retrieval(request: Request) -> Outcome:
     """Recall at 1, 5 and 10 of reports by images and of images by reports. ValueError if a sample has no report."""
     encoder, sets = request.encoder, request.test()
@@ -256,13 +315,13 @@ def _open(url: str, split: str) -> ShardReader:
     return ShardReader(folder, load_manifest(folder))
 
 
-def _other_split(request: Request, url: str | None, split: str) -> ShardReader:
-    """A split for the probe: of the set that is named, else of that of the test split."""
+def _other_split(request: Request, url: str | None, split: str, task: str = "the probe") -> ShardReader:
+    """A split for the probe or another task: of the set that is named, else of that of the test split."""
     reader = _open(url or request.urls[0], split)
     if url is None and reader.manifest.split != split:
         option = "--train" if split == "train" else "--validation"
         raise ValueError(
-            f"{request.urls[0]} is one split, {reader.manifest.split!r}, and the probe needs {split!r} too: name the folder that "
+            f"{request.urls[0]} is one split, {reader.manifest.split!r}, and {task} needs {split!r} too: name the folder that "
             f"holds train, val and test, or {option} URL"
         )
     return reader

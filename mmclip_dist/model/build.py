@@ -1,4 +1,4 @@
-"""Build the model of a config."""
+"""Build the model of a config, and what the engine asks of any model that it trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config
 from mmclip_dist.data.prompts import load_prompts, tokenize_prompts
+from mmclip_dist.model.classifier import Classifier
 from mmclip_dist.model.mmclip import MMCLIP
+
+Trainable = MMCLIP | Classifier
+"""What the engine trains, checkpoints hold and the log follows."""
 
 
 def build_model(

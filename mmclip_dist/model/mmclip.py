@@ -122,6 +122,10 @@ class MMCLIP(nn.Module):
         self.register_buffer("prompt_mask", None, persistent=False)
         self.set_prompts(prompt_tokens, prompt_mask)
 
+    @property
+    def encoders(self) -> tuple[ImageTower | TextTower, ...]:
+        return self.image, self.text
+
     def save_shapes(self, folder: Path) -> None:
         """Write the encoders' shapes, which `stored` reads: a checkpoint must not need the folder or hub they came from."""
         self.image.vit.config.save_pretrained(folder / "image")

@@ -80,7 +80,7 @@ class ProgressLog:
         self, step: int, losses: dict[str, Tensor], rate: float, engine: Any, gradients: dict[str, dict[str, float]] | None = None
     ) -> None:
         """Write a row: losses are means over all ranks, reading is summed, waiting and memory are maxima. A collective call."""
-        learned = temperature(engine)  # on every rank: ZeRO-3 gathers it
+        learned = temperature(engine) if isinstance(engine.module, MMCLIP) else None  # on every rank: ZeRO-3 gathers it
         means, read, counts = self._over_ranks(losses)  # waits for the device, so read the clock afterwards
         elapsed, done = time.monotonic() - self.last_time - self.beside, step - self.last_step
         worst = torch.tensor([self.waited / elapsed, *self._memory()], dtype=torch.float64, device=self.device)
@@ -90,7 +90,7 @@ class ProgressLog:
             batch, world = self.config.optim.global_batch, dist.get_world_size()
             row = {
                 "step": step, "samples": step * batch, "loss": means, "lr": rate,
-                "temperature": learned,
+                **({} if learned is None else {"temperature": learned}),
                 "samples_per_s": round(done * batch / elapsed, 1),
                 "samples_per_s_per_rank": round(done * batch / elapsed / world, 2),
                 "data_wait": round(min(wait, 1.0), 4), "memory_gib": round(host, 3), "memory_peak_gib": round(host_peak, 3),
@@ -105,7 +105,7 @@ class ProgressLog:
                 row["gradients"] = gradients
             if self.device.type == "cuda":
                 row["device_peak_gib"] = round(device_peak, 3)
-            if self.card is not None:
+            if self.card is not None and isinstance(engine.module, MMCLIP):
                 load = load_of_steps(counts, engine.module, batch=batch, world=world, steps=done)
                 row["mfu"] = round(utilisation(self.config, engine.module, load, self.card, elapsed / done), 4)
             self.metrics.write(row)
@@ -115,7 +115,7 @@ class ProgressLog:
         self._begin(step)
 
     def evaluated(self, step: int, scores: dict[str, float] | None) -> None:
-        """Write the zero-shot scores of a step. None: a stop interrupted the evaluation."""
+        """Write the scores of a step. None: a stop interrupted the evaluation."""
         if self.evaluations is None:
             return
         if scores:
@@ -123,7 +123,8 @@ class ProgressLog:
             if self.tracker is not None:
                 self.tracker.write(step, flat({"auc": scores}))
         told = "broken off by a stop" if scores is None else f"macro AUC {scores['macro']:.4f}" if scores else "no class to score"
-        print(f"step {step}/{self.config.optim.last_step}  zero-shot evaluation: {told}", flush=True)
+        kind = "validation" if self.config.finetune else "zero-shot evaluation"
+        print(f"step {step}/{self.config.optim.last_step}  {kind}: {told}", flush=True)
 
     def _over_ranks(self, losses: dict[str, Tensor]) -> tuple[dict[str, float], Tally, dict[str, float]]:
         values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
@@ -189,7 +190,7 @@ def progress_line(row: dict[str, Any], last_step: int) -> str:
     """One row as one line, without what is unknown (MFU of an unknown card, device memory of a CPU)."""
     read = row["read"]
     parts = [f"step {row['step']}/{last_step}", *(f"{name} {value:.4f}" for name, value in row["loss"].items())]
-    parts += [f"lr {row['lr']:.2e}", f"temperature {row['temperature']:.4f}"]
+    parts += [f"lr {row['lr']:.2e}", *([f"temperature {row['temperature']:.4f}"] if "temperature" in row else [])]
     parts += [f"{row['samples_per_s']:.0f} samples/s ({row['samples_per_s_per_rank']:.1f} a rank)"]
     if "mfu" in row:
         parts.append(f"MFU {row['mfu']:.1%}")
