@@ -84,6 +84,10 @@ def test_guesses_are_of_the_masked_entities_and_the_report_stays_whole(held: Hel
         assert all(guess.piece.kind for guess in one.guesses if guess.guess is not None)
     monkeypatch.setattr(held.model, "rebuild_entities", lambda *_: logits(torch.full_like(true[0], 5), len(held.tokenizer)))
     assert [one.counts[0] for one in rebuilt_reports(held)] == [0] * len(shown)
+    half = torch.where(torch.arange(len(true[0])) % 2 == 0, true[0], 5)  # every other token is wrong
+    monkeypatch.setattr(held.model, "rebuild_entities", lambda *_: logits(half, len(held.tokenizer)))
+    right = [guess.piece.text for one in rebuilt_reports(held) for guess in one.guesses if guess.right]
+    assert right and all(len(held.tokenizer.tokenize(text)) == 1 for text in right)
 
 
 def test_a_negated_entity_is_marked_whether_masked_or_not(held: HeldOut, untrained: Path, sets: Any, monkeypatch: Any) -> None:
