@@ -184,7 +184,7 @@ def check_record(record: Record) -> None:
     """ValueError unless key, age, labels and boxes of a record can be stored."""
     check_key(record.key)
     if record.age is not None and not (type(record.age) is int and record.age >= 0):
-        raise ValueError(f"the age is {record.age!r}; it must be whole years, or None")
+        raise ValueError(f"the age is a negative number or a {type(record.age).__name__}; it must be whole years, or None")
     if not all(map(str.strip, record.labels)):
         raise ValueError("a label has an empty name")
     # Without a loop where all is well: a table may have 190 labels for each of 160,000 images.

@@ -161,13 +161,27 @@ def test_document_of_a_paired_and_an_unpaired_record() -> None:
     }
     unpaired = sample_document(Record(key="a", image=b"", patient="p", source="s", report=" \n"), boxes=(), **common)
     assert unpaired["report"] is None
-    assert "boxes" not in unpaired
+    assert "boxes" not in unpaired and "age" not in unpaired
 
 
 @pytest.mark.parametrize("value", [2, True, -2, "1", 0.5])
 def test_other_label_values_are_refused(value: object) -> None:
     with pytest.raises(ValueError, match="label 'Edema'"):
         check_record(Record(key="a", image=b"", patient="p", source="s", labels={"Edema": value}))  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(("age", "stored"), [(0, 0), (89, 89), (90, 90), (104, 90)])
+def test_ages_above_89_are_stored_as_90(age: int, stored: int) -> None:
+    record = Record(key="a", image=b"", patient="p", source="s", age=age)
+    check_record(record)
+    document = sample_document(record, label_names=(), patient_hash="h", dataset="d", width=4, height=5, boxes=())
+    assert document["age"] == stored
+
+
+@pytest.mark.parametrize("age", [-1, 41.0, "41", True])
+def test_an_age_that_is_no_whole_number_of_years_is_refused(age: object) -> None:
+    with pytest.raises(ValueError, match="it must be whole years, or None"):
+        check_record(Record(key="a", image=b"", patient="p", source="s", age=age))  # type: ignore[arg-type]
 
 
 def test_boxes_need_finite_positive_sides() -> None:

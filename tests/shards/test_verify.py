@@ -270,6 +270,7 @@ def sample(**changes: bytes) -> dict[str, bytes]:
         (sample(json=fields(dataset="other")), r"k\.json: `dataset`"),
         (sample(json=fields(view="gone")), r"k\.json: `view`"),
         (sample(json=fields(source="/etc/x")), r"k\.json: `source`"),
+        (sample(json=fields(age=91)), r"k\.json: `age` must be whole years, those above 89 as 90"),
         (sample(json=fields(boxes=3)), r"k\.json: `boxes`"),
         (sample(json=fields(boxes=[{"label": "a", "x": 1}])), r"k\.json: a box lacks"),
         (sample(txt=b"\xff"), r"k\.txt: not UTF-8 text, at byte 0"),
