@@ -74,8 +74,8 @@ class Unfinished:
 
     A full shard is published at once, then the journal, a small file that is written whole each time. An earlier journal in
     folder `url` is read first: call `keep_unchanged`, then add the split's records from number `start` on, then `wait`. size:
-    records of the split; left_out: others of it, which are only listed; write, ahead: see `preparation.Workers`. ValueError if the
-    journal is of another pack, or unreadable.
+    records of the split; left_out: others of it, which are only listed; write, ahead: see `preparation.Workers`. ValueError if
+    the journal is of another pack, or unreadable.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ def pack(
     licence, access: terms of the raw data set, for the manifests.
     allow_phi_like: whether reports may seem to identify people (`phi`); the manifests hold the counts. Reports of drawn images
     are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
-    workers: processes of this machine, or a cluster's (`mmclip_dist.offline.packing.RayWorkers`); the bytes do not depend on them.
+    workers: processes of this machine, or a cluster's (`mmclip_dist.offline.packing.RayWorkers`); the bytes depend on neither.
 
     Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
     those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content

@@ -390,7 +390,10 @@ def _scanned(scans: list[dict[str, int] | None]) -> dict[str, int] | None:
     versions = {scan["version"] for scan in found}
     if len(found) < len(scans) or len(versions) != 1:
         return None
-    return dict(sum(map(Counter, found), Counter[str]())) | {"version": versions.pop()}
+    counts: Counter[str] = Counter()
+    for scan in found:
+        counts.update(scan)
+    return {**counts, "version": versions.pop()}
 
 
 def _sidecars_of(plan: _Plan, folder: str) -> tuple[dict[Kind, dict[str, Any]], list[str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmclip_shards import storage
+from mmclip_shards import rewrite, storage
 from mmclip_shards.foreign import index_set
 from mmclip_shards.manifest import Manifest, Part, load_index, load_manifest, save_manifest
 from mmclip_shards.pack import pack
@@ -145,8 +145,16 @@ def test_every_field_of_a_manifest_is_known_here() -> None:
     """A new field is carried over if all sources agree on it. What counts samples must not be: see `rewrite._described`."""
     assert {field.name for field in fields(Manifest)} == {
         "kind", "dataset", "split", "shards", "config_hash", "labels", "base", "checkpoint", "licence", "access",
-        "patient_key_id", "parts", "version",
+        "patient_key_id", "parts", "phi_scan", "labels_by", "images", "version",
     }  # fmt: skip
+
+
+def test_what_scans_found_adds_up() -> None:
+    """`verify` allows a set what its manifest says, so a part of it is allowed no less."""
+    one, other = {"version": 1, "e-mail": 2}, {"version": 1, "e-mail": 1, "phone number": 1}
+    assert rewrite._scanned([one, other]) == {"version": 1, "e-mail": 3, "phone number": 1}
+    assert rewrite._scanned([one]) == one
+    assert rewrite._scanned([one, None]) is None and rewrite._scanned([one, {"version": 2}]) is None
 
 
 def test_a_document_of_no_part_is_found(tmp_path: Path) -> None:
