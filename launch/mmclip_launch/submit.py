@@ -18,7 +18,7 @@ from mmclip_shards.storage import write_atomic
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
 from mmclip_launch.doctor import local_hosts, look
-from mmclip_launch.findings import errors
+from mmclip_launch.findings import counted, errors
 from mmclip_launch.frozen import OURS, freeze, frozen_at, module_folder, record, shown, variables
 from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text
 from mmclip_launch.kubernetes import APPLY, apply, rendered
@@ -109,7 +109,7 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
         if finding.level in ("error", "warning"):
             print(finding, file=sys.stderr, flush=True)
     if wrong := errors(found):
-        raise Mendable(f"nothing was started: {len(wrong)} faults of the hosts, above")
+        raise Mendable(f"nothing was started: {counted(len(wrong), 'fault')} of the hosts, above")
     command = deepspeed_command(job, hosts, freeze(job.run_dir))
     command.write(job.run_dir, "deepspeed")
     print(f"$ {shlex.join(command.words)}", flush=True)

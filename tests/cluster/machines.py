@@ -112,7 +112,7 @@ class Machines:
         self._ports[name] = f"port{number}"
         mac = f"02:00:00:00:00:{number:02x}"  # the same after each start: others remember it
         self.inside(
-            "switch", f"ip link add port{number} type veth peer name eth0 address 02:00:00:00:00:{number:02x} netns {self.pids[name]}",
+            "switch", f"ip link add port{number} type veth peer name eth0 address {mac} netns {self.pids[name]}",
             f"ip link set port{number} master switch", f"ip link set port{number} up",
         )  # fmt: skip
         self.inside(name, f"ip address add {NET}.{number}/24 dev eth0", "ip link set eth0 up")
