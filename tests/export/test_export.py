@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmclip_shards import load_manifest
+from mmclip_shards import decode_image, load_manifest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionModel
 
 from mmclip_dist import MMCLIPModel, crop_image
-from mmclip_dist.checkpoint.folder import Meta, checkpoint_path, weights_hash
-from mmclip_dist.checkpoint.model_files import write_model
+from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, WEIGHTS, Meta, checkpoint_path, weights_hash
+from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.cli import app
 from mmclip_dist.cli import run as run_command
 from mmclip_dist.data.transforms import WHOLE
+from mmclip_dist.evaluate.encoders import open_encoder
 from mmclip_dist.evaluate.zeroshot import ZeroShot, save_result
 from mmclip_dist.export import export as module
 from mmclip_dist.export.export import export
@@ -70,6 +72,13 @@ def radiograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def as_trained(run: Path, images: list[Path], texts: list[str], average: bool = False) -> tuple[torch.Tensor, ...]:
+    """Embeddings by the model as it was trained, [N, E] and [M, E], and its scale [1]."""
+    with open_encoder(str(run), average=average) as encoder, encoder.evaluating():
+        pixels = torch.stack([encoder.pixels(decode_image(path)) for path in images])
+        return encoder.embed_images(pixels), encoder.embed_texts(texts), encoder.model.scale().detach()
+
+
 def test_transformers_alone_gives_the_models_embeddings(run: Path, exported: Path, radiograph: Path, tmp_path: Path) -> None:
     """In a process that has imported nothing of ours; a 16-bit file goes through the folder's own decoder."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -80,23 +89,21 @@ def test_transformers_alone_gives_the_models_embeddings(run: Path, exported: Pat
     )  # fmt: skip
     assert found.returncode == 0, found.stderr[-2000:]
     values = json.loads(found.stdout.splitlines()[-1])
-    model = MMCLIPModel.from_pretrained(run, device="cpu")
-    image, text = model.encode_image(radiograph), model.encode_text(TEXTS)
-    torch.testing.assert_close(torch.tensor(values["image"]), image, atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.tensor(values["text"]), text, atol=1e-5, rtol=0)
-    logits = model.model.scale().detach() * image @ text.T
-    torch.testing.assert_close(torch.tensor(values["logits"]), logits, atol=1e-3, rtol=0)
+    image, text, scale = as_trained(run, [radiograph], TEXTS)
+    torch.testing.assert_close(torch.tensor(values["image"]), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.tensor(values["text"]), text, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.tensor(values["logits"]), scale * image @ text.T, atol=1e-4, rtol=0)
 
 
 def test_the_image_tower_is_a_siglip_model(run: Path, radiograph: Path, tmp_path: Path) -> None:
     export(str(run), tmp_path / "out", "siglip-tower")
     tower = SiglipVisionModel.from_pretrained(tmp_path / "out" / "siglip-tower").eval()
-    model = MMCLIPModel.from_pretrained(run, device="cpu").model
+    model = load_model(checkpoint_path(run, 3))[0]
     pixels = torch.from_numpy(crop_image(Image.open(radiograph).convert("L"), WHOLE, model.config.model.image.size))[None]
     with torch.inference_mode():
         pooled = tower(pixels.expand(-1, 3, -1, -1)).pooler_output
         features = model.image.encode(model.image.embed(pixels)).mean(1)
-    torch.testing.assert_close(pooled, features, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, features, atol=1e-6, rtol=1e-6)
 
 
 def test_onnx_files_give_the_models_embeddings(run: Path, radiograph: Path, tmp_path: Path) -> None:
@@ -106,6 +113,76 @@ def test_onnx_files_give_the_models_embeddings(run: Path, radiograph: Path, tmp_
     assert any(line.startswith("onnx: at most ") for line in lines)
     written = {path.name for path in (tmp_path / "out" / "onnx").glob("*.onnx")}
     assert written == {"model.onnx", "vision_model.onnx", "text_model.onnx"}
+
+
+def test_the_python_interface_opens_an_export(run: Path, exported: Path, radiograph: Path, tmp_path: Path) -> None:
+    """Offline, without running the code that lies in the folder, and with all that it gives for a run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    for code in copy.glob("*.py"):
+        code.write_text("raise SystemExit('code of the folder was run')")
+    model, trained = MMCLIPModel.from_pretrained(copy, device="cpu"), MMCLIPModel.from_pretrained(run, device="cpu")
+    image, text, _ = as_trained(run, [radiograph], TEXTS)
+    torch.testing.assert_close(model.encode_image(radiograph), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.encode_text(TEXTS), text, atol=1e-6, rtol=0)
+    prompts = {"Effusion": TEXTS[:1]}, {"Effusion": TEXTS[1:2]}
+    for mine, its in zip(model.zero_shot(radiograph, *prompts), trained.zero_shot(radiograph, *prompts), strict=True):
+        assert mine == its if isinstance(mine, tuple) else torch.allclose(mine, its, atol=1e-6)
+    heats = [one.attention_map(radiograph, "effusion") for one in (model, trained)]
+    torch.testing.assert_close(*heats, atol=1e-6, rtol=0)
+
+
+def test_exports_that_cannot_be_opened(exported: Path, run: Path, tmp_path: Path) -> None:
+    def refused(message: str, folder: Path, **options: bool) -> None:
+        with pytest.raises(ValueError, match=message) as error:
+            MMCLIPModel.from_pretrained(folder, device="cpu", **options)
+        assert "\n" not in str(error.value)
+
+    def changed(name: str, **values: object) -> Path:
+        copy = tmp_path / name
+        shutil.copytree(exported, copy)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | values))
+        return copy
+
+    refused("is an export, which has one set of weights", exported, average=True)
+    refused("has format version 2, .* reads 1: export the model again, or install", changed("newer", format_version=2))
+    refused("holds a model of type 'clip', not one of `mmclip export", changed("clip", model_type="clip"))
+    refused("narrow cannot be read .*size mismatch.*: export the model again", changed("narrow", projection_dim=8))
+    torn, pickled, bare = changed("torn"), changed("pickled"), changed("bare")
+    (torn / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:5000])
+    refused("torn cannot be read .*: export the model again", torn)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    refused("pickled cannot be read .*: export the model again", pickled)  # weights in a pickle are never loaded
+    (bare / "config.json").unlink()
+    refused("is an export without the form hf: export the run again with --format hf", bare)
+    less = changed("less")
+    weights = load_file(less / "model.safetensors")
+    weights.pop("text_projection.weight")
+    save_file(weights, less / "model.safetensors")
+    refused(r"less cannot be read .*Missing key.*text_projection.weight", less)
+
+
+def test_the_average_of_the_weights_is_exported(run: Path, radiograph: Path, tmp_path: Path) -> None:
+    """And not the last weights, from which it differs."""
+    averaged = tmp_path / "run"
+    shutil.copytree(run, averaged)
+    folder = checkpoint_path(averaged, 3)
+    weights = load_file(folder / WEIGHTS)
+    noise = torch.Generator().manual_seed(1)
+    save_file({name: value + 0.05 * torch.randn(value.shape, generator=noise) for name, value in weights.items()},
+              folder / AVERAGED_WEIGHTS)  # fmt: skip
+    export(str(averaged), tmp_path / "out", "hf", average=True)
+    model = MMCLIPModel.from_pretrained(tmp_path / "out", device="cpu")
+    image, text, _ = as_trained(averaged, [radiograph], TEXTS, average=True)
+    torch.testing.assert_close(model.encode_image(radiograph), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.encode_text(TEXTS), text, atol=1e-6, rtol=0)
+    assert not torch.allclose(image, as_trained(run, [radiograph], TEXTS)[0], atol=1e-3)
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert facts["average"] and facts["weights"] == weights_hash(folder, average=True)
+    with pytest.raises(ValueError, match="kept no average"):
+        export(str(run), tmp_path / "other", "hf", average=True)
 
 
 def test_the_folder_holds_safetensors_and_a_card(run: Path, exported: Path, sets) -> None:
