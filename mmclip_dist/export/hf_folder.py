@@ -45,8 +45,7 @@ def write_hf(folder: Path, encoder: MMCLIPDualEncoder, tokenizer: PreTrainedToke
         code = (resources.files("mmclip_dist.export.remote_code") / f"{name}.py").read_text(encoding="utf-8")
         # The rule that makes any image grey has one home; the folder carries a copy beside the code that uses it.
         (folder / f"{name}.py").write_text(code.replace("from mmclip_shards.grey import", "from .grey import"), encoding="utf-8")
-    grey = (resources.files("mmclip_shards") / "grey.py").read_text(encoding="utf-8")
-    (folder / "grey.py").write_text(grey, encoding="utf-8")
+    write_grey(folder)
 
 
 def is_export(place: str) -> bool:
@@ -79,6 +78,12 @@ def read_hf(folder: Path) -> tuple[MMCLIPDualEncoder, PreTrainedTokenizerBase]:
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be read ({' '.join(str(error).split())[:300]}): {_REDO}") from error
     return model.float().eval(), load_tokenizer(str(folder))
+
+
+def write_grey(folder: Path) -> None:
+    """grey.py, by which images of any kind give the pixels of training."""
+    grey = (resources.files("mmclip_shards") / "grey.py").read_text(encoding="utf-8")
+    (folder / "grey.py").write_text(grey, encoding="utf-8")
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
