@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 from torch import Tensor
 
-from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc
+from mmclip_dist.evaluate.classification import auc_intervals, per_class_auc
 from mmclip_dist.evaluate.encoders import Encoder, open_encoder
 from mmclip_dist.evaluate.leaks import check, refuse_trained
 from mmclip_dist.evaluate.protocol import OWN, Prompts, Protocol, check_prompts, load_protocol, matched, own_prompts
 from mmclip_dist.evaluate.reading import Known, LabelledImages
+from mmclip_dist.evaluate.result import MACRO
 from mmclip_dist.model.mmclip import MMCLIP
 
 Report = Callable[[int, int], None]
@@ -28,7 +29,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """The result; per_class holds classes with both positives and negatives, left_out the others."""
+    """The result; per_class holds classes with both positives and negatives, left_out the others. *_ci95: 95% intervals."""
 
     auc_macro: float
     auc_macro_ci95: tuple[float, float]
@@ -39,6 +40,8 @@ class ZeroShot:
     patients: int
     datasets: tuple[str, ...]
     checkpoint: str  # sha256 of the weights
+    per_class_ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
+    protocol: str = OWN
 
 
 def zero_shot(
@@ -155,17 +158,19 @@ def _summarise(
     measured = ~np.isnan(aucs)
     if not measured.any():
         raise ValueError("no class has both positive and negative samples here: evaluate on a larger labelled split")
-    interval = macro_auc_interval(scores[:, measured], labels[:, measured], patients)
+    around = auc_intervals(scores[:, measured], labels[:, measured], patients)
+    names = [name for name, known in zip(classes, measured, strict=True) if known]
     return ZeroShot(
         auc_macro=float(aucs[measured].mean()),
-        auc_macro_ci95=interval,
-        per_class={name: float(auc) for name, auc, known in zip(classes, aucs, measured, strict=True) if known},
+        auc_macro_ci95=around.macro,
+        per_class=dict(zip(names, map(float, aucs[measured]), strict=True)),
         left_out=tuple(name for name, known in zip(classes, measured, strict=True) if not known),
         samples=len(scores),
         undecodable=tuple(undecodable),
         patients=len(np.unique(patients)),
         datasets=datasets,
         checkpoint=checkpoint,
+        per_class_ci95=dict(zip(names, around.classes, strict=True)),
     )
 
 
@@ -178,12 +183,19 @@ def load_result(path: Path) -> ZeroShot:
     values = read_json(path, "evaluate again")
     try:
         if values.get("task") == "zeroshot":
+            around = _intervals(values["ci95"]["auroc"])
             return ZeroShot(
-                values["auroc_macro"], tuple(values["ci95"]["auroc"]["macro"]), values["auroc"], tuple(values["left_out"]),
-                values["n"], tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]),
-                values["checkpoint_sha256"],
+                values["auroc_macro"], around.pop(MACRO), values["auroc"], tuple(values["left_out"]), values["n"],
+                tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]), values["checkpoint_sha256"], around,
+                values["protocol"],
             )  # fmt: skip
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return ZeroShot(**fields)
-    except (TypeError, KeyError) as error:
+        return ZeroShot(**fields | {"per_class_ci95": _intervals(values.get("per_class_ci95", {}))})
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no result of a zero-shot evaluation ({error}): evaluate again") from error
+
+
+def _intervals(stored: dict[str, list[float | None]]) -> dict[str, tuple[float, float]]:
+    """A class -> its interval, as JSON holds them: null is nan."""
+    nan = float("nan")
+    return {name: (nan if low is None else low, nan if high is None else high) for name, (low, high) in stored.items()}

@@ -7,21 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from mmclip_shards import decode_image, load_manifest
+from mmclip_shards.manifest import save_manifest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionModel
 
 from mmclip_dist import MMCLIPModel, crop_image
-from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, WEIGHTS, Meta, checkpoint_path, weights_hash
+from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHTS, Meta, checkpoint_path, weights_hash
 from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.cli import app
 from mmclip_dist.cli import run as run_command
+from mmclip_dist.config import dump_config
 from mmclip_dist.data.transforms import WHOLE
 from mmclip_dist.evaluate.encoders import open_encoder
 from mmclip_dist.evaluate.zeroshot import ZeroShot, save_result
@@ -189,22 +193,72 @@ def test_the_folder_holds_safetensors_and_a_card(run: Path, exported: Path, sets
     assert not [path for path in exported.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
     assert len(load_file(exported / "model.safetensors")) > 10
     card, facts = (exported / "README.md").read_text(), json.loads((exported / "training.json").read_text())
-    assert "license: other" in card and "Not a medical device" in card and "arXiv 2407.19546" in card
+    assert "Not a medical device" in card and "arXiv 2407.19546" in card and "## Limits" in card and "## How to cite" in card
     assert facts["sets"][0]["shards"] == [shard.sha256 for shard in load_manifest(sets.paired).shards]
     assert facts["weights"] == weights_hash(checkpoint_path(run, 3), average=False) and str(run) not in card
 
 
-def test_a_licence_is_what_the_user_states(run: Path, tmp_path: Path) -> None:
-    export(str(run), tmp_path / "out", "hf", license="cc-by-nc-4.0")
-    assert "license: cc-by-nc-4.0" in (tmp_path / "out" / "README.md").read_text()
+@pytest.fixture(scope="module")
+def of_terms(run: Path, sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two sets, of which one states its terms and one does not; a third is gone."""
+    folder = tmp_path_factory.mktemp("terms")
+    stated = replace(load_manifest(sets.paired), dataset="mimic-cxr", licence="Credentialed Data License 1.5", access="course | form")
+    for name, manifest in (("stated", stated), ("silent", load_manifest(sets.unpaired))):
+        (folder / name).mkdir()
+        save_manifest(str(folder / name), manifest)
+    shutil.copytree(run, folder / "run")
+    checkpoint = checkpoint_path(folder / "run", 3)
+    sources = [{"url": str(folder / name)} for name in ("stated", "silent", "gone")]
+    (checkpoint / CONFIG).write_text(dump_config(sets.config(f"data.sources={json.dumps(sources)}")))
+    seen = [shard.sha256 for url in (sets.paired, sets.unpaired) for shard in load_manifest(url).shards]
+    meta = json.loads((checkpoint / META).read_text()) | {"trained_on": [*seen, "f" * 64]}
+    (checkpoint / META).write_text(json.dumps(meta))
+    return folder / "run"
+
+
+def head_of(folder: Path) -> ModelCardData:
+    """What a hub reads of the card, by its own parser."""
+    return ModelCard.load(folder / "README.md").data
+
+
+def test_the_card_carries_the_terms_of_each_set(of_terms: Path, sets, tmp_path: Path) -> None:
+    export(str(of_terms), tmp_path / "out", "hf")
+    card, facts = (tmp_path / "out" / "README.md").read_text(), json.loads((tmp_path / "out" / "training.json").read_text())
+    lines = [line for line in card.splitlines() if line.startswith("| ") and "training.json" in line]
+    paired, unpaired = load_manifest(sets.paired), load_manifest(sets.unpaired)
+    assert lines[0].startswith(f"| mimic-cxr/train | {paired.samples} | Credentialed Data License 1.5 | course \\| form | ")
+    assert paired.shards[0].sha256[:16] in lines[0]
+    assert lines[1].startswith(f"| {unpaired.dataset}/train | {unpaired.samples} | not stated | not stated | ")
+    assert lines[2].startswith("| sets that could not be read at export | ? | not stated | not stated | 1 in `training.json`")
+    assert [one["licence"] for one in facts["sets"]] == ["Credentialed Data License 1.5", None, None]
+    assert facts["sets"][2]["shards"] == ["f" * 64]
+    head = head_of(tmp_path / "out")
+    assert (head.license, head.license_name) == ("other", "terms-of-the-training-data") and "apache" not in card.lower()
+
+
+def test_a_licence_is_what_the_user_states(of_terms: Path, tmp_path: Path) -> None:
+    export(str(of_terms), tmp_path / "out", "hf", license="apache-2.0")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert head_of(tmp_path / "out").license == "apache-2.0" and head_of(tmp_path / "out").license_name is None
+    assert "as whoever exported them stated" in card and "| Credentialed Data License 1.5 |" in card
 
 
 def test_the_command_writes_the_scores_of_these_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = weights_hash(checkpoint_path(run, 3), average=False)
-    result = ZeroShot(0.7, (0.6, 0.8), {"Nodule": 0.7}, (), 10, (), 9, ("set/test",), weights)
+    nan = float("nan")
+    result = ZeroShot(
+        0.7, (0.6, 0.8), {"Nodule": 0.7, "A|B": 0.71}, ("Mass",), 10, (), 9, ("set/test",), weights,
+        {"Nodule": (0.65, 0.75), "A|B": (nan, nan)}, "own",
+    )  # fmt: skip
     save_result(result, tmp_path / "scores.json")
     assert call("export", str(run), str(tmp_path / "out"), "--metrics", str(tmp_path / "scores.json")) == 0
-    assert "| Nodule | 0.700 |" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Nodule | 0.700 (95% 0.650 to 0.750) |" in card and "| A\\|B | 0.710 |" in card
+    assert "| macro | 0.700 (95% 0.600 to 0.800) |" in card and "protocol `own`, 10 images of 9 patients" in card
+    assert "for want of positives or negatives: Mass." in card
+    (found,) = head_of(tmp_path / "out").eval_results
+    assert (found.metric_type, found.metric_value, found.dataset_name) == ("roc_auc", 0.7, "set/test")
+    assert found.metric_name == "macro AUROC (95% 0.600 to 0.800)"
     save_result(ZeroShot(**{**vars(result), "checkpoint": "0" * 64}), tmp_path / "scores.json")
     capsys.readouterr()
     assert call("export", str(run), str(tmp_path / "other"), "--metrics", str(tmp_path / "scores.json")) == 2
