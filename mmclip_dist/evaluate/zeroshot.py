@@ -99,21 +99,19 @@ class Evaluation:
     def rounds(self, encoder: Encoder, rank: int, world: int) -> Iterator[list[Scored]]:
         """Score the rank's batches, one in each round, as `LabelledImages.rounds` says."""
         with encoder.evaluating():
-            directions = prompt_directions(encoder, self.prompts)
-            for some in self.images.rounds(encoder, lambda pixels: (encoder.embed_images(pixels) @ directions.T,), rank, world):
+            for some in self.images.rounds(encoder, self._scores(encoder), rank, world):
                 yield [Scored(scores, known) for known, (scores,) in some]
 
     def scored(self, encoder: Encoder, report: Report | None = None) -> list[Scored]:
-        """All batches, scored by this process. report(done, total) in samples. ValueError as of `check`."""
+        """All batches, on every rank: see `LabelledImages.all`. ValueError as of `check`."""
         self.check(encoder)
-        found: list[Scored] = []
-        done = 0
-        for some in self.rounds(encoder, 0, 1):
-            found += some
-            done += sum(len(batch.known.keys) + len(batch.known.undecodable) for batch in some)
-            if report:
-                report(done, self.samples)
-        return found
+        with encoder.evaluating():
+            scores = self._scores(encoder)
+            return self.images.all(encoder, scores, lambda known, found: Scored(found[0], known), report)
+
+    def _scores(self, encoder: Encoder) -> Callable[[Tensor], tuple[Tensor]]:
+        directions = prompt_directions(encoder, self.prompts)
+        return lambda pixels: (encoder.embed_images(pixels) @ directions.T,)
 
     def summary(self, scored: Sequence[Scored], checkpoint: str) -> ZeroShot:
         """The result of all batches. ValueError if no image can be decoded or no class has positives and negatives."""

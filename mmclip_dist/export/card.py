@@ -145,7 +145,8 @@ def _use(formats: Sequence[str]) -> list[str]:
             '`grey_image(Image.open(path)).convert("RGB")`, by `siglip-tower/grey.py`.', "",
         ],
         "open_clip": [
-            "```python", "import open_clip", "from grey import grey_image  # FOLDER/open_clip/grey.py", "from PIL import Image", "",
+            "```python", "import open_clip", "from grey import grey_image  # FOLDER/open_clip/grey.py",
+            "from PIL import Image", "",
             'model, transform = open_clip.create_model_from_pretrained("local-dir:FOLDER/open_clip")',
             'tokenizer = open_clip.get_tokenizer("local-dir:FOLDER/open_clip")',
             'image = model.encode_image(transform(grey_image(Image.open("chest.png")))[None], normalize=True)',
@@ -166,11 +167,10 @@ def _results(result: ZeroShot | None) -> list[str]:
         return ["None were given at export."]
     rows = {**result.per_class, "macro": result.auc_macro}
     around = {**result.per_class_ci95, "macro": result.auc_macro_ci95}
-    left_out = [f"Left out, for want of positives or negatives: {', '.join(result.left_out)}."] if result.left_out else []
+    left_out = ["", f"Left out, for want of positives or negatives: {', '.join(result.left_out)}."] if result.left_out else []
     return [
         f"Zero-shot classification of {', '.join(result.datasets)} by the protocol `{result.protocol}`, {result.samples} images "
         f"of {result.patients} patients; 95% intervals by bootstrap over patients:", "",
         "| class | AUROC |", "|---|---|",
-        *(f"| {_cell(name)} | {auc:.3f}{_interval(around.get(name))} |" for name, auc in rows.items()), *([""] if left_out else []),
-        *left_out,
+        *(f"| {_cell(name)} | {auc:.3f}{_interval(around.get(name))} |" for name, auc in rows.items()), *left_out,
     ]  # fmt: skip

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from mmclip_shards import decode_image, load_manifest
+from mmclip_shards import decode_image, grey, load_manifest
+from mmclip_shards.grey import grey_image
 from mmclip_shards.manifest import save_manifest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import SiglipVisionModel
+from transformers import AutoImageProcessor, SiglipVisionModel
 
 from mmclip_dist import MMCLIPModel, crop_image
 from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHTS, Meta, checkpoint_path, weights_hash
@@ -31,6 +32,7 @@ from mmclip_dist.evaluate.encoders import open_encoder
 from mmclip_dist.evaluate.zeroshot import ZeroShot, save_result
 from mmclip_dist.export import export as module
 from mmclip_dist.export.export import export
+from mmclip_dist.export.remote_code.image_processing_mmclip import MMCLIPImageProcessor
 from mmclip_dist.model.build import build_model
 
 pytestmark = pytest.mark.slow
@@ -189,6 +191,39 @@ def test_the_average_of_the_weights_is_exported(run: Path, radiograph: Path, tmp
         export(str(run), tmp_path / "other", "hf", average=True)
 
 
+def kinds_of_png(folder: Path) -> dict[str, Path]:
+    """One picture as files of every kind."""
+    values = np.random.default_rng(2).integers(0, 256, (50, 44), dtype=np.uint8)
+    plain = Image.fromarray(values)
+    hidden = plain.convert("RGBA")
+    hidden.putalpha(Image.fromarray(np.where(values > 99, 255, 0).astype(np.uint8)))
+    made = {
+        "grey": plain, "rgb": plain.convert("RGB"), "colour": Image.fromarray(np.stack([values, values // 2, values // 3], -1)),
+        "rgba": hidden, "la": hidden.convert("LA"), "palette": plain.convert("P"), "two": plain.convert("1"),
+        "deep": Image.fromarray(values.astype(np.uint16) * 200 + 1000),
+    }  # fmt: skip
+    for name, image in made.items():
+        image.save(folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in made}
+
+
+def test_a_png_of_any_kind_is_the_same_tensor_or_refused(run: Path, tmp_path: Path) -> None:
+    """Never clipped, and nothing that is transparent shows. open_clip's transform: bench/results/export.md."""
+    export(str(run), tmp_path / "out", "siglip-tower")
+    siglip = AutoImageProcessor.from_pretrained(tmp_path / "out" / "siglip-tower")
+    for kind, path in kinds_of_png(tmp_path).items():
+        ours = torch.from_numpy(crop_image(decode_image(path), WHOLE, 32))
+        exported = MMCLIPImageProcessor(size=32)
+        assert torch.equal(exported(str(path))["pixel_values"][0], ours), kind
+        assert torch.equal(exported(Image.open(path))["pixel_values"][0], ours), kind
+        made = siglip(images=grey_image(Image.open(path)).convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(made, ours.expand(3, -1, -1), atol=1e-6, rtol=0)
+        if kind not in ("rgb", "colour"):
+            with pytest.raises((ValueError, RuntimeError)):
+                siglip(images=Image.open(path), return_tensors="pt")
+    assert (tmp_path / "out" / "siglip-tower" / "grey.py").read_text() == Path(grey.__file__).read_text()
+
+
 def test_the_folder_holds_safetensors_and_a_card(run: Path, exported: Path, sets) -> None:
     assert not [path for path in exported.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
     assert len(load_file(exported / "model.safetensors")) > 10
@@ -202,7 +237,8 @@ def test_the_folder_holds_safetensors_and_a_card(run: Path, exported: Path, sets
 def of_terms(run: Path, sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two sets, of which one states its terms and one does not; a third is gone."""
     folder = tmp_path_factory.mktemp("terms")
-    stated = replace(load_manifest(sets.paired), dataset="mimic-cxr", licence="Credentialed Data License 1.5", access="course | form")
+    terms = {"licence": "Credentialed Data License 1.5", "access": "course | form"}
+    stated = replace(load_manifest(sets.paired), dataset="mimic-cxr", **terms)
     for name, manifest in (("stated", stated), ("silent", load_manifest(sets.unpaired))):
         (folder / name).mkdir()
         save_manifest(str(folder / name), manifest)
