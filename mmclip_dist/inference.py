@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmclip_kernels import attention_scores
 from mmclip_shards import decode_image
 from mmclip_shards.dicom import decode_dicom, is_dicom
 from PIL import Image
@@ -20,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from mmclip_dist.checkpoint.mirror import local_checkpoint
 from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.transforms import WHOLE, crop_image
-from mmclip_dist.model.mmclip import MMCLIP
+from mmclip_dist.export.dual_encoder import dual_encoder
+from mmclip_dist.export.hf_folder import is_export, read_hf
+from mmclip_dist.export.remote_code.modeling_mmclip import MMCLIPDualEncoder
 
 ImageInput = Any
 """A JPEG, PNG or DICOM file (a path or its bytes), a Pillow image, an array of grey values [height, width], a pydicom data set,
@@ -43,23 +46,34 @@ class Findings(NamedTuple):
 
 
 class MMCLIPModel:
-    """A trained model with its tokenizer, for inference. All results are float32 on the CPU."""
+    """A trained model with its tokenizer, for inference. All results are float32 on the CPU.
 
-    def __init__(self, model: MMCLIP, tokenizer: PreTrainedTokenizerBase) -> None:
+    model: both encoders in the form that is exported, so that a run and its export go the same way.
+    """
+
+    def __init__(self, model: MMCLIPDualEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.size, self.max_tokens = model.config.model.image.size, model.config.model.text.max_tokens
+        self.size, self.max_tokens = model.config.vision_config.image_size, model.config.max_tokens
 
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike[str], *, average: bool = False, device: str | torch.device | None = None
     ) -> MMCLIPModel:
-        """Load a run folder's newest checkpoint, one of its checkpoints, or the URL of a mirror.
+        """Load a run folder's newest checkpoint, one of its checkpoints, the URL of a mirror, or a folder of `mmclip export`.
 
-        average: the exponential average of the weights. device: by default a GPU if there is one. ValueError if there is no
-        checkpoint, if another version of this package wrote it, or if the run kept no average.
+        An exported folder is read offline, and code that lies in it is not run. average: the exponential average of a run's
+        weights. device: by default a GPU if there is one. ValueError if there is no checkpoint, if another version of this
+        package wrote it, or if the run kept no average.
         """
-        with local_checkpoint(os.fspath(path)) as folder:
-            model, tokenizer, _, _ = load_model(folder, average=average)
+        place = os.fspath(path)
+        if is_export(place):
+            if average:
+                raise ValueError(f"{place} is an export, which has one set of weights: leave average out, or name the run")
+            model, tokenizer = read_hf(Path(place))
+        else:
+            with local_checkpoint(place) as folder:
+                trained, tokenizer, _, _ = load_model(folder, average=average)
+            model = dual_encoder(trained)
         return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
 
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
@@ -71,8 +85,8 @@ class MMCLIPModel:
         rows = iter(_each(images))
         parts = []
         while batch := [self._pixels(image)[0] for image in islice(rows, _BATCH)]:  # decoded images do not pile up
-            parts.append(self._run(self.model.embed_images, torch.stack(batch)))
-        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.model.embed)
+            parts.append(F.normalize(self._run(self.model.get_image_features, torch.stack(batch)), dim=-1))
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
 
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
         """Texts -> embeddings [N, E], L2-normalised. What a text has beyond the model's window of tokens does not count."""
@@ -82,8 +96,9 @@ class MMCLIPModel:
             words = self.tokenizer(
                 texts[start : start + _BATCH], truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
             )
-            parts.append(self._run(self.model.embed_texts, words["input_ids"], words["attention_mask"].bool()))
-        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.model.embed)
+            found = self._run(self.model.get_text_features, words["input_ids"], words["attention_mask"])
+            parts.append(F.normalize(found, dim=-1))
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.config.projection_dim)
 
     def zero_shot(
         self, images: ImageInput | Sequence[ImageInput], present: Mapping[str, Sequence[str]],
@@ -101,7 +116,7 @@ class MMCLIPModel:
         denied = None if absent is None else self._class_embeddings({name: absent[name] for name in present})
         embedded = self.encode_image(images)
         scores = embedded @ (stated if denied is None else stated - denied).T
-        scale = self.model.scale().detach().float().cpu()
+        scale = self.model.logit_scale.detach().exp().cpu()
         return Findings(tuple(present), scores, None if denied is None else torch.sigmoid(scale * scores))
 
     def attention_map(self, image: ImageInput, text: str, *, full_size: bool = False) -> Tensor:
@@ -117,12 +132,14 @@ class MMCLIPModel:
         if not evidence.any():
             raise ValueError(f"the text {text!r} has no word to look for: name a finding")
         scores = self._run(self._score, pixels[None], words["input_ids"], evidence)
-        grid = scores.unflatten(1, (self.model.config.model.image.grid,) * 2)
+        side = self.size // self.model.config.vision_config.patch_size
+        grid = scores.unflatten(1, (side, side))
         return F.interpolate(grid[None], (height, width), mode="bilinear")[0, 0] if full_size else grid[0]
 
     def _score(self, pixels: Tensor, tokens: Tensor, evidence: Tensor) -> Tensor:
-        seen = self.model.image.encode(self.model.image.embed(pixels))
-        return self.model.score_patches(seen, self.model.text(tokens, torch.ones_like(evidence)), evidence)
+        words = self.model.get_word_features(tokens, torch.ones_like(tokens))
+        patches, temperature = self.model.get_patch_features(pixels), self.model.config.attention_temperature
+        return attention_scores(patches, words, evidence, temperature=temperature)
 
     def _class_embeddings(self, prompts: Mapping[str, Sequence[str]]) -> Tensor:
         """Mean embedding of each class's prompts [C, E]."""
@@ -149,7 +166,7 @@ class MMCLIPModel:
 
     @torch.no_grad()
     def _run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        device = self.model.log_scale.device
+        device = self.model.logit_scale.device
         return function(*(value.to(device) for value in inputs)).float().cpu()
 
 

@@ -16,10 +16,19 @@ from mmclip_shards.dicom import decode_dicom
 from mmclip_shards.images import Rendering, prepare_image
 from PIL import Image
 
-from mmclip_dist import MMCLIPModel, class_directions, crop_image, load_prompts, tokenize_prompts
+from mmclip_dist import (
+    MMCLIPModel,
+    class_directions,
+    crop_image,
+    load_model,
+    load_prompts,
+    resolve_checkpoint,
+    tokenize_prompts,
+)
 from mmclip_dist.data.transforms import WHOLE
 from mmclip_dist.export.remote_code.image_processing_mmclip import MMCLIPImageProcessor
 from mmclip_dist.inference import decoded
+from mmclip_dist.model.mmclip import MMCLIP
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -32,6 +41,12 @@ def run(untrained: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(run: Path) -> MMCLIPModel:
     return MMCLIPModel.from_pretrained(run, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> MMCLIP:
+    """The model as it was trained."""
+    return load_model(resolve_checkpoint(str(run)))[0]
 
 
 def picture(height: int = 40, width: int = 60, seed: int = 0) -> np.ndarray:
@@ -86,11 +101,11 @@ def test_many_rows_are_those_of_single_ones(model: MMCLIPModel) -> None:
     assert model.encode_image([]).shape == model.encode_text([]).shape == (0, 16)
 
 
-def test_zero_shot_is_that_of_evaluation(model: MMCLIPModel, sets) -> None:
+def test_zero_shot_is_that_of_evaluation(model: MMCLIPModel, trained: MMCLIP, sets) -> None:
     prompts = load_prompts(load_manifest(sets.test).labels)
     count, images = len(prompts.diseases), [picture(seed=seed) for seed in range(3)]
     with torch.no_grad():
-        directions = class_directions(model.model, *tokenize_prompts(prompts, model.tokenizer, model.max_tokens))
+        directions = class_directions(trained, *tokenize_prompts(prompts, model.tokenizer, model.max_tokens))
     kinds = [
         {name: [texts[column + start] for texts in prompts.texts] for column, name in enumerate(prompts.diseases)}
         for start in (0, count)
@@ -101,15 +116,15 @@ def test_zero_shot_is_that_of_evaluation(model: MMCLIPModel, sets) -> None:
     assert found.probabilities is not None
     stated, denied = model.zero_shot(images, kinds[0]), model.zero_shot(images, kinds[1])
     assert stated.probabilities is None
-    scale = model.model.scale().detach()
+    scale = trained.scale().detach()
     two = torch.stack([stated.scores, denied.scores]).mul(scale).softmax(0)[0]
     torch.testing.assert_close(found.probabilities, two, rtol=0, atol=1e-5)
 
 
-def test_the_attention_map_is_the_models(model: MMCLIPModel) -> None:
+def test_the_attention_map_is_the_models(model: MMCLIPModel, trained: MMCLIP) -> None:
     """Against the scores of the patches by the words, special tokens apart, in the grid's order."""
     grid = model.attention_map(picture(), "pleural effusion")
-    side = model.model.config.model.image.grid
+    side = trained.config.model.image.grid
     assert grid.shape == (side, side)
     full = model.attention_map(picture(), "pleural effusion", full_size=True)
     assert full.shape == (40, 60) and full.min() >= grid.min() - 1e-6 and full.max() <= grid.max() + 1e-6
@@ -119,8 +134,8 @@ def test_the_attention_map_is_the_models(model: MMCLIPModel) -> None:
     words = every.clone()
     words[:, [0, -1]] = False
     with torch.no_grad():
-        seen = model.model.image.encode(model.model.image.embed(pixels))
-        expected = model.model.score_patches(seen, model.model.text(tokens, every), words)
+        seen = trained.image.encode(trained.image.embed(pixels))
+        expected = trained.score_patches(seen, trained.text(tokens, every), words)
     torch.testing.assert_close(grid.flatten(), expected[0], rtol=0, atol=1e-6)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ from rich.table import Table
 
 from mmclip_dist.commands.options import local_folder
 from mmclip_dist.commands.progress import progress_bar
+
+Report = Callable[[int, int], None]
 
 if TYPE_CHECKING:
     from mmclip_dist.evaluate.tasks import Outcome
@@ -145,23 +149,32 @@ def evaluate_pointing(
     _run("pointing", checkpoint, data, protocol, out, average, trust_remote_code, allow_leak=allow_leak)
 
 
+def _bar(task: str) -> AbstractContextManager[Report | None]:
+    """A bar of the first rank's, for all."""
+    from mmclip_dist.evaluate import shared
+
+    return nullcontext() if shared.place()[0] else progress_bar(task, "images")
+
+
 def _run(
     task: str, checkpoint: str, urls: list[str], protocol: str, out: Path | None, average: bool, trust_remote_code: bool,
     *, cache: Path | None = None, **more: Any,
 ) -> None:  # fmt: skip
-    from mmclip_dist.evaluate import tasks
+    from mmclip_dist.evaluate import shared, tasks
     from mmclip_dist.evaluate.encoders import open_encoder
     from mmclip_dist.evaluate.probe import cache_folder
     from mmclip_dist.evaluate.protocol import load_protocol
 
     chosen = load_protocol(protocol)
     opened = open_encoder(checkpoint, average=average, trust_remote_code=trust_remote_code)
-    with opened as encoder, progress_bar(task, "images") as report:
+    with shared.joined(), opened as encoder, _bar(task) as report:
+        first = shared.place()[0] == 0
         request = tasks.Request(encoder, urls, chosen, report=report, **more)
         if task == "probe":
             found = tasks.linear_probe(request, cache or cache_folder())
         else:
             found = {"zeroshot": tasks.zeroshot, "retrieval": tasks.retrieval, "pointing": tasks.pointing}[task](request)
+    if first:
     _show(found, out)
 
 

@@ -233,9 +233,9 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def macro_auc_interval(
+def auc_intervals(
     scores: np.ndarray, labels: np.ndarray, patients: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """95% bootstrap interval over patients of the mean AUC. scores, labels [N, C], patients [N]."""
+) -> Intervals:
+    """Of the AUC. scores, labels [N, C], patients [N]."""
     metrics = {"auroc": [[weighted_auc] * labels.shape[1]]}
-    return intervals(metrics, scores[None], labels, patients, resamples=resamples, seed=seed)["auroc"].macro
+    return intervals(metrics, scores[None], labels, patients, resamples=resamples, seed=seed)["auroc"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.config import Config
 from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.collective import gathered
 from mmclip_dist.engine.weights import averaged
 from mmclip_dist.evaluate.classification import per_class_auc
 from mmclip_dist.evaluate.encoders import Trained
 from mmclip_dist.evaluate.protocol import OWN, check_prompts, load_protocol
+from mmclip_dist.evaluate.shared import together
 from mmclip_dist.evaluate.zeroshot import Evaluation, Scored, labelled_sets
 from mmclip_dist.run.stop import StopRequest
 
@@ -52,8 +51,7 @@ class EvaluationDuringTraining:
                 own.append(some)
                 if stop.requested(torch.device(engine.device)):
                     return None
-        rounds = zip_longest(*gathered(own), fillvalue=[])
-        scored = [batch for of_round in rounds for of_rank in of_round for batch in of_rank]  # in the order of the sets
+        scored = together(own)
         aucs = per_class_auc(np.concatenate([s.scores for s in scored]), np.concatenate([s.known.labels for s in scored]))
         named = {
             name: float(auc) for name, auc in zip(self.evaluation.classes, aucs, strict=True) if not np.isnan(auc)

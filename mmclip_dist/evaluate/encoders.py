@@ -284,6 +284,10 @@ def _open_clip(words: str, name: str) -> OpenClip:
         import open_clip
     except ImportError as error:
         raise ValueError(f'{name} needs open_clip, which is not installed: pip install "mmclip-dist[bench]"') from error
+    except RuntimeError as error:  # torchvision, for another build of PyTorch
+        raise ValueError(
+            f"open_clip, which {name} needs, cannot be imported ({error}): install the torchvision of this PyTorch's own build"
+        ) from error
     model_name, pretrained = words, None
     if not words.startswith(("hf-hub:", "local-dir:")):
         model_name, _, tag = words.partition(":")

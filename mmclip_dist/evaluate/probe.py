@@ -16,6 +16,7 @@ from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import canonical_json
 from mmclip_shards.storage import write_atomic
 
+from mmclip_dist.evaluate import shared
 from mmclip_dist.evaluate.classification import per_class_auc
 from mmclip_dist.evaluate.encoders import Encoder
 from mmclip_dist.evaluate.protocol import Columns
@@ -123,28 +124,31 @@ def _of_set(encoder: Encoder, reader: ShardReader, cache: Path, report: Callable
     """With all labels of the set. The file's name says what it depends on: weights, content of the set, kind of features."""
     parts = [_VERSION, encoder.sha256, manifest_hash(reader.manifest), encoder.features_are]
     path = cache / f"{hashlib.sha256(canonical_json(parts)).hexdigest()}.npz"
-    if path.is_file():
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return Featured(stored["features"], stored["labels"], stored["patients"], tuple(stored["undecodable"].tolist()))
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"the features in {path} are damaged ({error}): delete that file") from error
+    if shared.by_first(path.is_file, "looking for features"):
+        return shared.by_first(lambda: _stored(path), "reading features")
     names = reader.manifest.labels
     images = LabelledImages([reader], [Columns({name: number for number, name in enumerate(names)}, ())], names)
-    parts_known, features, done = [], [], 0
     with encoder.evaluating():
-        for some in images.rounds(encoder, lambda pixels: (encoder.features(pixels),)):
-            for known, (found,) in some:
-                parts_known.append(known)
-                features.append(found)
-                done += len(known.keys) + len(known.undecodable)
-                if report:
-                    report(done, images.samples)
-    known = Known.of_all(parts_known)
-    made = Featured(np.concatenate(features), known.labels, np.array(known.patients), tuple(known.undecodable))
-    buffer = BytesIO()
-    np.savez(buffer, **vars(replace(made, undecodable=np.array(made.undecodable, dtype=str))))  # type: ignore[arg-type]
-    cache.mkdir(parents=True, exist_ok=True)
-    write_atomic(str(path), buffer.getvalue())
+        parts = images.all(
+            encoder, lambda pixels: (encoder.features(pixels),), lambda known, found: (replace(known, boxes=[]), found[0]), report
+        )
+    known = Known.of_all([known for known, _ in parts])
+    features = np.concatenate([found for _, found in parts])
+    made = Featured(features, known.labels, np.array(known.patients), tuple(known.undecodable))
+    shared.by_first(lambda: _store(path, made), "writing features")
     return made
 
+
+def _stored(path: Path) -> Featured:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return Featured(stored["features"], stored["labels"], stored["patients"], tuple(stored["undecodable"].tolist()))
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the features in {path} are damaged ({error}): delete that file") from error
+
+
+def _store(path: Path, made: Featured) -> None:
+    buffer = BytesIO()
+    np.savez(buffer, **vars(replace(made, undecodable=np.array(made.undecodable, dtype=str))))  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(str(path), buffer.getvalue())

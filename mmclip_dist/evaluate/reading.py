@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, groupby, islice
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from mmclip_shards.schema import image_of
 from PIL import Image
 from torch import Tensor
 
+from mmclip_dist.evaluate import shared
 from mmclip_dist.evaluate.protocol import Columns
 
+T = TypeVar("T")
 BATCH = 128
 _DECODERS = min(8, os.cpu_count() or 1)  # threads: Pillow decodes and resizes without Python's lock
 Place = tuple[int, int, int]
@@ -83,6 +85,24 @@ class LabelledImages:
     def __init__(self, sets: Sequence[ShardReader], columns: Sequence[Columns], classes: Sequence[str]) -> None:
         self.sets, self.columns, self.classes = sets, columns, classes
         self.samples = sum(reader.manifest.samples for reader in sets)
+
+    def all(
+        self, encoder: Eye, function: Callable[[Tensor], tuple[Tensor, ...]], keep: Callable[[Known, list[np.ndarray]], T],
+        report: Callable[[int, int], None] | None = None,
+    ) -> list[T]:  # fmt: skip
+        """What keep(known, function(pixels)) gives of every batch, in order, on every rank. A collective call.
+
+        report(done, total) in samples. Call it within `encoder.evaluating()`.
+        """
+        rank, world = shared.place()
+        own: list[list[T]] = []
+        done = 0
+        for some in self.rounds(encoder, function, rank, world):
+            own.append([keep(known, found) for known, found in some])
+            done += world * sum(len(known.keys) + len(known.undecodable) for known, _ in some)
+            if report:
+                report(min(done, self.samples), self.samples)
+        return shared.together(own)
 
     def rounds(
         self, encoder: Eye, function: Callable[[Tensor], tuple[Tensor, ...]], rank: int = 0, world: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import numpy as np
 from mmclip_shards.manifest import find_split, load_manifest
 from mmclip_shards.reader import ShardReader
 
-from mmclip_dist.evaluate import leaks
+from mmclip_dist.evaluate import leaks, shared
 from mmclip_dist.evaluate.classification import per_class_auc, percentile_interval, resampled
 from mmclip_dist.evaluate.encoders import Encoder, Trained
 from mmclip_dist.evaluate.finetune import FineTuning, Recipe
-from mmclip_dist.evaluate.pointing import TEMPERATURE, THRESHOLDS, pointed
-from mmclip_dist.evaluate.probe import SHARES, Featured, featured, probe
+from mmclip_dist.evaluate.pointing import TEMPERATURE, THRESHOLDS, Pointed, pointed
+from mmclip_dist.evaluate.probe import SHARES, Featured, Probed, featured, probe
 from mmclip_dist.evaluate.protocol import Columns, Protocol, check_split, matched, prompts_hash
-from mmclip_dist.evaluate.reading import Known, LabelledImages
+from mmclip_dist.evaluate.reading import BATCH, Known, LabelledImages
 from mmclip_dist.evaluate.result import MACRO, NO_VALIDATION, Measured, Subject, document, figures, measured
 from mmclip_dist.evaluate.retrieval import RECALL_AT, hits, ranks
 from mmclip_dist.evaluate.zeroshot import Evaluation, prompt_directions
@@ -74,9 +75,11 @@ def zeroshot(request: Request) -> Outcome:
         validation, told = _validated(request, reader, evaluation.classes), _chosen_on(reader)
     leak = request.leak(sets)
     known, scores = _scored(evaluation, request)
-    found = measured(
-        evaluation.classes, scores[None], known.labels, np.array(known.patients), validation=validation, threshold_from=told,
-        exclusive=protocol.exclusive,
+    found = shared.by_first(
+        lambda: measured(
+            evaluation.classes, scores[None], known.labels, np.array(known.patients), validation=validation, threshold_from=told,
+            exclusive=protocol.exclusive,
+        ), "measuring",
     )  # fmt: skip
     subject = _subject("zeroshot", request, sets, known, leak, _unknown(protocol, evaluation.unknown))
     more = {"classes": evaluation.classes, "prompts_hash": prompts_hash(evaluation.prompts), **figures(found)}
@@ -117,15 +120,19 @@ def linear_probe(request: Request, cache: Path) -> Outcome:
 
     tested = made(sets, columns)
     fitted, chosen = (made([reader], [_columns_like(protocol, reader, classes)]) for reader in (train, validation))
-    results: list[dict[str, Any]] = []
-    rows, named = [], []
-    for share in SHARES:
+
+    def of_share(share: float) -> tuple[Probed, Measured]:
         found = probe(fitted, chosen, tested.features, share)
-        measures = measured(
+        return found, measured(
             classes, found.test.astype(np.float32), tested.labels, tested.patients, n_train=found.n_train[0],
             validation=(found.validation.astype(np.float32), chosen.labels), threshold_from=_chosen_on(validation),
             exclusive=protocol.exclusive,
         )  # fmt: skip
+
+    results: list[dict[str, Any]] = []
+    rows, named = [], []
+    for share in SHARES:
+        found, measures = shared.by_first(partial(of_share, share), "fitting the probe")
         poor = [classes[column] for column in found.constant]
         about = {"share": share, "n_train": found.n_train, "C": found.strengths, "one_kind_only": poor}
         results.append(about | figures(measures))
@@ -211,7 +218,7 @@ def retrieval(request: Request) -> Outcome:
         names = ", ".join(str(reader.url) for reader in sets)
         raise ValueError(f"{lacking} of the {len(known.reports)} samples of {names} have no report, which retrieval needs")
     with encoder.evaluating():
-        texts = encoder.embed_texts(known.reports).float().cpu().numpy()
+        texts = _texts(encoder, known.reports)
     patients, results = np.array(known.patients), {}
     table: list[tuple[str, ...]] = [("identical reports", "", *(f"R@{k}" for k in RECALL_AT), "mean rank")]
     for kind, once in (("counted once", True), ("counted each", False)):
@@ -233,14 +240,20 @@ def retrieval(request: Request) -> Outcome:
 
 
 def _embedded(request: Request, images: LabelledImages) -> tuple[Known, np.ndarray]:
-    encoder, parts, embedded = request.encoder, [], []
+    encoder = request.encoder
     with encoder.evaluating():
-        for some in images.rounds(encoder, lambda pixels: (encoder.embed_images(pixels),)):
-            for known, (found,) in some:
-                parts.append(known)
-                embedded.append(found)
-                _told(request, parts, images)
-    return Known.of_all(parts), np.concatenate(embedded)
+        parts = images.all(
+            encoder, lambda pixels: (encoder.embed_images(pixels),), lambda known, found: (known, found[0]), request.report
+        )
+    return Known.of_all([known for known, _ in parts]), np.concatenate([found for _, found in parts])
+
+
+def _texts(encoder: Encoder, texts: Sequence[str]) -> np.ndarray:
+    """Their embeddings [N, E]. All ranks take part."""
+    rank, world = shared.place()
+    parts = [texts[first : first + BATCH] for first in range(0, len(texts), BATCH)]
+    own = [[encoder.embed_texts(part).float().cpu().numpy()] for part in parts[rank::world]]
+    return np.concatenate(shared.together(own))
 
 
 def pointing(request: Request) -> Outcome:
@@ -249,17 +262,21 @@ def pointing(request: Request) -> Outcome:
     evaluation = Evaluation(sets, protocol, encoder.prompts)
     evaluation.check(encoder)
     leak = request.leak(sets)
-    parts, found = [], []
+
+    def findings(known: Known, responses: Sequence[np.ndarray]) -> tuple[Known, list[tuple[str, int, Pointed]]]:
+        (response,) = responses
+        rows = [(known.patients[row], column, pointed(response[row, :, column], corners))
+                for row, boxes in enumerate(known.boxes) for column, corners in boxes.items()]  # fmt: skip
+        return replace(known, boxes=[{}] * len(known.keys)), rows
+
     with encoder.evaluating():
         directions = prompt_directions(encoder, evaluation.prompts)
         directions = directions / directions.norm(dim=-1, keepdim=True)
-        for some in evaluation.images.rounds(encoder, lambda pixels: (encoder.patches(pixels) @ directions.T,)):
-            for known, (response,) in some:
-                found += [(known.patients[row], column, pointed(response[row, :, column], corners))
-                          for row, boxes in enumerate(known.boxes) for column, corners in boxes.items()]  # fmt: skip
-                parts.append(replace(known, boxes=[{}] * len(known.keys)))
-                _told(request, parts, evaluation.images)
-    known = Known.of_all(parts)
+        parts = evaluation.images.all(
+            encoder, lambda pixels: (encoder.patches(pixels) @ directions.T,), findings, request.report
+        )
+    found = [row for _, rows in parts for row in rows]
+    known = Known.of_all([known for known, _ in parts])
     if not found:
         urls = ", ".join(str(reader.url) for reader in sets)
         raise ValueError(f"{urls} has no boxes of {', '.join(evaluation.classes[:5])}, which pointing needs: pack it with boxes")
@@ -344,11 +361,6 @@ def _disjoint(request: Request, one: Sequence[ShardReader], other: Sequence[Shar
 
 def _chosen_on(reader: ShardReader) -> str:
     return f"the best F1 on {reader.manifest.dataset}/{reader.manifest.split} ({reader.url})"
-
-
-def _told(request: Request, parts: Sequence[Known], images: LabelledImages) -> None:
-    if request.report:
-        request.report(sum(len(part.keys) + len(part.undecodable) for part in parts), images.samples)
 
 
 def _subject(

@@ -16,12 +16,12 @@ from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 from torch import Tensor
 
-from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc, per_class_roc
+from mmclip_dist.evaluate.classification import auc_intervals, per_class_auc, per_class_roc
 from mmclip_dist.evaluate.encoders import Encoder, open_encoder
 from mmclip_dist.evaluate.leaks import check, refuse_trained
 from mmclip_dist.evaluate.protocol import OWN, Prompts, Protocol, check_prompts, load_protocol, matched, own_prompts
 from mmclip_dist.evaluate.reading import Known, LabelledImages
-from mmclip_dist.evaluate.result import roc_curves
+from mmclip_dist.evaluate.result import MACRO, roc_curves
 from mmclip_dist.model.mmclip import MMCLIP
 
 Report = Callable[[int, int], None]
@@ -29,7 +29,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """The result; per_class holds classes with both positives and negatives, left_out the others."""
+    """The result; per_class holds classes with both positives and negatives, left_out the others. *_ci95: 95% intervals."""
 
     auc_macro: float
     auc_macro_ci95: tuple[float, float]
@@ -41,6 +41,8 @@ class ZeroShot:
     datasets: tuple[str, ...]
     checkpoint: str  # sha256 of the weights
     roc: dict[str, list[float]] = field(default_factory=dict)  # as in `Measured`; empty in results that older versions wrote
+    per_class_ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
+    protocol: str = OWN
 
 
 def zero_shot(
@@ -98,21 +100,19 @@ class Evaluation:
     def rounds(self, encoder: Encoder, rank: int, world: int) -> Iterator[list[Scored]]:
         """Score the rank's batches, one in each round, as `LabelledImages.rounds` says."""
         with encoder.evaluating():
-            directions = prompt_directions(encoder, self.prompts)
-            for some in self.images.rounds(encoder, lambda pixels: (encoder.embed_images(pixels) @ directions.T,), rank, world):
+            for some in self.images.rounds(encoder, self._scores(encoder), rank, world):
                 yield [Scored(scores, known) for known, (scores,) in some]
 
     def scored(self, encoder: Encoder, report: Report | None = None) -> list[Scored]:
-        """All batches, scored by this process. report(done, total) in samples. ValueError as of `check`."""
+        """All batches, on every rank: see `LabelledImages.all`. ValueError as of `check`."""
         self.check(encoder)
-        found: list[Scored] = []
-        done = 0
-        for some in self.rounds(encoder, 0, 1):
-            found += some
-            done += sum(len(batch.known.keys) + len(batch.known.undecodable) for batch in some)
-            if report:
-                report(done, self.samples)
-        return found
+        with encoder.evaluating():
+            scores = self._scores(encoder)
+            return self.images.all(encoder, scores, lambda known, found: Scored(found[0], known), report)
+
+    def _scores(self, encoder: Encoder) -> Callable[[Tensor], tuple[Tensor]]:
+        directions = prompt_directions(encoder, self.prompts)
+        return lambda pixels: (encoder.embed_images(pixels) @ directions.T,)
 
     def summary(self, scored: Sequence[Scored], checkpoint: str) -> ZeroShot:
         """The result of all batches. ValueError if no image can be decoded or no class has positives and negatives."""
@@ -157,12 +157,12 @@ def _summarise(
     measured = ~np.isnan(aucs)
     if not measured.any():
         raise ValueError("no class has both positive and negative samples here: evaluate on a larger labelled split")
-    interval = macro_auc_interval(scores[:, measured], labels[:, measured], patients)
+    around = auc_intervals(scores[:, measured], labels[:, measured], patients)
     names = [name for name, known in zip(classes, measured, strict=True) if known]
     return ZeroShot(
         auc_macro=float(aucs[measured].mean()),
-        auc_macro_ci95=interval,
-        per_class=dict(zip(names, aucs[measured].tolist(), strict=True)),
+        auc_macro_ci95=around.macro,
+        per_class=dict(zip(names, map(float, aucs[measured]), strict=True)),
         left_out=tuple(name for name, known in zip(classes, measured, strict=True) if not known),
         samples=len(scores),
         undecodable=tuple(undecodable),
@@ -170,6 +170,7 @@ def _summarise(
         datasets=datasets,
         checkpoint=checkpoint,
         roc=roc_curves(names, per_class_roc(scores[:, measured], labels[:, measured])),
+        per_class_ci95=dict(zip(names, around.classes, strict=True)),
     )
 
 
@@ -182,12 +183,19 @@ def load_result(path: Path) -> ZeroShot:
     values = read_json(path, "evaluate again")
     try:
         if values.get("task") == "zeroshot":
+            around = _intervals(values["ci95"]["auroc"])
             return ZeroShot(
-                values["auroc_macro"], tuple(values["ci95"]["auroc"]["macro"]), values["auroc"], tuple(values["left_out"]),
-                values["n"], tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]),
-                values["checkpoint_sha256"], values.get("roc", {}),
+                values["auroc_macro"], around.pop(MACRO), values["auroc"], tuple(values["left_out"]), values["n"],
+                tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]), values["checkpoint_sha256"],
+                values.get("roc", {}), around, values["protocol"],
             )  # fmt: skip
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return ZeroShot(**fields)
-    except (TypeError, KeyError) as error:
+        return ZeroShot(**fields | {"per_class_ci95": _intervals(values.get("per_class_ci95", {}))})
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no result of a zero-shot evaluation ({error}): evaluate again") from error
+
+
+def _intervals(stored: dict[str, list[float | None]]) -> dict[str, tuple[float, float]]:
+    """A class -> its interval, as JSON holds them: null is nan."""
+    nan = float("nan")
+    return {name: (nan if low is None else low, nan if high is None else high) for name, (low, high) in stored.items()}

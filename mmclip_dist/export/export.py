@@ -16,7 +16,7 @@ from mmclip_dist.data.prompts import prompts_text
 from mmclip_dist.evaluate.zeroshot import ZeroShot
 from mmclip_dist.export.card import card, trained_on
 from mmclip_dist.export.dual_encoder import dual_encoder
-from mmclip_dist.export.hf_folder import write_hf, write_json
+from mmclip_dist.export.hf_folder import ABOUT, write_hf, write_json
 from mmclip_dist.export.onnx_files import write_onnx
 from mmclip_dist.export.open_clip_folder import unfit, write_open_clip
 from mmclip_dist.export.siglip_tower import write_siglip_tower
@@ -63,7 +63,7 @@ def export(
             difference = write_onnx(made / "onnx", encoder, tokenizer)
             said.append(f"onnx: at most {difference:.1e} from PyTorch, at several batch sizes and lengths")
         write_json(
-            made / "training.json",
+            made / ABOUT,
             {"step": meta.step, "weights": weights, "average": average, "sets": [vars(one) for one in sets]},
         )
         (made / "README.md").write_text(

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.data.transforms import PIXEL_DEVIATION, PIXEL_MEAN
-from mmclip_dist.export.hf_folder import write_json, write_tokenizer
+from mmclip_dist.export.hf_folder import write_grey, write_json, write_tokenizer
 from mmclip_dist.export.remote_code.modeling_mmclip import MMCLIPDualEncoder
 
 # open_clip passes neither a shape nor an image size on to timm: they must be those that the name stands for.
@@ -37,12 +37,13 @@ def unfit(encoder: MMCLIPDualEncoder) -> str | None:
 
 
 def write_open_clip(folder: Path, encoder: MMCLIPDualEncoder, tokenizer: PreTrainedTokenizerBase, home: Path) -> None:
-    """Write open_clip_config.json, open_clip_model.safetensors and the tokenizer.
+    """Write open_clip_config.json, open_clip_model.safetensors, the tokenizer and grey.py.
 
     home: the absolute path where the folder will lie. open_clip takes the text encoder's shape from a path or from the hub, never
     from its own JSON: who moves the folder must change `hf_model_name` there.
     """
     folder.mkdir()
+    write_grey(folder)
     config = encoder.config
     write_tokenizer(folder, tokenizer, config.max_tokens)
     config.text_config.save_pretrained(folder / "text")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from mmclip_dist.data.transforms import PIXEL_DEVIATION, PIXEL_MEAN
-from mmclip_dist.export.hf_folder import write_json
+from mmclip_dist.export.hf_folder import write_grey, write_json
 from mmclip_dist.export.remote_code.modeling_mmclip import MMCLIPDualEncoder
 
 
@@ -37,13 +37,16 @@ def _mean_pooling(tower: SiglipVisionModel) -> dict[str, Tensor]:
 
 
 def write_siglip_tower(folder: Path, encoder: MMCLIPDualEncoder) -> None:
+    """Write weights, configuration, processor and grey.py. The processor converts nothing: it would clip 16-bit images at 255 and
+    show what a transparent image hides, where `grey_image(image).convert("RGB")` gives the pixels of training."""
     folder.mkdir()
+    write_grey(folder)
     siglip_tower(encoder).save_pretrained(folder, safe_serialization=True)
     side = encoder.config.vision_config.image_size
     write_json(
         folder / "preprocessor_config.json",
         {
-            "image_processor_type": "SiglipImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": 2,
+            "image_processor_type": "SiglipImageProcessor", "do_convert_rgb": False, "do_resize": True, "resample": 2,
             "size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
             "image_mean": [PIXEL_MEAN] * 3, "image_std": [PIXEL_DEVIATION] * 3,
         },

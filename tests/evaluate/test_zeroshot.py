@@ -18,7 +18,7 @@ from mmclip_dist.checkpoint.model_files import load_model, write_model
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.prompts import load_prompts
 from mmclip_dist.evaluate import reading
-from mmclip_dist.evaluate.classification import macro_auc_interval, per_class_auc
+from mmclip_dist.evaluate.classification import auc_intervals, per_class_auc
 from mmclip_dist.evaluate.encoders import Trained
 from mmclip_dist.evaluate.protocol import OWN, load_protocol
 from mmclip_dist.evaluate.zeroshot import Evaluation, labelled_sets, load_result, save_result, zero_shot
@@ -56,9 +56,9 @@ def test_the_interval_draws_patients_not_images() -> None:
     """Ten copies of every image of a patient must not make the interval narrower."""
     scores, labels = random().normal(size=(60, 1)), (random(1).random((60, 1)) < 0.5).astype(int)
     patients = np.arange(60).astype(str)
-    once = macro_auc_interval(scores, labels, patients)
-    copied = macro_auc_interval(scores.repeat(10, 0), labels.repeat(10, 0), patients.repeat(10))
-    alone = macro_auc_interval(scores.repeat(10, 0), labels.repeat(10, 0), np.arange(600).astype(str))
+    once = auc_intervals(scores, labels, patients).macro
+    copied = auc_intervals(scores.repeat(10, 0), labels.repeat(10, 0), patients.repeat(10)).macro
+    alone = auc_intervals(scores.repeat(10, 0), labels.repeat(10, 0), np.arange(600).astype(str)).macro
     assert once[0] < roc_auc(scores[:, 0], labels[:, 0] == 1) < once[1]
     assert copied == pytest.approx(once, abs=1e-9)
     assert alone[1] - alone[0] < 0.5 * (once[1] - once[0])
@@ -68,7 +68,7 @@ def test_the_interval_is_as_wide_as_hanley_and_mcneil_say() -> None:
     """95%: 3.92 standard errors of an AUC of 0.76 (two normal distributions, one standard deviation apart)."""
     labels = (np.arange(600) % 3 == 0).astype(int)
     scores = random().normal(size=600) + labels
-    low, high = macro_auc_interval(scores[:, None], labels[:, None], np.arange(600).astype(str))
+    low, high = auc_intervals(scores[:, None], labels[:, None], np.arange(600).astype(str)).macro
     auc, positives, negatives = roc_auc(scores, labels == 1), 200, 400
     one, two = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positives - 1) * (one - auc**2) + (negatives - 1) * (two - auc**2)
@@ -82,8 +82,8 @@ def test_a_class_that_loses_its_positives_leaves_the_mean_of_that_resample() -> 
     labels[:20, 0] = labels[0, 1] = 1
     scores[:20, 0] += 50
     scores[0, 1] = 50
-    assert macro_auc_interval(scores, labels, np.arange(40).astype(str)) == (1.0, 1.0)
-    nothing = macro_auc_interval(scores, np.zeros((40, 2), int), np.arange(40).astype(str))
+    assert auc_intervals(scores, labels, np.arange(40).astype(str)).macro == (1.0, 1.0)
+    nothing = auc_intervals(scores, np.zeros((40, 2), int), np.arange(40).astype(str)).macro
     assert np.isnan(nothing).all() and len(nothing) == 2
 
 
