@@ -175,7 +175,7 @@ def _run(
         else:
             found = {"zeroshot": tasks.zeroshot, "retrieval": tasks.retrieval, "pointing": tasks.pointing}[task](request)
     if first:
-    _show(found, out)
+        _show(found, out)
 
 
 def _show(found: Outcome, out: Path | None) -> None:
