@@ -83,6 +83,21 @@ def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixtur
     assert pack(table) == 0  # again: nothing to do
 
 
+def test_how_images_are_made_is_an_option(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option, value, message in (
+        ("--format", "gif", "format 'gif' is unknown"), ("--window", "1", "--window is '1'; two percentiles such as 1,99"),
+        ("--window", "9,1", "two rising percentiles"), ("--quality", "101", "quality is 101"),
+    ):  # fmt: skip
+        assert pack(table, option, value) == 2
+        assert message in capsys.readouterr().err
+    assert not (table.parent / "set").exists()
+    assert pack(table, "--format", "webp-lossless", "--window", "1,99", "--clahe", "--short-side", "32") == 0
+    made = {"short_side": 32, "format": "webp-lossless", "quality": 95, "window": [1, 99], "clahe": True}
+    assert load_manifest(str(table.parent / "set" / "train")).images == made
+    assert pack(table) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -95,8 +95,8 @@ def test_a_killed_pack_goes_on_with_the_same_bytes(address: str, tmp_path: Path)
     table.write_text("\n".join(rows) + "\n")
     command = [
         sys.executable, "-m", "mmclip_dist.cli", "pack", "csv", "--table", str(table), "--images", str(tmp_path),
-        "--dataset", "toy", "--image-column", "image", "--patient-column", "patient", "--splits", "train=1", "--samples-per-shard", "3",
-        "--address", address, str(tmp_path / "ray"),
+        "--dataset", "toy", "--image-column", "image", "--patient-column", "patient", "--splits", "train=1",
+        "--samples-per-shard", "3", "--address", address, str(tmp_path / "ray"),
     ]  # fmt: skip
 
     def again(dest: str, workers: int | RayWorkers) -> None:
