@@ -7,6 +7,7 @@ finished cell leaves its scores and is not run again.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import os
@@ -360,6 +361,12 @@ class FineTuning:
         self.tests = LabelledImages(*tests, self.classes)
         self.validation = LabelledImages([validation[0]], [validation[1]], self.classes)
         with agreed():
+            lacking = [name for column, name in enumerate(self.classes) if column not in self.columns.labels.values()]
+            if lacking:
+                raise ValueError(
+                    f"{self.train.url} lacks labels that the test set has, so they cannot be learned: {', '.join(lacking)}; "
+                    "name another set with --train, or a protocol of the classes that both have"
+                )
             self._check_folder([manifest_hash(reader.manifest) for reader in (train[0], validation[0], *tests[0])])
             self.labelled = labelled(*train, self.classes, exclusive=protocol.exclusive)
             chosen_on = labelled(*validation, self.classes, exclusive=False)
@@ -397,6 +404,7 @@ class FineTuning:
             return self._cell(share, seed)
         finally:
             watchdog.rest()  # figures of large sets take a while
+            gc.collect()  # an engine holds itself in cycles, and the memory of the next one
 
     def _cell(self, share: float, seed: int) -> Cell:
         folder = self.folder / f"share-{share:g}" / f"seed-{seed}"

@@ -45,6 +45,7 @@ from mmclip_dist.evaluate.reading import LabelledImages
 from mmclip_dist.fit import Place
 from mmclip_dist.model.build import build_model
 from mmclip_dist.model.classifier import Classifier, label_loss
+from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
 from tests.evaluate import finetune_worker
 from tests.ranks import run_ranks
 
@@ -59,7 +60,7 @@ augment: {crop_area: [0.9, 1.0], flip: 0.0}
 patience: 3
 courses:
   0.1: {lr: 3.0e-3, steps: 8, warmup: 2, every: 4}
-  1.0: {lr: 5.0e-3, steps: 48, warmup: 6, every: 16}
+  1.0: {lr: 6.0e-3, steps: 40, warmup: 4, every: 20}
 """
 
 
@@ -282,6 +283,9 @@ def test_what_a_set_lacks_is_one_line(run: str, data: str, recipe: str, place: P
     dull = pack(tmp_path / "dull", {"val": 1}, first=700)
     told = refusal(run, place, tmp_path / "a", recipe, [data], validation=dull)
     assert "no class with both positives and negatives, so no checkpoint can be chosen on it" in told
+    fewer = pack(tmp_path / "fewer", {"train": 4}, labels=CLASSES[:2], first=800)
+    told = refusal(run, place, tmp_path / "a", recipe, [data], train=fewer)
+    assert "lacks labels that the test set has, so they cannot be learned: Seldom named; name another set with --train" in told
     assert not (tmp_path / "a" / "share-1").exists()
 
 
@@ -347,8 +351,8 @@ def test_a_fine_tuned_model_knows_an_easy_class_of_new_patients(whole: tuple[Pat
     assert (found["n"], found["n_patients"]) == (40, 20)
     assert few["n_train"] == [10, 10] and all_["n_train"] == [100, 100] and all_["seeds"] == [1, 2]
     assert np.mean(all_["auroc_macro_of_seeds"]) == pytest.approx(all_["auroc_macro"]) and all_["auroc_macro_sd"] >= 0
-    assert all(step % 16 == 0 for step in all_["best_step"]) and all_["f1_val_threshold"]["Mark"] > 0.8
-    assert "marks/val" in all_["threshold_from"] and found["recipe"]["courses"]["1.0"]["steps"] == 48
+    assert all(step % 20 == 0 for step in all_["best_step"]) and all_["f1_val_threshold"]["Mark"] > 0.8
+    assert "marks/val" in all_["threshold_from"] and found["recipe"]["courses"]["1.0"]["steps"] == 40
     rows = list(csv.DictReader(folder.with_suffix(".csv").open()))
     assert {(row["seed"], row["n_train"]) for row in rows} == {(s, n) for s in "12" for n in ("10", "100")}
     taken = train_samples(data)
@@ -371,10 +375,10 @@ def test_finished_cells_are_not_run_again(whole: tuple[Path, str], run: str, dat
 def test_a_broken_run_ends_in_the_same_bits(whole: tuple[Path, str], run: str, data: str, recipe: str, tmp_path: Path) -> None:
     """Ctrl-C in the step before an evaluation, which it leaves out; then a kill; then to the end."""
     words, logs = command(run, data, recipe, tmp_path / "ft", "--share", "1.0", "--seeds", "1"), tmp_path / "logs"
-    code, (said,) = run_ranks(finetune_worker.main, words, True, 31, signal.SIGINT, ranks=1, folder=logs)
+    code, (said,) = run_ranks(finetune_worker.main, words, True, 19, signal.SIGINT, ranks=1, folder=logs)
     assert code == 130, said[-3000:]
     assert "100% of the labels, seed 1: stopped and saved; run the same command again to go on" in said
-    assert checkpoint_path(tmp_path / "ft/share-1/seed-1", 32).is_dir()
+    assert checkpoint_path(tmp_path / "ft/share-1/seed-1", 20).is_dir()
     code, _ = run_ranks(finetune_worker.main, words, True, 5, signal.SIGKILL, ranks=1, folder=logs)
     assert code == -signal.SIGKILL
     code, (said,) = run_ranks(finetune_worker.main, words, ranks=1, folder=logs)
@@ -384,6 +388,8 @@ def test_a_broken_run_ends_in_the_same_bits(whole: tuple[Path, str], run: str, d
     assert ours.test.scores.tobytes() == theirs.test.scores.tobytes()
     assert ours.validation.scores.tobytes() == theirs.validation.scores.tobytes()
     cells = [folder / "share-1" / "seed-1" for folder in (tmp_path / "ft", whole[0])]
+    rows = [read_metrics(cell, EVALUATIONS) for cell in cells]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [20, 40]  # what was left out was made up for
     mine, its = (load_file(checkpoint_path(cell, ours.step) / "model.safetensors") for cell in cells)
     assert set(mine) == set(its) and all(mine[name].equal(its[name]) for name in its)
 

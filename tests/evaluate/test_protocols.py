@@ -46,6 +46,11 @@ def test_prompts_are_those_of_the_sources() -> None:
     assert official["Pleural_Thickening"].absent == ("no Pleural Thickening",)
     assert load_protocol("vindr18@cxrclip").prompts()["Nodule/Mass"] == Texts(("Nodule/Mass",), ("No Nodule/Mass",))
     assert load_protocol("openi18@carzero").prompts()["Infiltration"] == Texts(("There is infiltrate",), ())
+    vindr = load_protocol("vindr28@cxc").prompts()
+    assert len(vindr) == 28 and vindr["No finding"] == Texts(("No finding",), ("there is Finding",))
+    assert vindr["COPD"] == Texts(("COPD",), ("no COPD",)) and load_protocol("vindr28@cxc").classes["Other disease"].labels
+    padchest = load_protocol("padchest193@kad").prompts()
+    assert len(padchest) == 193 and padchest["NSG tube"] == Texts(("NSG tube",), ())
     maco = load_protocol("rsna@maco").prompts()["Pneumonia"]
     assert maco.present == ("There is pneumonia. ",) and maco.absent[0] == "the lung is clear." and len(maco.absent) == 4
     counts = {name: len(texts.present) for name, texts in load_protocol("chexpert5x200@gloria").prompts().items()}
