@@ -95,6 +95,8 @@ def _from_reports(records: Sequence[Record], config_hash: str) -> dict[str, Any]
     """What `pack` needs to pack these records with labels from their reports."""
     from mmclip_dist.offline.labels import build_labeller, label_once, labeller_hash
 
+    if not any(record.report.strip() for record in records):
+        raise ValueError("--labels-from-reports needs reports, and no image has one: leave it out, or name their column")
     identity = labeller_hash()
     labels: list[dict[str, int | None]] = []
     with progress_bar("label", "reports") as report:

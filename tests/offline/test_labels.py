@@ -138,6 +138,10 @@ def test_a_set_is_packed_with_labels_from_its_reports_and_listed_as_a_table(
     assert call(*command, "--labels-from-reports")[0] == 0  # again: nothing to do
     assert call(*command)[0] == 2  # other labels are another set
     assert "holds another set" in capsys.readouterr().err
+    Path("bare").mkdir()
+    Path("bare/rows.jsonl").write_text(json.dumps({"image": "a.png", "patient": "1"}) + "\n")
+    assert call("pack", "jsonl", "bare", "other", "--splits", "train=1", "--labels-from-reports")[0] == 2
+    assert "--labels-from-reports needs reports" in capsys.readouterr().err
     assert call("labels", "set/train", "--out", "labels.csv")[0] == 0
     assert "Pneumothorax: 0 present, 0 uncertain, 1 absent" in capsys.readouterr().out
     with Path("labels.csv").open() as table:
