@@ -54,7 +54,8 @@ class RayWorkers:
         groups = _groups(jobs, samples_per_shard)
         for group in chain(groups, [None] * self.count):
             if group is not None:
-                waiting.append((group, *_make.remote(maker, [_anywhere(record) for _, record in group])))
+                made: Any = _make.remote(maker, [_anywhere(record) for _, record in group])
+                waiting.append((group, *made))
             if waiting and (group is None or len(waiting) > self.count):
                 first, facts, samples = waiting.popleft()
                 for place, (job, (mark, reason)) in enumerate(zip(first, _result(facts), strict=True)):

@@ -180,7 +180,7 @@ def _decode_coarsely(source: Image.Image, short_side: int) -> tuple[float, float
     # Turned images are left whole: their uneven last row would come first.
     if times < 2 or source.format not in ("JPEG", "MPO") or source.getexif().get(_ORIENTATION, 1) != 1:
         return None
-    found = source.draft(None, (source.width // times, source.height // times))  # type: ignore[arg-type]
+    found = source.draft(None, (source.width // times, source.height // times))
     return None if found is None else found[1][2:]
 
 

@@ -176,8 +176,8 @@ class Unfinished:
     def _collect(self, left: int) -> None:
         """Wait until at most `left` shards are on their way; the journal lists them in order."""
         while len(self._writing) > left:
-            published, *facts = self._writing[0]
-            self._done.append(Done(published(), *facts))
+            published, records, bad, images = self._writing[0]
+            self._done.append(Done(published(), records, bad, images))
             self._writing.popleft()
             self._write_journal()
 

@@ -60,8 +60,9 @@ class SampleMaker:
 class Workers(Protocol):
     """Who makes samples and writes shards for `pack`: `Processes` of this machine, or those of a cluster."""
 
-    ahead: int
-    """How many shards may be on their way to the store while the next one is made."""
+    @property
+    def ahead(self) -> int:
+        """How many shards may be on their way to the store while the next one is made."""
 
     def prepare(
         self, jobs: Iterator[Job], make: SampleMaker, samples_per_shard: int
