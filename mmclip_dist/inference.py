@@ -74,7 +74,8 @@ class MMCLIPModel:
             with local_checkpoint(place) as folder:
                 trained, tokenizer, _, _ = load_model(folder, average=average)
             model = dual_encoder(trained)
-        return cls(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer)
+        model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))  # type: ignore[arg-type]  # wrapped
+        return cls(model, tokenizer)
 
     def encode_image(self, images: ImageInput | Sequence[ImageInput]) -> Tensor:
         """Images -> embeddings [N, E], L2-normalised. One image gives one row; a tensor may also be a batch [N, 1, size, size].

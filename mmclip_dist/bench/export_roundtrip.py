@@ -16,8 +16,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -219,17 +220,21 @@ def same_png(run: str, out: Path, folder: Path, drawn: Path) -> list[tuple[str, 
     hf = AutoImageProcessor.from_pretrained(out, trust_remote_code=True)
     siglip = AutoImageProcessor.from_pretrained(out / "siglip-tower")
     _, transform = open_clip.create_model_from_pretrained(f"local-dir:{out / 'open_clip'}")
+
+    def by_siglip(image: Image.Image) -> Any:
+        return siglip(images=image, return_tensors="pt")["pixel_values"][0]
+
     rows = []
     with open_encoder(run) as encoder:
         for kind, path in kinds_of(Image.open(drawn), folder).items():
             ours = encoder.pixels(decode_image(path)).expand(3, -1, -1)
             opened = Image.open(path)
             by_transform: list[Callable[[], Any]] = [
-                lambda path=path: hf(str(path))["pixel_values"][0].expand(3, -1, -1),
-                lambda image=opened: siglip(images=image, return_tensors="pt")["pixel_values"][0],
-                lambda image=opened: siglip(images=grey_image(image).convert("RGB"), return_tensors="pt")["pixel_values"][0],
-                lambda image=opened: transform(image),
-                lambda image=opened: transform(grey_image(image)),
+                partial(lambda path: hf(str(path))["pixel_values"][0].expand(3, -1, -1), path),
+                partial(by_siglip, opened),
+                partial(lambda image: by_siglip(grey_image(image).convert("RGB")), opened),
+                partial(transform, opened),
+                partial(lambda image: transform(grey_image(image)), opened),
             ]
             rows.append((kind, *(compared(ours, make) for make in by_transform)))
     return rows
@@ -349,7 +354,7 @@ def took(call: Callable[[], None]) -> float:
 
 
 def publish(
-    trips: list[tuple[str, float, float]], onnx: list[str], same: list[tuple[str, ...]], models: list[tuple[str, ...]],
+    trips: list[tuple[str, float, float]], onnx: list[str], same: Sequence[tuple[str, ...]], models: Sequence[tuple[str, ...]],
     speed: list[tuple[str, str, float, float, float]], arguments: argparse.Namespace,
 ) -> str:  # fmt: skip
     names = ("torch", "transformers", "open_clip_torch", "timm", "torchvision", "onnx", "onnxruntime", "Pillow")

@@ -129,11 +129,11 @@ def _of_set(encoder: Encoder, reader: ShardReader, cache: Path, report: Callable
     names = reader.manifest.labels
     images = LabelledImages([reader], [Columns({name: number for number, name in enumerate(names)}, ())], names)
     with encoder.evaluating():
-        parts = images.all(
+        rows = images.all(
             encoder, lambda pixels: (encoder.features(pixels),), lambda known, found: (replace(known, boxes=[]), found[0]), report
         )
-    known = Known.of_all([known for known, _ in parts])
-    features = np.concatenate([found for _, found in parts])
+    known = Known.of_all([each for each, _ in rows])
+    features = np.concatenate([found for _, found in rows])
     made = Featured(features, known.labels, np.array(known.patients), tuple(known.undecodable))
     shared.by_first(lambda: _store(path, made), "writing features")
     return made

@@ -97,7 +97,7 @@ def _head(config: Config, license: str | None, result: ZeroShot | None, formats:
     terms = {"license": license} if license else {"license": "other", "license_name": "terms-of-the-training-data"}
     named = [name for name in (config.model.image.pretrained, config.model.text.pretrained) if name]
     began_from = [name for name in named if _HUB_ID.fullmatch(name) and not Path(name).exists()]
-    head = {
+    head: dict[str, Any] = {
         "language": "en", "library_name": _LIBRARIES[formats[0]], **terms,
         "tags": ["radiology", "chest-xray", "medical", "clip", "mmclip", "arxiv:2407.19546"], "metrics": ["roc_auc"],
     }  # fmt: skip
