@@ -219,7 +219,8 @@ def _make_missing(
             ended = time.monotonic()
             publish_at = ended + max(_PUBLISH_EVERY_S, (ended - began) / _PUBLISH_SHARE)
         report(len(done), len(wanted))
-        _check_bad(stage, done, most_bad)
+        if done[number].bad:  # not after every shard: it looks at all of them
+            _check_bad(stage, done, most_bad)
     _write_journal(stage, wanted, done)
     if lost:
         told = "; ".join(f"shard {path}: {what}" for path, what in list(lost.items())[:_SHOWN])
