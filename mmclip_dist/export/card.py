@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from mmclip_shards.manifest import load_manifest
 
-from mmclip_dist import __version__
+import mmclip_dist
 from mmclip_dist.checkpoint.folder import Meta
 from mmclip_dist.config import Config
 from mmclip_dist.evaluate.zeroshot import ZeroShot
@@ -84,7 +84,7 @@ def card(
         "- Images are squashed to a square and scaled to 8 bits; what a text has beyond the token limit is cut off.", "",
         "## How to cite", "",
         "*MMCLIP: Cross-modal Attention Masked Modelling for Medical Language-Image Pre-Training* (arXiv 2407.19546) for the "
-        f"method, and mmclip-dist {__version__} for the implementation. These weights are not those of the paper's authors.", "",
+        f"method, and mmclip-dist {mmclip_dist.__version__} for the implementation. These weights are not those of the paper's authors.", "",
     ])  # fmt: skip
 
 
