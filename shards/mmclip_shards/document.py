@@ -57,7 +57,7 @@ def named_fields(key: str, members: Mapping[str, bytes]) -> dict[str, Any]:
     boxes = fields.get("boxes", [])
     return {
         "key": key, "report": document.report or None, "view": document.view, "patient": document.patient,
-        "labels": document.labels, "boxes": boxes if isinstance(boxes, list) else None, **texts, **sides,
+        "age": document.age, "labels": document.labels, "boxes": boxes if isinstance(boxes, list) else None, **texts, **sides,
     }  # fmt: skip
 
 

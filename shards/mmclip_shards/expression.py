@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 LABELS = "labels"
 _KINDS = {
     "key": "text", "report": "text", "view": "text", "patient": "text", "dataset": "text", "source": "text",
-    "width": "number", "height": "number", LABELS: "labels", "boxes": "list",
+    "width": "number", "height": "number", "age": "number", LABELS: "labels", "boxes": "list",
 }  # fmt: skip
 FIELDS = tuple(_KINDS)
 """The fields that an expression may name: those of `schema.sample_document`, and the sample's key."""

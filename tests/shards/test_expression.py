@@ -16,7 +16,7 @@ LABELS = ("Edema", "Mass", "Pleural Effusion")
 def fields(**changes: object) -> dict[str, object]:
     document: dict[str, object] = {
         "report": {"text": "Mild edema."}, "labels": {"Edema": 1, "Mass": 0, "Pleural Effusion": None}, "patient": "a" * 32,
-        "view": "PA", "dataset": "toy", "source": "a/1.png", "width": 512, "height": 600,
+        "view": "PA", "dataset": "toy", "source": "a/1.png", "width": 512, "height": 600, "age": 61,
     }  # fmt: skip
     return named_fields("k1", {"json": json.dumps(document | changes).encode()})
 
@@ -37,6 +37,8 @@ def fields(**changes: object) -> dict[str, object]:
         ("500 < width <= 512", True),
         ("512 < width <= 600", False),
         ("width < height", True),
+        ("18 <= age < 61", False),
+        ("age > 60", True),
         ('labels["Edema"] in (1, -1)', True),
         ('labels["Mass"] == -1', False),
         ("len(boxes) == 0", True),
