@@ -84,7 +84,8 @@ def card(
         "- Images are squashed to a square and scaled to 8 bits; what a text has beyond the token limit is cut off.", "",
         "## How to cite", "",
         "*MMCLIP: Cross-modal Attention Masked Modelling for Medical Language-Image Pre-Training* (arXiv 2407.19546) for the "
-        f"method, and mmclip-dist {mmclip_dist.__version__} for the implementation. These weights are not those of the paper's authors.", "",
+        f"method, and mmclip-dist {mmclip_dist.__version__} for the implementation. "
+        "These weights are not those of the paper's authors.", "",
     ])  # fmt: skip
 
 
