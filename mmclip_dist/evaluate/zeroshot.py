@@ -40,9 +40,9 @@ class ZeroShot:
     patients: int
     datasets: tuple[str, ...]
     checkpoint: str  # sha256 of the weights
-    roc: dict[str, list[float]] = field(default_factory=dict)  # as in `Measured`; empty in results that older versions wrote
     per_class_ci95: dict[str, tuple[float, float]] = field(default_factory=dict)
     protocol: str = OWN
+    roc: dict[str, list[float]] = field(default_factory=dict)  # as in `Measured`; empty in results that older versions wrote
 
 
 def zero_shot(
@@ -187,7 +187,7 @@ def load_result(path: Path) -> ZeroShot:
             return ZeroShot(
                 values["auroc_macro"], around.pop(MACRO), values["auroc"], tuple(values["left_out"]), values["n"],
                 tuple(values["undecodable"]), values["n_patients"], tuple(values["sets"]), values["checkpoint_sha256"],
-                values.get("roc", {}), around, values["protocol"],
+                around, values["protocol"], values.get("roc", {}),
             )  # fmt: skip
         fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return ZeroShot(**fields | {"per_class_ci95": _intervals(values.get("per_class_ci95", {}))})

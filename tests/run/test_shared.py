@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mmclip_dist import train
+from mmclip_dist import fit
 from mmclip_dist.engine.collective import AgreedError
 from mmclip_dist.run import shared
 from mmclip_dist.run.shared import check_shared
@@ -40,7 +40,7 @@ def test_a_token_that_does_not_come_is_told_in_one_line(
 
 @pytest.mark.slow
 def test_the_rank_that_sees_another_folder_is_named_before_anything_is_trained(sets, tmp_path: Path) -> None:
-    assert train.check_shared is check_shared
+    assert fit.check_shared is check_shared
     run, host = tmp_path / "run", socket.gethostname()
     arguments = ["another folder", "quickstart", *sets.overrides(run), "optim.steps=4"]
     code, outputs = run_ranks(faulty_train.main, arguments, ranks=2, folder=tmp_path / "ranks")
