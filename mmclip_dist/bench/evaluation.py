@@ -110,7 +110,8 @@ def main(words: list[str]) -> None:
             rows.append((count, *peak_mib(command)))
     lines = [
         "# Evaluation: rate and memory", "",
-        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, torch {torch.__version__}. Command:",
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}. Command:",
         f"`python -m mmclip_dist.bench.evaluation {' '.join(words)}`".replace(" `", "`"), "",
         f"ViT-B/16 on {options.images} drawn images of {SIZE} pixels, medians of {options.rounds} rounds: {alone:.2f} images/s "
         f"alone, {whole:.2f} in `mmclip evaluate zeroshot`'s loop; **{ratio:.3f}** of it (goal 0.9).", "",
