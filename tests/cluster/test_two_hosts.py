@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Cluster:
         """`mmclip ...` on the first host."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
         return subprocess.Popen(
-            [*self.made.enter("host-a"), "env", "-C", str(self.folder), "mmclip", *words],
+            [*self.made.enter("host-a"), "env", "-C", str(self.folder), sys.executable, "-m", "mmclip_launch.cli", *words],
             env=environment | {"DS_ACCELERATOR": "cpu"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
