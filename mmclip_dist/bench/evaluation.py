@@ -63,7 +63,7 @@ def random_run(folder: Path, data: str, *overrides: str) -> Path:
 def rates(run: Path, data: str, rounds: int) -> tuple[float, float, float]:
     """Images/s of the model alone, of an evaluation, and the median of the rounds' own ratios."""
     with open_encoder(str(run)) as encoder, encoder.evaluating():
-        evaluation = Evaluation(labelled_sets([data], ()), load_protocol(OWN), encoder.prompts)
+        evaluation = Evaluation(labelled_sets([f"{data}/test"], ()), load_protocol(OWN), encoder.prompts)
         images = [image_of(members) or b"" for _, members in iterate(f"{data}/test")]
         batches = torch.stack([encoder.pixels(decode_image(image)) for image in images]).split(BATCH)
         alone, whole = [], []
