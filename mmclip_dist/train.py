@@ -113,7 +113,8 @@ def end_loader_processes() -> None:
 def tell(error: Exception, *, ending: bool) -> int:
     """Print an error of this rank, unless another rank prints it; the exit code. A bug gets its traceback.
 
-    Before the ranks have joined, all that can fail is the same for every rank of a machine: its first rank speaks.
+    Before the ranks have joined, nearly all that can fail is the same for every rank of a machine, whose first rank speaks.
+    The others wait for it: the launcher ends all ranks as soon as one has ended, and the first may have said nothing yet.
     ending: whether this rank was asked to stop, as the launcher does when another one has failed.
     """
     code = errors.exit_code(error)
@@ -123,20 +124,27 @@ def tell(error: Exception, *, ending: bool) -> int:
     if joined and isinstance(error, AgreedError | AgreedFailure):
         speaks, where = dist.get_rank() == 0, ""
     elif joined and broken(error):
-        # On one machine the launcher ends this rank once the failed one is gone. Still alive after that: it was elsewhere.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(0 if ending else _OTHER_RANK_S)
-        speaks, trace = first_of_machine and not ending, ""
+        outlived = _outlives_others(ending)  # the rank that failed was on another machine
+        speaks, trace = first_of_machine and outlived, ""
         where = f"{place()}, because another rank or its machine ended"
     elif joined:
         speaks, where = True, place()
     else:
-        speaks = first_of_machine or code is None
+        speaks = first_of_machine or code is None or _outlives_others(ending)
         alone = int(os.environ.get("WORLD_SIZE", "1")) == ranks_of_machine()
         where = "" if alone else socket.gethostname()
     if speaks:
         print(f"{trace}{errors.line(error, where)}", file=sys.stderr, flush=True)
     return code or errors.FAILED
+
+
+def _outlives_others(ending: bool) -> bool:
+    """Whether this rank is still wanted after the time in which the launcher ends it, had another rank of its machine ended."""
+    if ending:
+        return False
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_OTHER_RANK_S)
+    return True
 
 
 def leave(code: int) -> NoReturn:

@@ -42,6 +42,20 @@ def with_a_jump(arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+def with_a_slow_first_rank(arguments: list[str]) -> int:
+    if os.environ["RANK"] == "0":
+        time.sleep(2.0)
+    return train.main(arguments)
+
+
+def with_an_error_of_the_second_rank(arguments: list[str]) -> int:
+    """The first one waits where ranks meet."""
+    train._OTHER_RANK_S = 1.0
+    if os.environ["RANK"] == "1":
+        arguments = [*arguments, "optim.stepps=3"]
+    return train.main(arguments)
+
+
 def run(target: Any, overrides: list[str], folder: Path) -> Finished:
     code, outputs = run_ranks(target, ["quickstart", *overrides], ranks=2, folder=folder)
     return Finished(code, "".join(outputs))
@@ -54,6 +68,18 @@ def test_256_open_files_are_enough_for_two_loaders_and_too_few_for_many(sets, tm
     refused = run(with_few_files, [*sets.overrides(tmp_path / "other"), *many], tmp_path)
     assert refused.returncode == 2 and len(refused.errors) == 1, refused.output[-3000:]
     assert "needs about 276 open files, but may open 256: raise the limit (`ulimit -n" in refused.errors[0]
+
+
+def test_bad_input_is_told_once_though_the_rank_that_tells_it_is_the_last(sets, tmp_path: Path) -> None:
+    """The launcher ends all ranks as soon as one has failed."""
+    found = run(with_a_slow_first_rank, [*sets.overrides(tmp_path / "run"), "model.image.dept=3"], tmp_path)
+    assert found.returncode == 2 and len(found.errors) == 1, found.output
+    assert "did you mean model.image.depth" in found.errors[0]
+
+
+def test_an_error_of_the_second_rank_alone_is_told(sets, tmp_path: Path) -> None:
+    found = run(with_an_error_of_the_second_rank, [*sets.overrides(tmp_path / "run"), *SHORT], tmp_path)
+    assert found.returncode == 2 and len(found.errors) == 1 and "optim.stepps" in found.errors[0], found.output
 
 
 def test_a_clock_that_jumps_by_an_hour_changes_nothing(sets, tmp_path: Path) -> None:
