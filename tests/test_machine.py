@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import time
 from itertools import count
 from pathlib import Path
@@ -56,6 +57,16 @@ def with_an_error_of_the_second_rank(arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+def at_a_taken_port(arguments: list[str]) -> int:
+    """The first rank is to listen where another program does."""
+    with socket.socket() as taken:
+        if os.environ["RANK"] == "0":
+            taken.bind(("", 0))
+            taken.listen()
+            os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
+        return train.main(arguments)
+
+
 def run(target: Any, overrides: list[str], folder: Path) -> Finished:
     code, outputs = run_ranks(target, ["quickstart", *overrides], ranks=2, folder=folder)
     return Finished(code, "".join(outputs))
@@ -80,6 +91,12 @@ def test_bad_input_is_told_once_though_the_rank_that_tells_it_is_the_last(sets, 
 def test_an_error_of_the_second_rank_alone_is_told(sets, tmp_path: Path) -> None:
     found = run(with_an_error_of_the_second_rank, [*sets.overrides(tmp_path / "run"), *SHORT], tmp_path)
     assert found.returncode == 2 and len(found.errors) == 1 and "optim.stepps" in found.errors[0], found.output
+
+
+def test_a_port_that_another_program_holds_is_one_line(sets, tmp_path: Path) -> None:
+    found = run(at_a_taken_port, [*sets.overrides(tmp_path / "run"), *SHORT], tmp_path)
+    assert found.returncode == 2 and len(found.errors) == 1 and "Traceback" not in found.output, found.output
+    assert "where the ranks meet, is in use: choose another one" in found.errors[0]
 
 
 def test_a_clock_that_jumps_by_an_hour_changes_nothing(sets, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mmclip_dist.engine.layer_execution import checkpoint_activations, compile_e
 from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
+from mmclip_dist.errors import Mendable
 from mmclip_dist.launcher import ranks_of_machine
 from mmclip_dist.model.build import Trainable
 
@@ -67,7 +68,8 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, torch.device]:
     """Join the launcher's process group -> rank, world size, device. Needs the `deepspeed` launcher's environment.
 
-    timeout_s: of a collective call, and of anything else that shows no progress.
+    timeout_s: of a collective call, and of anything else that shows no progress. Mendable where the port is taken, OSError where
+    the ranks cannot meet.
     """
     if "RANK" not in os.environ:
         raise ValueError(
@@ -85,9 +87,14 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s + _AFTER_WATCHDOG_S)
-    )
+    timeout = timedelta(seconds=timeout_s + _AFTER_WATCHDOG_S)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            mend = "choose another one with `deepspeed --master_port`, or MASTER_PORT"
+            raise Mendable(f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use: {mend}") from error
+        raise OSError(f"the ranks could not meet at {os.environ['MASTER_ADDR']}: {error}") from error
     watchdog.start(torch.distributed.get_rank(), timeout_s)
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
 
