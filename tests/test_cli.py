@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from mmclip_launch.cli import app
 from mmclip_launch.quickstart import Job, check
+from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
+from mmclip_shards.reader import iterate
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -81,6 +83,26 @@ def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixtur
     assert train.samples + test.samples == 12 and train.samples % 2 == 0
     assert f"{train.samples} samples in 1 shards" in capsys.readouterr().out
     assert pack(table) == 0  # again: nothing to do
+
+
+def test_equal_numbers_are_one_patient_of_your_own_sets_and_several_of_published_ones(tmp_path: Path) -> None:
+    """Many a collection has a patient 1."""
+    raw = tmp_path / "raw"
+    (raw / "images").mkdir(parents=True)
+    Image.fromarray(np.eye(48, dtype=np.uint8) * 255).save(raw / "images" / "a.png")
+    (raw / "records.jsonl").write_text('{"image": "images/a.png", "patient": "1", "report": "Clear."}\n')
+    (raw / "Data_Entry_2017.csv").write_text("Image Index,Finding Labels,Patient ID,View Position\na.png,No Finding,1,PA\n")
+    table = "--table", str(raw / "Data_Entry_2017.csv"), "--images", str(raw / "images"), "--image-column", "Image Index"
+
+    def patient(*words: str) -> str | None:
+        dest = tmp_path / f"set-{len(list(tmp_path.iterdir()))}"
+        assert call("pack", *words, str(dest), "--splits", "all=1")[0] == 0
+        (sample,) = iterate(dest / "all")
+        return read_document(sample[1]).patient
+
+    own, published = patient("jsonl", str(raw)), patient("nih", str(raw))
+    assert own is not None and own == patient("csv", *table, "--patient-column", "Patient ID")
+    assert published != own and published == patient("csv", *table, "--patient-column", "Patient ID", "--patients-of", "nih")
 
 
 def test_how_images_are_made_is_an_option(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

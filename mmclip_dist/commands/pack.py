@@ -82,6 +82,11 @@ LabelsFromReports = Annotated[
 PrivatePaths = Annotated[
     bool, typer.Option("--private-paths", help="Paths name patients: store keyed hashes in place of keys and paths.")
 ]
+PatientsOf = Annotated[
+    str | None,
+    typer.Option(help="Collection that numbers the patients: equal ids elsewhere are other people. By default a recipe's own; all "
+                      "your files share one."),
+]  # fmt: skip
 
 
 def _tell_named_patients(records: Sequence[Record]) -> None:
@@ -176,6 +181,7 @@ def pack_csv(
     allow_phi_like: AllowPhi = False,
     labels_from_reports: LabelsFromReports = False,
     private_paths: PrivatePaths = False,
+    patients_of: PatientsOf = None,
     workers: Workers = 1,
     address: Address = None,
 ) -> None:
@@ -211,7 +217,7 @@ def pack_csv(
             split_of_record=splits_of(records) if split_column else None,
             seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard,
             max_bad_fraction=max_bad_fraction, licence=licence, access=access, allow_phi_like=allow_phi_like,
-            workers=crew, progress=report,
+            numbering=patients_of, workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)
 
@@ -241,6 +247,7 @@ def pack_recipe(
     allow_phi_like: AllowPhi = False,
     labels_from_reports: LabelsFromReports = False,
     private_paths: PrivatePaths = False,
+    patients_of: PatientsOf = None,
     workers: Workers = 1,
     address: Address = None,
 ) -> None:
@@ -277,7 +284,7 @@ def pack_recipe(
             **source, dest=dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
             seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard, patient_key=key,
-            max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
+            numbering=patients_of or found.numbering(name), max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
             allow_phi_like=allow_phi_like, workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)

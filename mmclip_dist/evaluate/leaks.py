@@ -83,11 +83,12 @@ def check(
         names = dict.fromkeys([*own, *([dataset] if dataset else [])])
         found["data_sets"] = [[mine, its] for mine in names for its in seen.datasets if share_images(mine, its)]
     if (found["patients"] or found["images"] or found["data_sets"]) and not allow:
-        told = [f"{found[kind]} {kind} of it" for kind in ("patients", "images") if found[kind]]
+        told = [f"{found[kind]} of its {kind}" for kind in ("patients", "images") if found[kind]]
         told += [f"{its}, which shares images with {mine}" for mine, its in found["data_sets"]]
         raise ValueError(
             f"{', '.join(str(reader.url) for reader in readers)}: the model was trained on {' and '.join(told)}, so its "
-            "scores would flatter; evaluate on another set, or pass --allow-leak, which the result then says"
+            "scores would flatter; evaluate on another set, or pass --allow-leak, which the result then says (if only the patients' "
+            "numbers are the same, pack one of the sets with --patients-of NAME)"
         )
     return found
 

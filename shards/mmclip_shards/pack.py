@@ -47,6 +47,7 @@ def pack(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     config_hash: str,
     patient_key: bytes | None = None,
+    numbering: str | None = None,
     max_bad_fraction: float = 0.0,
     licence: str | None = None,
     access: str | None = None,
@@ -62,7 +63,8 @@ def pack(
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
     short_side, rendering: see `prepare_image`; the manifests state them. config_hash: identifies the records (see `datasets`);
     pack adds its own settings.
-    patient_key: key of the stored patient hash; `split.patient_key()` by default. progress(done, total): after every image.
+    patient_key: key of the stored patient hash; `split.patient_key()` by default. numbering: the collection that numbers the patients
+    (`hash_patient`), if it is a published one. progress(done, total): after every image.
     max_bad_fraction: share of the records whose image may be missing or unreadable, or whose key an earlier record has. They are
     left out, and listed in DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no
     manifest is written.
@@ -98,6 +100,7 @@ def pack(
         short_side=short_side,
         samples_per_shard=samples_per_shard,
         patient_key=key_id(key),
+        **({} if numbering is None else {"numbering": numbering}),
         **({} if rendering == AS_PUBLISHED else {"rendering": asdict(rendering)}),
     )
     found.keys.clear()
@@ -117,7 +120,7 @@ def pack(
         start = {split: writer.start for split, writer in writers.items()}
         total = sum(len(numbers) - start[split] for split, numbers in todo.items())
         jobs = ((split, records[n]) for split in todo for n in itertools.islice(todo[split], start[split], None))
-        make = SampleMaker(dataset, found.label_names, key, short_side, rendering)
+        make = SampleMaker(dataset, found.label_names, key, numbering, short_side, rendering)
         with closing(crew.prepare(jobs, make, samples_per_shard)) as prepared:
             for done, ((split, record), mark, sample) in enumerate(prepared, 1):
                 writers[split].add(record.key, mark, sample)

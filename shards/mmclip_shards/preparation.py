@@ -37,6 +37,7 @@ class SampleMaker:
     dataset: str
     label_names: tuple[str, ...]
     patient_key: bytes = field(repr=False)
+    numbering: str | None
     short_side: int
     rendering: Rendering
 
@@ -48,7 +49,7 @@ class SampleMaker:
         document = sample_document(
             record,
             label_names=self.label_names,
-            patient_hash=hash_patient(record.patient, self.patient_key),
+            patient_hash=hash_patient(record.patient, self.patient_key, self.numbering),
             dataset=self.dataset,
             width=image.width,
             height=image.height,

@@ -90,9 +90,13 @@ def check_patients_stay(rows: Iterable[tuple[str, str, str]]) -> None:
             )
 
 
-def hash_patient(patient: str, key: bytes) -> str:
-    """The stored form of a patient id: keyed BLAKE2b, 32 hex digits. Without the key nobody can test which id it is."""
+def hash_patient(patient: str, key: bytes, numbering: str | None = None) -> str:
+    """The stored form of a patient id: keyed BLAKE2b, 32 hex digits. Without the key nobody can test which id it is.
+
+    numbering: the collection that gave the id. Many count from 1: patient 1 of one is not patient 1 of another.
+    """
     check_patient(patient)
+    patient = patient if numbering is None else f"{numbering}/{patient}"
     if not 0 < len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
         raise ValueError(f"the patient key has {len(key)} bytes; it must have 1 to {hashlib.blake2b.MAX_KEY_SIZE}")
     return hashlib.blake2b(patient.encode("utf-8", "surrogatepass"), key=key, digest_size=16).hexdigest()

@@ -64,7 +64,7 @@ def test_the_same_patients_in_other_images_are_refused(run: str, train: str, tmp
     """Smaller images: other shards and other files, of the same patients by the same key."""
     again = packed(tmp_path / "again", size=32, count=24)
     patients = len({json.loads(members["json"])["patient"] for _, members in reader_of(again).samples(0)})
-    told = rf"again/test: the model was trained on {patients} patients of it, so.*--allow-leak"
+    told = rf"again/test: the model was trained on {patients} of its patients, so.*--allow-leak"
     with pytest.raises(ValueError, match=told) as error:
         zero_shot(run, [again])
     assert "\n" not in str(error.value) and "images" not in str(error.value).partition(", so")[0]
@@ -78,7 +78,7 @@ def test_the_same_patients_in_other_images_are_refused(run: str, train: str, tmp
 def test_the_same_images_by_another_key_are_refused(run: str, tmp_path: Path) -> None:
     again = packed(tmp_path / "again", key=OTHER_KEY, count=24)
     count = len(np.unique(Seen.of([reader_of(again)]).images))
-    with pytest.raises(ValueError, match=rf"the model was trained on {count} images of it"):
+    with pytest.raises(ValueError, match=rf"the model was trained on {count} of its images"):
         zero_shot(run, [again])
 
 

@@ -73,6 +73,7 @@ def test_an_empty_patient_id_is_refused(patient: str) -> None:
 
 
 def test_the_stored_hash_depends_on_patient_and_key() -> None:
+    assert hash_patient("1", b"k", "nih") not in (hash_patient("1", b"k"), hash_patient("1", b"k", "openi"))
     hashes = {hash_patient(patient, key) for patient in ("1", "2") for key in (b"a" * 32, b"b" * 32)}
     assert len(hashes) == 4
     assert all(len(text) == 32 for text in hashes)

@@ -21,6 +21,7 @@ FINDINGS = (
     official=True,
     private_paths=True,
     same_images=("chexpert-plus",),
+    patients="chexpert",
 )
 def chexpert(raw: Path) -> Iterator[Record]:
     """CheXpert v1.0 or v1.0-small: 223,414 training radiographs of 64,540 patients, 14 observations, no reports.

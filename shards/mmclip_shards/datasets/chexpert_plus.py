@@ -28,6 +28,7 @@ SECTIONS = {
     official=True,
     private_paths=True,
     same_images=("chexpert",),
+    patients="chexpert",
     needs=DICOM,
 )
 def chexpert_plus(raw: Path) -> Iterator[Record]:

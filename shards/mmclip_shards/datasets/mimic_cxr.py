@@ -16,6 +16,7 @@ from mmclip_shards.schema import Record
     official=True,
     private_paths=True,
     same_images=("mimic-cxr-jpg",),
+    patients="mimic-cxr",
     needs=DICOM,
 )
 def mimic_cxr(raw: Path) -> Iterator[Record]:

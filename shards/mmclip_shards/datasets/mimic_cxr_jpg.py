@@ -23,6 +23,7 @@ _VIEW_CODES = {
     official=True,
     private_paths=True,
     same_images=("mimic-cxr",),
+    patients="mimic-cxr",
 )
 def mimic_cxr_jpg(raw: Path) -> Iterator[Record]:
     """MIMIC-CXR-JPG 2.0.0 or 2.1.0: 377,110 radiographs of 227,835 studies, with CheXpert's labels and the reports of MIMIC-CXR.

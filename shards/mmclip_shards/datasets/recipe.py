@@ -49,7 +49,8 @@ class Recipe:
     official: whether records carry the split that the data set itself gives. private_paths: keys and paths name patients, so
     keyed hashes are stored in their place. unlisted_absent: the records' labels are lists of what is present; a label that
     another record has and this one has not is absent. same_images: recipes that share images with this one. needs: module
-    that its images or tables need, and the extra that has it.
+    that its images or tables need, and the extra that has it. patients: name of the collection that numbers its patients, where
+    another recipe reads the same one; by default the recipe's own name.
     """
 
     read: Read
@@ -62,6 +63,12 @@ class Recipe:
     unlisted_absent: bool = False
     same_images: tuple[str, ...] = ()
     needs: tuple[str, str] | None = None
+    patients: str | None = None
+
+    def numbering(self, name: str) -> str | None:
+        """Whose numbers its patients have, for `hash_patient`. Your own files (no licence) share one: only you know which of them
+        are of one hospital. name: the recipe's."""
+        return None if self.licence is None else self.patients or name
 
 
 DICOM = ("pydicom", "dicom")
@@ -78,13 +85,14 @@ def recipe(
     unlisted_absent: bool = False,
     same_images: tuple[str, ...] = (),
     needs: tuple[str, str] | None = None,
+    patients: str | None = None,
 ) -> Callable[[Read], Recipe]:
     """Turn a function that yields `Record`s into a `Recipe`; the first line of its docstring is the title."""
 
     def make(read: Read) -> Recipe:
         title = (inspect.getdoc(read) or "").partition("\n")[0]
         return Recipe(
-            read, title, licence, access, source, official, private_paths, unlisted_absent, same_images, needs
+            read, title, licence, access, source, official, private_paths, unlisted_absent, same_images, needs, patients,
         )  # fmt: skip
 
     return make
