@@ -84,8 +84,8 @@ PrivatePaths = Annotated[
 ]
 PatientsOf = Annotated[
     str | None,
-    typer.Option(help="Collection that numbers the patients: equal ids elsewhere are other people. By default a recipe's own; all "
-                      "your files share one."),
+    typer.Option(help="Collection that numbers the patients: equal ids elsewhere are other people. By default a recipe's own; "
+                      "all your files share one."),
 ]  # fmt: skip
 
 
@@ -284,7 +284,8 @@ def pack_recipe(
             **source, dest=dest, dataset=dataset or name,
             splits=parse_splits(splits or SHARES) if split is None else None, split_of_record=prepared.split_of,
             seed=seed, short_side=short_side, rendering=rendering, samples_per_shard=samples_per_shard, patient_key=key,
-            numbering=patients_of or found.numbering(name), max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
+            numbering=patients_of or found.numbering(name),
+            max_bad_fraction=max_bad_fraction, licence=found.licence, access=found.access,
             allow_phi_like=allow_phi_like, workers=crew, progress=report,
         )  # fmt: skip
     _print_splits(dest, manifests)

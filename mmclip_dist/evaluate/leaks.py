@@ -87,8 +87,8 @@ def check(
         told += [f"{its}, which shares images with {mine}" for mine, its in found["data_sets"]]
         raise ValueError(
             f"{', '.join(str(reader.url) for reader in readers)}: the model was trained on {' and '.join(told)}, so its "
-            "scores would flatter; evaluate on another set, or pass --allow-leak, which the result then says (if only the patients' "
-            "numbers are the same, pack one of the sets with --patients-of NAME)"
+            "scores would flatter; evaluate on another set, or pass --allow-leak, which the result then says (if only the "
+            "patients' numbers are the same, pack one of the sets with --patients-of NAME)"
         )
     return found
 

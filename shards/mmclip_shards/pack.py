@@ -63,8 +63,8 @@ def pack(
     splits: split -> fraction of the patients. Or give None and split_of_record: key -> split, for every record.
     short_side, rendering: see `prepare_image`; the manifests state them. config_hash: identifies the records (see `datasets`);
     pack adds its own settings.
-    patient_key: key of the stored patient hash; `split.patient_key()` by default. numbering: the collection that numbers the patients
-    (`hash_patient`), if it is a published one. progress(done, total): after every image.
+    patient_key: key of the stored patient hash; `split.patient_key()` by default. numbering: the collection that numbers
+    the patients (`hash_patient`), if it is a published one. progress(done, total): after every image.
     max_bad_fraction: share of the records whose image may be missing or unreadable, or whose key an earlier record has. They are
     left out, and listed in DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no
     manifest is written.
