@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mmclip_dist.commands.options import local_folder
-from mmclip_dist.commands.progress import progress_bar
+from mmclip_dist.commands.progress import print_table, progress_bar
 
 Report = Callable[[int, int], None]
 
@@ -186,7 +185,7 @@ def _show(found: Outcome, out: Path | None) -> None:
     table = Table(*head)
     for row in rows:
         table.add_row(*row, style="bold" if "macro" in row else None)
-    Console().print(table)
+    print_table(table)
     for line in found.notes:
         print(line)
     if out:

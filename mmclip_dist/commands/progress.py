@@ -1,12 +1,16 @@
-"""A progress bar for commands that run for a while."""
+"""What commands show to people: a progress bar, tables."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_FILE_COLUMNS = 200
 
 
 @contextmanager
@@ -28,3 +32,10 @@ def progress_bar(description: str, unit: str = "") -> Iterator[Callable[[int, in
         except BaseException:
             bar.live.transient = True  # remove the bar: the error is then one line on its own
             raise
+
+
+def print_table(*tables: Table) -> None:
+    """As wide as the terminal; in a file or pipe as wide as they need, where rich takes 80 columns and breaks every cell."""
+    console = Console() if sys.stdout.isatty() else Console(width=_FILE_COLUMNS)
+    for table in tables:
+        console.print(table)

