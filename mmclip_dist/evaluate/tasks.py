@@ -194,8 +194,9 @@ def finetune(
         each = ", ".join(f"{value:.3f} (seed {seed})" for seed, value in zip(seeds, macros, strict=True))
         told.append(f"{label}: macro AUROC {each}{spread}")
         told += [
-            f"{label}, seed {seed}: the {cell.n_train} training images have {what} of {name}, so its scores mean nothing"
-            for seed, cell in zip(seeds, cells, strict=True) for name, what in cell.one_kind.items()
+            f"{label}, seed {seed}: the {cell.n_train} training images have {what} of "
+            f"{', '.join(name for name, lacked in cell.one_kind.items() if lacked == what)}: scores of these mean nothing"
+            for seed, cell in zip(seeds, cells, strict=True) for what in dict.fromkeys(cell.one_kind.values())
         ]  # fmt: skip
         if cells[0].unlisted:
             told.append(f"{label}: {cells[0].unlisted} lines of the list name no image of {train.url}")

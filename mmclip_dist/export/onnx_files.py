@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,20 @@ _OPSET = 18
 _IMAGE = {"pixel_values": {0: "batch_size"}}
 _TEXT = {name: {0: "text_batch_size", 1: "sequence_length"} for name in ("input_ids", "attention_mask")}
 _OUTPUTS = ("logits_per_image", "logits_per_text", "text_embeds", "image_embeds")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch.onnx tells its own developers. What it writes is checked by running it."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 class _Joint(nn.Module):
@@ -83,7 +100,7 @@ def _write(
     import onnxruntime
 
     example = _inputs(encoder, inputs, images=2, texts=3, length=7)
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         torch.onnx.export(
             module.eval(), tuple(example.values()), str(path), input_names=list(inputs), output_names=list(outputs),
             dynamic_shapes=_shapes(inputs), opset_version=_OPSET, dynamo=True, external_data=False, verbose=False,

@@ -358,7 +358,7 @@ def test_a_fine_tuned_model_knows_an_easy_class_of_new_patients(whole: tuple[Pat
     taken = train_samples(data)
     lacking = [taken.one_kind(CLASSES, subset(taken, 0.1, seed)) for seed in (1, 2)]
     assert few["one_kind_only"] == lacking and lacking[1]["Mark"] == "no positives"
-    assert "10%, seed 2: the 10 training images have no positives of Mark, so its scores mean nothing" in found["notes"]
+    assert "10%, seed 2: the 10 training images have no positives of Mark: scores of these mean nothing" in found["notes"]
     assert "100%: macro AUROC 0." in said and "macro" in said and "validation: macro AUC" in said and "temperature" not in said
 
 
