@@ -163,7 +163,7 @@ def test_what_a_set_or_a_run_does_not_have_is_said(
         "on all 3 samples of own/test, 1 that cannot be read left out", "Not shown: own/test has no labels.",
         "Not shown: own/test has no reports.", "Not shown: own/test has no reports to retrieve.",
         "Not shown: no label of own/test has both positive and negative samples here.",
-        "guided by the prompts of its findings", "This file now holds images and reports of own/test",
+        "text: the prompts of its findings", "This file now holds images and reports of own/test",
     ):  # fmt: skip
         assert line in page, line
     without = held.config.model_copy(update={"loss": held.config.loss.model_copy(update={"image": 0.0, "entity": 0.0})})

@@ -43,7 +43,8 @@ class RebuiltImage:
 
 
 def rebuilt_images(held: HeldOut) -> tuple[RebuiltImage, ...] | NotShown:
-    """AttMIM on the first samples, those with a report first: their text guides the masks, and helps to rebuild."""
+    """AttMIM on the first samples, those with a report first. Their text helps to rebuild, and guides the masks where training's
+    are not random."""
     if not held.config.loss.image:
         return NotShown("the run was trained without the image term (loss.image=0)")
     order = sorted(range(len(held.samples)), key=lambda row: not held.samples[row].document.report)[:_IMAGES]
