@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import threading
@@ -13,9 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage, Rendering, prepare_image
 from mmclip_shards.journal import image_mark, write_at_once
 from mmclip_shards.manifest import Shard
+from mmclip_shards.rawpath import RemotePath
 from mmclip_shards.schema import Record, canonical_json, sample_document
 from mmclip_shards.split import hash_patient
 from mmclip_shards.storage import Url
@@ -41,8 +46,7 @@ class SampleMaker:
     rendering: Rendering
 
     def __call__(self, record: Record) -> Prepared:
-        mark = image_mark(record.image)  # before the image is read: if it is replaced meanwhile, the mark is that of the old one
-        image = prepare_one(record, self.short_side, self.rendering)
+        mark, image = prepare_one(record, self.short_side, self.rendering)
         if isinstance(image, str):
             return mark, image
         document = sample_document(
@@ -124,17 +128,35 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def prepare_one(record: Record, short_side: int, rendering: Rendering) -> PreparedImage | str:
-    """A record's image as a shard would hold it, or why it would be left out."""
+def prepare_one(record: Record, short_side: int, rendering: Rendering) -> tuple[str, PreparedImage | str]:
+    """The mark of a record's image (`image_mark`), and the image as a shard would hold it, or why it would be left out.
+
+    A remote image is one request, and is asked for again if it cannot be decoded: its store may have sent damaged bytes.
+    OSError when a store fails.
+    """
     image, boxes = record.image, record.boxes
     if callable(image):
         image, boxes = image()
+
+    def make(data: bytes | np.ndarray) -> PreparedImage:
+        return prepare_image(data, short_side, boxes, rendering)
+
     try:
-        return prepare_image(image, short_side, boxes, rendering)
+        if isinstance(image, RemotePath):
+            prepared, mark = storage.read_versioned(image, make)
+            return mark, prepared
+        mark = image_mark(record.image)  # before the image is read: of one that is replaced meanwhile, it is that of the old one
+        return mark, make(image.read_bytes() if isinstance(image, Path) else image)
     except ValueError as error:
-        return str(error).removeprefix(f"{image} is " if isinstance(image, Path) else "image data is ")
+        reason = str(error).removeprefix("image data is ")
+    except OSError as error:
+        if isinstance(image, RemotePath) and not isinstance(error, FileNotFoundError):
+            raise  # the store, not this image
+        # The system's own words and no path, which may name the patient.
+        reason = f"not a usable JPEG, PNG or WebP: {os.strerror(error.errno or errno.ENOENT)}"
+    return image_mark(record.image), reason
 
 
 def cannot_be_used(record: Record, short_side: int, rendering: Rendering) -> bool:
     """Whether a record's image would be left out."""
-    return isinstance(prepare_one(record, short_side, rendering), str)
+    return isinstance(prepare_one(record, short_side, rendering)[1], str)
