@@ -260,7 +260,9 @@ def _look_for_remote(records: Sequence[Record]) -> None:
     """ValueError if none of a few remote images is there. All are looked for when they are read: each look is a request."""
     some = [records[place] for place in evenly(len(records), LOOKED_FOR)]
     if not any(record.image.is_file() for record in some if isinstance(record.image, RemotePath)):
-        raise ValueError(f"none of {len(some)} images that were looked for is there, the first one {some[0].source}: check the folder")
+        raise ValueError(
+            f"none of {len(some)} images that were looked for is there, the first one {some[0].source}: check the folder"
+        )
 
 
 def _check_left_out(

@@ -43,6 +43,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TRIES_BEFORE_SIZE = 2  # one short answer may be a broken response; after this many, ask for the file's size
 _SLOWEST = 64 * 1024  # bytes a second, on average: a slower read counts as stalled
+_PAGE = 1000  # entries of a page of a listing, the most that S3 gives
 _OPENING_S = 60.0  # to open a session: it reads credentials, perhaps over the network
 _EXPIRED = {
     "ExpiredToken",
@@ -286,7 +287,7 @@ def list_folder(url: Url) -> list[str]:
 
 
 def scan_remote(url: Url, *, deep: bool = False) -> Iterator[tuple[str, bool]]:
-    """(name, whether it is a folder) of each entry of a remote folder; on S3 a page of 1,000 is held at a time.
+    """(name, whether it is a folder) of each entry of a remote folder; on S3 a page is held at a time.
 
     deep: the paths of all files below it. Nothing for a folder that is not there; FileNotFoundError for such a bucket.
     """
@@ -382,7 +383,7 @@ def _page(filesystem: Any, name: str, *, deep: bool, token: str | None) -> tuple
         return [(each["name"].rstrip("/")[above:], each["type"] == "directory") for each in found if each["name"][above:]], None
     bucket, key, _ = filesystem.split_path(name)
     prefix = f"{key.rstrip('/')}/" if key else ""
-    asked = {"Bucket": bucket, "Prefix": prefix} | ({} if deep else {"Delimiter": "/"})
+    asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE} | ({} if deep else {"Delimiter": "/"})
     asked |= {"ContinuationToken": token} if token is not None else {}
     ask = partial(filesystem._call_s3, "list_objects_v2", **asked)
     answer = run_async(filesystem.loop, _within, PATIENCE.stall_s, filesystem, ask)
