@@ -53,7 +53,9 @@ class PackGroup(TyperGroup):
         return command
 
 
-pack_app = typer.Typer(cls=PackGroup, no_args_is_help=True, help="Turn a raw data set into shards with a manifest.")
+pack_app = typer.Typer(
+    cls=PackGroup, no_args_is_help=True, help="Turn a raw data set, on a disk or behind a URL, into shards with a manifest."
+)
 
 Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
 SHARES = "train=.8,val=.1,test=.1"

@@ -179,9 +179,9 @@ def walk(folder: RawPath) -> Iterator[tuple[RawPath, list[str]]]:
         yield from walk(folder / name)
 
 
-def ahead(read: Callable[[Any], U], files: Iterable[tuple[T, Any]]) -> Iterator[tuple[T, U]]:
+def ahead(read: Callable[[Any], U], files: Iterable[tuple[T, Any]], at_once: int = _AT_ONCE) -> Iterator[tuple[T, U]]:
     """(tag, read(file)) of each (tag, file), in order. Remote files are read in threads while those before them are used."""
-    pool = ThreadPoolExecutor(_AT_ONCE)
+    pool = ThreadPoolExecutor(at_once)
     window: deque[tuple[T, Future[U]]] = deque()
     try:
         for tag, file in files:
@@ -191,7 +191,7 @@ def ahead(read: Callable[[Any], U], files: Iterable[tuple[T, Any]]) -> Iterator[
                 future = Future()
                 future.set_result(read(file))
             window.append((tag, future))
-            while window and (len(window) == _AT_ONCE or window[0][1].done()):
+            while window and (len(window) == at_once or window[0][1].done()):
                 first, future = window.popleft()
                 yield first, future.result()
         while window:

@@ -361,7 +361,7 @@ def test_a_remote_path_is_as_a_path(both: tuple[Path, RemotePath]) -> None:
     for pattern in patterns:
         assert names(matching(remote, pattern), remote) == names(matching(local, pattern), local), pattern
     there, here = ([(at.relative_to(root).as_posix(), found) for at, found in walk(root)] for root in (remote, local))
-    assert there == here and len(here) == 9
+    assert there == here and len(here) == 10
     assert sorted(path.name for path in remote.iterdir()) == sorted(path.name for path in local.iterdir())
     for each in ("a.csv", "a", "a/b/2.png", "none", ""):
         here, there = local / each, remote / each
