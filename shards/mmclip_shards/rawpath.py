@@ -85,7 +85,9 @@ class RemotePath:
         return storage.remote_kind(self) == "file"
 
     def is_dir(self) -> bool:
-        return storage.remote_kind(self) == "directory"
+        kind = storage.remote_kind(self)
+        # A web server tells no folder from a file, but it lists one.
+        return kind == "directory" or (kind is not None and self.scheme in ("http", "https") and any(storage.scan_remote(self)))
 
     def read_bytes(self) -> bytes:
         return storage.read_bytes(self)

@@ -7,9 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import uuid
+import zipfile
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,6 +22,7 @@ import pytest
 from mmclip_shards import storage
 from mmclip_shards.datasets.prepared import prepare_records
 from mmclip_shards.datasets.recipe import find_recipe
+from mmclip_shards.datasets.table import read_table
 from mmclip_shards.faults import Patience
 from mmclip_shards.pack import pack
 from mmclip_shards.rawpath import LOOKED_FOR, RawPath, RemotePath, ahead, matching, raw_path, seekable, walk
@@ -99,9 +105,6 @@ def test_every_recipe_packs_the_bytes_of_the_local_tree(name: str, tmp_path: Pat
 
 
 def test_the_archives_of_reports_are_read_from_a_store(tmp_path: Path, url: str) -> None:
-    import tarfile
-    import zipfile
-
     raw = MINIATURES["openi"](tmp_path)
     with tarfile.open(raw / "NLMCXR_reports.tgz", "w:gz") as tar:
         tar.add(raw / "ecgen-radiology", "ecgen-radiology")
@@ -119,6 +122,21 @@ def test_the_archives_of_reports_are_read_from_a_store(tmp_path: Path, url: str)
         assert storage.exists(f"{remote}/{part}")
         assert [record.report for record in found.records] == [record.report for record in wanted.records]
         assert found.config_hash == wanted.config_hash and found.without_report < len(found.records)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_a_tree_of_a_web_server_that_lists_its_folders(tmp_path: Path) -> None:
+    """As `wget -r` would fetch it."""
+    raw = MINIATURES["nih"](tmp_path / "raw")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(raw))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        web = raw_path(f"http://127.0.0.1:{server.server_port}/")
+        assert pack_recipe("nih", web, tmp_path / "remote") == pack_recipe("nih", raw, tmp_path / "local")
+        server.shutdown()
 
 
 # -- the command --------------------------------------------------------------------------------------------------------------
@@ -220,8 +238,6 @@ def test_a_folder_without_the_images_is_told_before_anything_is_read(tmp_path: P
     assert not (tmp_path / "set").exists()
     write(tmp_path, {"table.csv": "image,patient\n" + "".join(f"{n}.png,{n}\n" for n in range(300)), "images/other.png": ""})
     upload(tmp_path, url)
-    from mmclip_shards.datasets.table import read_table
-
     with pytest.raises(ValueError, match=r"none of the 20 images of s3://.*/table\.csv that were looked for are in s3://"):
         read_table(f"{url}/table.csv", f"{url}/images", image_column="image", patient_column="patient")
 
