@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import multiprocessing
 import os
 import threading
@@ -53,11 +52,11 @@ class SampleMaker:
     short_side: int
     rendering: Rendering
 
-    def all_of(self, records: Iterable[Record]) -> Iterator[Prepared]:
-        """Of each record, in order. Remote images are read while those before them are made."""
-        remote = ((record, record.image if isinstance(record.image, RemotePath) else None) for record in records)
-        for record, read in ahead(lambda image: None if image is None else read_image(image), remote, _READ_AHEAD):
-            yield self(record, read)
+    def all_of(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, str, dict[str, bytes] | str]]:
+        """Each job in order, with what is made of its record. Remote images are read while those before them are made."""
+        remote = ((job, job[1].image if isinstance(job[1].image, RemotePath) else None) for job in jobs)
+        for job, read in ahead(lambda image: None if image is None else read_image(image), remote, _READ_AHEAD):
+            yield job, *self(job[1], read)
 
     def __call__(self, record: Record, read: ReadImage | None = None) -> Prepared:
         """read: of the record's image, if it was read before."""
@@ -104,8 +103,7 @@ class Processes:
     ) -> Generator[tuple[Job, str, Any], None, None]:
         """See `Workers`."""
         if self.count == 1:
-            seen, jobs = itertools.tee(jobs)
-            yield from ((job, *made) for job, made in zip(seen, make.all_of(record for _, record in jobs), strict=True))
+            yield from make.all_of(jobs)
             return
         # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
         pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), end_with_parent)
@@ -113,7 +111,7 @@ class Processes:
         try:
             for some in chain(_portions(jobs), [None] * self.count * _WINDOW_PER_WORKER):
                 if some is not None:
-                    window.append((some, pool.submit(_make_all, make, [record for _, record in some])))
+                    window.append((some, pool.submit(_make_all, make, some)))
                 if window and (some is None or len(window) >= self.count * (_WINDOW_PER_WORKER // len(some) or 2)):
                     first, future = window.popleft()
                     yield from ((job, *made) for job, made in zip(first, future.result(), strict=True))
@@ -136,8 +134,8 @@ def _portions(jobs: Iterator[Job]) -> Iterator[list[Job]]:
             yield some
 
 
-def _make_all(make: SampleMaker, records: list[Record]) -> list[Prepared]:
-    return list(make.all_of(records))
+def _make_all(make: SampleMaker, jobs: list[Job]) -> list[Prepared]:
+    return [(mark, made) for _, mark, made in make.all_of(jobs)]
 
 
 def end_with_parent() -> None:
