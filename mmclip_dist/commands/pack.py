@@ -53,7 +53,9 @@ class PackGroup(TyperGroup):
         return command
 
 
-pack_app = typer.Typer(cls=PackGroup, no_args_is_help=True, help="Turn a raw data set into shards with a manifest.")
+pack_app = typer.Typer(
+    cls=PackGroup, no_args_is_help=True, help="Turn a raw data set, on a disk or behind a URL, into shards with a manifest."
+)
 
 Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
 SHARES = "train=.8,val=.1,test=.1"
@@ -154,8 +156,8 @@ def _print_splits(dest: str, manifests: dict[str, Manifest]) -> None:
 @pack_app.command("csv")
 def pack_csv(
     dest: Dest,
-    table: Annotated[Path, typer.Option(help="CSV or TSV with one image a row.")],
-    images: Annotated[Path, typer.Option(help="Folder of the image column's relative paths.")],
+    table: Annotated[str, typer.Option(help="CSV or TSV with one image a row; a file or URL.")],
+    images: Annotated[str, typer.Option(help="Folder or URL of the image column's relative paths.")],
     image_column: Annotated[str, typer.Option(help="Column of the image's path.")],
     patient_column: Annotated[str, typer.Option(help="Column of the patient's id; only a keyed hash is stored.")],
     text_column: Annotated[str | None, typer.Option(help="Column of the report; by default images are unpaired.")] = None,
@@ -225,7 +227,7 @@ def pack_csv(
 @pack_app.command(RECIPE, hidden=True)
 def pack_recipe(
     context: typer.Context,
-    raw: Annotated[Path, typer.Argument(help="Folder of the data set, as it is published.")],
+    raw: Annotated[str, typer.Argument(help="Folder or URL (s3://, gs://, ...) of the data set, as it is published.")],
     dest: Dest,
     split: Annotated[
         str | None, typer.Option(help="`official`, or NAME: lists in RAW/splits/NAME/train.txt and so on. By default official.")
@@ -256,6 +258,7 @@ def pack_recipe(
     from mmclip_shards.datasets.prepared import describe, prepare_records
     from mmclip_shards.datasets.sections import parse_choice
     from mmclip_shards.pack import pack
+    from mmclip_shards.rawpath import raw_path
     from mmclip_shards.split import parse_splits, patient_key
 
     rendering = _rendering(image_format, quality, window, clahe)
@@ -268,11 +271,11 @@ def pack_recipe(
     split = split.removeprefix(f"{name}@") if split is not None else OFFICIAL if found.official and splits is None else None
     chosen = parse_choice(sections) if sections is not None else None
     if check:
-        seen = check_recipe(found, raw, split=split, sections=chosen, short_side=short_side, rendering=rendering)
+        seen = check_recipe(found, raw_path(raw), split=split, sections=chosen, short_side=short_side, rendering=rendering)
         _print_check(dest, *seen)
         return
     key = patient_key()
-    prepared = prepare_records(name, found, raw, split=split, patient_key=key, sections=chosen)
+    prepared = prepare_records(name, found, raw_path(raw), split=split, patient_key=key, sections=chosen)
     print("\n".join(describe(prepared)))
     if found.licence is None and not private_paths:  # published sets: the recipe knows
         _tell_named_patients(prepared.records)

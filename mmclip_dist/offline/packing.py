@@ -84,7 +84,7 @@ def _anywhere(record: Record) -> Record:
 @ray.remote(num_cpus=1, num_returns=2)
 def _make(make: SampleMaker, records: list[Record]) -> tuple[list[tuple[str, str | None]], list[Members | None]]:
     """Of each record (mark, why it is left out), and its sample."""
-    made = [make(record) for record in records]
+    made = [(mark, sample) for _, mark, sample in make.all_of(("", record) for record in records)]
     return (
         [(mark, sample if isinstance(sample, str) else None) for mark, sample in made],
         [None if isinstance(sample, str) else sample for _, sample in made],

@@ -24,17 +24,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+from mmclip_shards import preparation, storage
 from mmclip_shards.datasets.prepared import prepare_records
 from mmclip_shards.datasets.recipe import find_recipe
 from mmclip_shards.datasets.table import read_table
 from mmclip_shards.images import AS_PUBLISHED, decode_image, prepare_image
 from mmclip_shards.pack import SHORT_SIDE, pack
+from mmclip_shards.rawpath import raw_path
 from mmclip_shards.schema import Record
+from mmclip_shards.testing.fault_proxy import Fault, FaultProxy
+from mmclip_shards.testing.s3_server import S3Server
 from PIL import Image
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +48,8 @@ PACKAGES = ("pillow", "numpy", "webdataset")
 MIMIC, NIH = (2544, 3056), (1024, 1024)
 FILES = 8  # different images; sets repeat them
 REPEATS = 15
+ROUNDS = 3  # of each row of `store`; medians are told
+LATE_S = 0.03  # what a store of the same region takes to answer
 WARM = 0.2  # share of a set before which the start of processes counts, and after which the steady rate is taken
 LARGE, SMALL, LOOKED_AT = 400_000, 4_000, 1_500
 PADCHEST = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
@@ -97,6 +105,47 @@ def throughput(folder: Path, _: Path | None) -> dict[str, Any]:
             "pack, 1 process": rate(count, lambda report: ours(1, report)),
             "pack, 2 processes": rate(count, lambda report: ours(2, report)),
         }
+    return found
+
+
+def store(folder: Path, _: Path | None) -> dict[str, Any]:
+    """The same images from the disk and from an S3 server of this machine; and where its answers come `LATE_S` later, with and
+    without reading ahead."""
+    found: dict[str, Any] = {}
+    with S3Server() as server, FaultProxy(server) as proxy:
+        for name, size, count in (("2544 x 3056", MIMIC, 64), ("1024 x 1024", NIH, 160)):
+            records = make_records(folder, size, count)
+            os.environ |= server.environment()
+            for image in {record.image for record in records}:
+                storage.upload(image, f"{server.url}/{image.name}")  # type: ignore[arg-type,union-attr]
+            raw = raw_path(server.url)
+            remote = [replace(record, image=raw / record.image.name) for record in records]  # type: ignore[union-attr]
+
+            def ours(of: list[Record], workers: int = 1, at_once: int = preparation._READ_AHEAD) -> dict[str, float]:
+                with mock.patch.object(preparation, "_READ_AHEAD", at_once):  # of this process alone
+                    told = rate(len(of), lambda report: pack(
+                        of, folder / "ours", dataset="bench", splits={"train": 1.0}, config_hash="bench", patient_key=b"k",
+                        samples_per_shard=100, workers=workers, progress=report,
+                    ))  # fmt: skip
+                shutil.rmtree(folder / "ours")
+                return told
+
+            rounds: dict[str, list[float]] = {}
+            for _round in range(ROUNDS):
+                for workers in (1, 2):
+                    for where, of in (("disk", records), ("store", remote)):
+                        rounds.setdefault(f"{where}, {workers}", []).append(ours(of, workers)["steady"])
+            os.environ |= server.environment(proxy.endpoint)
+            storage._filesystems.clear()
+            proxy.plan = lambda request: Fault("late", wait_s=LATE_S) if request.path.endswith(".jpg") else None
+            for _round in range(ROUNDS):
+                for at_once in (1, preparation._READ_AHEAD):
+                    proxy.requests.clear()
+                    rounds.setdefault(f"late, {at_once} at once", []).append(ours(remote, 1, at_once)["steady"])
+                    gets = sum(n for (method, path), n in proxy.requests.items() if method == "GET" and path.endswith(".jpg"))
+            storage._filesystems.clear()
+            found[name] = {"images": count, "gets an image": round(gets / count, 3)}
+            found[name] |= {row: round(statistics.median(rates), 1) for row, rates in rounds.items()}
     return found
 
 
@@ -219,7 +268,7 @@ def peak_mib(pid: int | None = None) -> int:
 
 CHILDREN = {"padchest": read_padchest, "memory": pack_some}
 PARTS: dict[str, Callable[[Path, Path | None], dict[str, Any] | None]] = {
-    "throughput": throughput, "one image": one_image, "padchest": padchest, "memory": memory,
+    "throughput": throughput, "store": store, "one image": one_image, "padchest": padchest, "memory": memory,
 }  # fmt: skip
 
 
@@ -276,6 +325,22 @@ def table(found: dict[str, Any]) -> str:
             cells = [f"{each['whole']:g}; {each['steady']:g}" for each in (base, one, two)]
             more = [f"{a['whole'] / b['whole']:.2f}; {a['steady'] / b['steady']:.2f}" for a, b in ((one, base), (two, one))]
             lines.append(f"| {name} | {cells[0]} | {cells[1]} | {more[0]} | {cells[2]} | {more[1]} |")
+    if rows := parts.get("store"):
+        late = [f"late, {at_once} at once" for at_once in (1, preparation._READ_AHEAD)]
+        lines += ["", (
+            f"From an S3 server of the same machine (`--only store`), images/s after the first {WARM:.0%}, medians of {ROUNDS} "
+            f"rounds. Late: through a proxy of the same machine whose answers come {1000 * LATE_S:g} ms later, one process "
+            f"that reads one image at a time; ahead: the same, {preparation._READ_AHEAD} at a time, as `pack` does."
+        ), "",
+            "| images | GETs an image | disk, 1 process | store | of disk | disk, 2 processes | store | of disk | late | ahead |",
+            "|---" * 10 + "|",
+        ]  # fmt: skip
+        for name, row in rows.items():
+            cells = [row["gets an image"]]
+            for workers in (1, 2):
+                disk, remote = row[f"disk, {workers}"], row[f"store, {workers}"]
+                cells += [disk, remote, f"{remote / disk:.2f}"]
+            lines.append("| " + " | ".join(map(str, [name, *cells, *(row[each] for each in late)])) + " |")
     if one := parts.get("one image"):
         lines += ["", (
             f"A JPEG of {MIMIC[0]:,} x {MIMIC[1]:,} pixels, {one['bytes'] / 1e6:.1f} MB: {one['ours_ms']} ms for all of it, "

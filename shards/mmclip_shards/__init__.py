@@ -16,6 +16,7 @@ from mmclip_shards.images import decode_image
 from mmclip_shards.manifest import Manifest, Shard, load_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.pipeline import as_webdataset
+from mmclip_shards.rawpath import RemotePath
 from mmclip_shards.reader import ShardReader, iterate
 from mmclip_shards.schema import Box, Record
 from mmclip_shards.shardcheck import Finding
@@ -32,6 +33,7 @@ __all__ = [
     "Manifest",
     "Recipe",
     "Record",
+    "RemotePath",
     "SetStats",
     "Shard",
     "ShardReader",

@@ -60,7 +60,7 @@ def decode_dicom(data: Path | bytes | Dataset, window: Window | None = None) -> 
         values = np.asarray(pydicom.pixels.apply_voi_lut(values, found), dtype=np.float64)
         return grey_array(-values if found.get("PhotometricInterpretation") == "MONOCHROME1" else values, window)
     except (pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException, *_DAMAGE) as error:
-        name = str(data) if isinstance(data, Path) else "DICOM data"
+        name = str(data) if isinstance(data, Path) else "image data"
         raise ValueError(f"{name} is not a usable DICOM radiograph: {' '.join(str(error).split())}") from error
 
 

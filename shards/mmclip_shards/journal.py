@@ -16,6 +16,7 @@ import xxhash
 
 from mmclip_shards import storage
 from mmclip_shards.manifest import MANIFEST_NAME, Manifest, Shard, load_manifest, save_manifest
+from mmclip_shards.rawpath import RemotePath, ahead
 from mmclip_shards.schema import RawImage, Record, canonical_json
 from mmclip_shards.storage import Url
 from mmclip_shards.textfiles import read_rows
@@ -48,16 +49,17 @@ class Done:
 
 
 def image_mark(image: RawImage) -> str:
-    """A text that changes with an image: of a file its size and time of change, so that it need not be read. What is drawn
-    changes with the settings alone (`config_hash`)."""
+    """A text that changes with an image: of a file its `storage.version`, so that it need not be read. What is drawn changes with
+    the settings alone (`config_hash`). OSError when a store fails."""
     if callable(image):
         return "drawn"
-    if isinstance(image, Path):
+    if isinstance(image, Path | RemotePath):
         try:
-            status = image.stat()
-        except OSError:
+            return storage.version(image)
+        except OSError as error:
+            if isinstance(image, RemotePath) and not isinstance(error, FileNotFoundError):
+                raise
             return "none"
-        return f"{status.st_size} {status.st_mtime_ns}"
     if isinstance(image, bytes):
         return xxhash.xxh3_128_hexdigest(image)
     return f"{image.shape} {image.dtype} {xxhash.xxh3_128_hexdigest(image.tobytes())}"
@@ -189,8 +191,8 @@ class Unfinished:
         """Whether a finished shard can be kept. records: from its first one on; those that it dealt with are consumed."""
         marks, left_out = xxhash.xxh3_128(), dict(done.bad)
         tried_again = []
-        for record in itertools.islice(records, done.records):
-            _add_mark(marks, record.key, image_mark(record.image))
+        for record, mark in ahead(image_mark, ((record, record.image) for record in itertools.islice(records, done.records))):
+            _add_mark(marks, record.key, mark)
             if record.key in left_out:
                 tried_again.append(record)
         return marks.hexdigest() == done.images and _whole(self._url, done.shard) and all(map(is_bad, tried_again))

@@ -17,6 +17,7 @@ from mmclip_shards.journal import QUARANTINE, Bad, Unfinished, load_finished, re
 from mmclip_shards.manifest import Manifest
 from mmclip_shards.phi import PhiScan
 from mmclip_shards.preparation import Processes, SampleMaker, Workers, cannot_be_used
+from mmclip_shards.rawpath import LOOKED_FOR, RemotePath, evenly
 from mmclip_shards.schema import Record, canonical_json, check_record
 from mmclip_shards.split import (
     check_patient,
@@ -108,6 +109,8 @@ def pack(
     todo = {split: numbers for split, numbers in plan.items() if split not in manifests}
     if todo:
         _check_images_exist(records, found.missing, max_bad_fraction)
+        if found.remote == len(records):
+            _look_for_remote(records)
         writers = {
             split: Unfinished(
                 storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=repeated.get(split, []),
@@ -145,7 +148,8 @@ class _Survey:
     """What one look at every record tells: they may be made on demand, which costs more than all that is done with them here.
 
     splits: of each record, a number into `names`. order: the places of the records, sorted by key; without `repeated`: those that
-    have the key of an earlier record, and its place. missing: places of the records whose image file is not there.
+    have the key of an earlier record, and its place. missing: places of the records whose image file is not there; remote: how
+    many images are in a store, which is not asked for each.
     """
 
     keys: list[str]
@@ -154,6 +158,7 @@ class _Survey:
     splits: array[int]
     order: array[int]
     missing: array[int]
+    remote: int
     repeated: list[tuple[int, int]]
 
 
@@ -169,7 +174,7 @@ def _survey(
     keys: list[str] = []
     label_names: set[str] = set()
     names: dict[str, int] = {}
-    numbers, missing = array("L"), array("Q")
+    numbers, missing, remote = array("L"), array("Q"), 0
     for number, record in enumerate(records, 1):
         try:
             check_record(record)
@@ -186,6 +191,7 @@ def _survey(
         numbers.append(names.setdefault(split, len(names)))
         if isinstance(record.image, Path) and not record.image.is_file():
             missing.append(number - 1)
+        remote += isinstance(record.image, RemotePath)
     if not keys:
         raise ValueError("there are no records to pack")
     order, repeated = array("Q"), []
@@ -194,7 +200,7 @@ def _survey(
             repeated.append((place, order[-1]))
         else:
             order.append(place)
-    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing, sorted(repeated))
+    return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing, remote, sorted(repeated))
 
 
 def _assign(
@@ -250,6 +256,15 @@ def _check_images_exist(records: Sequence[Record], missing: Sequence[int], max_b
         raise ValueError(
             f"{len(missing)} of {len(records)} images are missing, the first one of record {missing[0] + 1} "
             f"({records[missing[0]].source}): {_mend(len(missing), len(records))}"
+        )
+
+
+def _look_for_remote(records: Sequence[Record]) -> None:
+    """ValueError if none of a few remote images is there. All are looked for when they are read: each look is a request."""
+    some = [records[place] for place in evenly(len(records), LOOKED_FOR)]
+    if not any(record.image.is_file() for record in some if isinstance(record.image, RemotePath)):
+        raise ValueError(
+            f"none of {len(some)} images that were looked for is there, the first one {some[0].source}: check the folder"
         )
 
 

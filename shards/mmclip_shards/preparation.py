@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
+from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage, Rendering, prepare_image
 from mmclip_shards.journal import image_mark, write_at_once
 from mmclip_shards.manifest import Shard
+from mmclip_shards.rawpath import RemotePath, ahead
 from mmclip_shards.schema import Record, canonical_json, sample_document
 from mmclip_shards.split import hash_patient
 from mmclip_shards.storage import Url
 from mmclip_shards.writer import Sample
 
-_WINDOW_PER_WORKER = 8
+_WINDOW_PER_WORKER = 8  # records; of portions, two
+_PORTION = 16  # records of remote images that a worker gets at a time: the first of them has nobody before it to be read under
+_READ_AHEAD = 8  # remote images that a worker asks for at a time: enough for 10 ms an image and 50 ms an answer
 
 Job = tuple[str, Record]
 """A split, and a record of it."""
 
 Prepared = tuple[str, dict[str, bytes] | str]
 """The mark of a raw image (`image_mark`), and the sample, suffix -> bytes, or why its image cannot be used."""
+
+
+ReadImage = tuple[str, bytes | str]
+"""The mark of an image file, and its bytes, or why it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,15 @@ class SampleMaker:
     short_side: int
     rendering: Rendering
 
-    def __call__(self, record: Record) -> Prepared:
-        mark = image_mark(record.image)  # before the image is read: if it is replaced meanwhile, the mark is that of the old one
-        image = prepare_one(record, self.short_side, self.rendering)
+    def all_of(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, str, dict[str, bytes] | str]]:
+        """Each job in order, with what is made of its record. Remote images are read while those before them are made."""
+        remote = ((job, job[1].image if isinstance(job[1].image, RemotePath) else None) for job in jobs)
+        for job, read in ahead(lambda image: None if image is None else read_image(image), remote, _READ_AHEAD):
+            yield job, *self(job[1], read)
+
+    def __call__(self, record: Record, read: ReadImage | None = None) -> Prepared:
+        """read: of the record's image, if it was read before."""
+        mark, image = prepare_one(record, self.short_side, self.rendering, read)
         if isinstance(image, str):
             return mark, image
         document = sample_document(
@@ -86,21 +104,18 @@ class Processes:
     ) -> Generator[tuple[Job, str, Any], None, None]:
         """See `Workers`."""
         if self.count == 1:
-            for job in jobs:
-                yield job, *make(job[1])
+            yield from make.all_of(jobs)
             return
         # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
         pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), end_with_parent)
-        window: deque[tuple[Job, Future[Prepared]]] = deque()
+        window: deque[tuple[list[Job], Future[list[Prepared]]]] = deque()
         try:
-            for job in jobs:
-                window.append((job, pool.submit(make, job[1])))
-                if len(window) >= self.count * _WINDOW_PER_WORKER:
+            for some in chain(_portions(jobs), [None] * self.count * _WINDOW_PER_WORKER):
+                if some is not None:
+                    window.append((some, pool.submit(_make_all, make, some)))
+                if window and (some is None or len(window) >= self.count * (_WINDOW_PER_WORKER // len(some) or 2)):
                     first, future = window.popleft()
-                    yield first, *future.result()
-            while window:
-                first, future = window.popleft()
-                yield first, *future.result()
+                    yield from ((job, *made) for job, made in zip(first, future.result(), strict=True))
         except BrokenProcessPool as error:
             raise ValueError(
                 "a packing worker died, most likely for lack of memory: pack with fewer workers; finished shards are kept"
@@ -111,6 +126,17 @@ class Processes:
     def write(self, url: Url, number: int, samples: list[Sample]) -> Callable[[], Shard]:
         """See `Workers`."""
         return write_at_once(url, number, samples)
+
+
+def _portions(jobs: Iterator[Job]) -> Iterator[list[Job]]:
+    """What a worker gets at a time: one record, or some whose images are remote, so that it can read ahead."""
+    for remote, alike in groupby(jobs, key=lambda job: isinstance(job[1].image, RemotePath)):
+        while some := list(islice(alike, _PORTION if remote else 1)):
+            yield some
+
+
+def _make_all(make: SampleMaker, jobs: list[Job]) -> list[Prepared]:
+    return [(mark, made) for _, mark, made in make.all_of(jobs)]
 
 
 def end_with_parent() -> None:
@@ -125,17 +151,55 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def prepare_one(record: Record, short_side: int, rendering: Rendering) -> PreparedImage | str:
-    """A record's image as a shard would hold it, or why it would be left out."""
-    image, boxes = record.image, record.boxes
-    if callable(image):
-        image, boxes = image()
+def read_image(image: Path | RemotePath) -> ReadImage:
+    """Read an image file whole; of a store, by one request. OSError when a store fails."""
     try:
-        return prepare_image(image, short_side, boxes, rendering)
+        if isinstance(image, RemotePath):
+            data, mark = storage.read_versioned(image, bytes)
+            return mark, data
+        mark = image_mark(image)  # first: of a file that is replaced meanwhile, it is that of the old one
+        return mark, image.read_bytes()
+    except OSError as error:
+        if isinstance(image, RemotePath) and not isinstance(error, FileNotFoundError):
+            raise
+        # The system's own words and no path, which may name the patient.
+        return image_mark(image), f"not a usable JPEG, PNG or WebP: {os.strerror(error.errno or errno.ENOENT)}"
+
+
+def prepare_one(
+    record: Record, short_side: int, rendering: Rendering, read: ReadImage | None = None
+) -> tuple[str, PreparedImage | str]:
+    """The mark of a record's image (`image_mark`), and the image as a shard would hold it, or why it would be left out.
+
+    A remote image that cannot be decoded is asked for again: its store may have sent damaged bytes. OSError when a store fails.
+    """
+    image, boxes = record.image, record.boxes
+    content: bytes | np.ndarray | str
+    if callable(image):
+        mark = image_mark(image)
+        content, boxes = image()
+    elif isinstance(image, Path | RemotePath):
+        mark, content = read or read_image(image)
+    else:
+        mark, content = image_mark(image), image
+    if isinstance(content, str):
+        return mark, content
+
+    def prepare(content: bytes | np.ndarray) -> PreparedImage:
+        return prepare_image(content, short_side, boxes, rendering)
+
+    try:
+        try:
+            return mark, prepare(content)
+        except ValueError:
+            if not isinstance(image, RemotePath):
+                raise
+            prepared, mark = storage.read_versioned(image, prepare)
+            return mark, prepared
     except ValueError as error:
-        return str(error).removeprefix(f"{image} is " if isinstance(image, Path) else "image data is ")
+        return mark, str(error).removeprefix("image data is ")
 
 
 def cannot_be_used(record: Record, short_side: int, rendering: Rendering) -> bool:
     """Whether a record's image would be left out."""
-    return isinstance(prepare_one(record, short_side, rendering), str)
+    return isinstance(prepare_one(record, short_side, rendering)[1], str)

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from mmclip_shards.rawpath import RemotePath
+
 SCHEMA_VERSION = 1
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
@@ -57,7 +59,7 @@ class Box:
     height: float
 
 
-RawImage = Path | bytes | np.ndarray | Callable[[], tuple[np.ndarray, tuple[Box, ...]]]
+RawImage = Path | RemotePath | bytes | np.ndarray | Callable[[], tuple[np.ndarray, tuple[Box, ...]]]
 """What `Record.image` may be."""
 
 
@@ -65,8 +67,9 @@ RawImage = Path | bytes | np.ndarray | Callable[[], tuple[np.ndarray, tuple[Box,
 class Record:
     """One study image of a raw data set, before packing.
 
-    image: a file, encoded bytes, 8/16-bit single-channel pixels [height, width], or a function that draws pixels and boxes:
-    `pack` calls it in a worker. It must be picklable and draw the same each time; `boxes` is empty then.
+    image: a file (of this machine, or behind a URL: `rawpath`), encoded bytes, 8/16-bit single-channel pixels [height, width], or
+    a function that draws pixels and boxes: `pack` calls it in a worker. It must be picklable and draw the same each time; `boxes`
+    is empty then.
     report: full text, or "" for an unpaired image; findings and impression: its sections, if known. sections: of a report by
     name, if a recipe knows them (`datasets.sections`); they replace report, findings and impression, and are not stored.
     labels: disease -> 1 present, 0 absent, -1 uncertain, None not mentioned.

@@ -14,7 +14,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -42,6 +43,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _TRIES_BEFORE_SIZE = 2  # one short answer may be a broken response; after this many, ask for the file's size
 _SLOWEST = 64 * 1024  # bytes a second, on average: a slower read counts as stalled
+_PAGE = 1000  # entries of a page of a listing, the most that S3 gives
 _OPENING_S = 60.0  # to open a session: it reads credentials, perhaps over the network
 _EXPIRED = {
     "ExpiredToken",
@@ -79,15 +81,18 @@ def join(url: Url, *parts: str) -> str:
 def exists(url: Url) -> bool:
     """Whether a file or a folder is there."""
     path = local_path(url)
-    if path is not None:
-        return path.exists()
+    return path.exists() if path is not None else remote_kind(url) is not None
 
-    def found(filesystem: Any, name: str) -> bool:
+
+def remote_kind(url: Url) -> Literal["file", "directory"] | None:
+    """What is behind the URL of a remote store."""
+
+    def found(filesystem: Any, name: str) -> Literal["file", "directory"] | None:
         try:  # s3fs's own `exists` answers False for a bucket that refuses access
-            _call(filesystem, PATIENCE.stall_s, "info", name)
+            told = _call(filesystem, PATIENCE.stall_s, "info", name)["type"]
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return "directory" if told == "directory" else "file"
 
     return _with_retries(url, found)
 
@@ -110,6 +115,42 @@ def read_parsed(url: Url, parse: Callable[[bytes], T], tries: Tries | None = Non
     tries = tries or Tries(PATIENCE)
     stall_s = tries.patience.stall_s
     return _with_retries(url, lambda filesystem, name: parse(_read_whole(filesystem, name, stall_s)), tries)
+
+
+def read_versioned(url: Url, parse: Callable[[bytes], T]) -> tuple[T, str]:
+    """As `read_parsed` of a remote file, with its `version`. On S3 both are of one GET."""
+    stall_s = PATIENCE.stall_s
+
+    def read(filesystem: Any, name: str) -> tuple[T, str]:
+        if hasattr(filesystem, "_call_s3"):
+            data = _stream_whole(filesystem, name, stall_s)
+            return parse(bytes(data.whole())), data.version
+        told = _version(_call(filesystem, stall_s, "info", name))  # first: of a file that is replaced meanwhile, the old one
+        return parse(_read_whole(filesystem, name, stall_s)), told
+
+    return _with_retries(url, read)
+
+
+def read_optional(url: Url) -> bytes | None:
+    """A whole remote file, or None if it is not there: one request tells, as for `exists`."""
+
+    def read(filesystem: Any, name: str) -> bytes | None:
+        try:
+            return _read_whole(filesystem, name, PATIENCE.stall_s)
+        except FileNotFoundError:
+            return None
+
+    return _with_retries(url, read)
+
+
+def version(url: Url) -> str:
+    """A text that changes with a file, which is not read: its size and time of change; of a remote one its size, and its entity
+    tag or time of change if the store tells one. FileNotFoundError when missing."""
+    path = local_path(url)
+    if path is not None:
+        status = path.stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    return _with_retries(url, lambda filesystem, name: _version(_call(filesystem, PATIENCE.stall_s, "info", name)))
 
 
 def file_size(url: Url) -> int:
@@ -239,14 +280,23 @@ def list_folder(url: Url) -> list[str]:
     if path is not None:
         return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
 
-    def names(filesystem: Any, name: str) -> list[str]:
-        try:
-            found = filesystem.ls(name, detail=False)
-        except FileNotFoundError:
-            return []
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found if entry.rstrip("/") != name.rstrip("/"))
+    try:
+        return sorted(name for name, _ in scan_remote(url))
+    except FileNotFoundError:
+        return []
 
-    return _with_retries(url, names)
+
+def scan_remote(url: Url, *, deep: bool = False) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is a folder) of each entry of a remote folder; on S3 a page is held at a time.
+
+    deep: the paths of all files below it. Nothing for a folder that is not there; FileNotFoundError for such a bucket.
+    """
+    token: str | None = None
+    while True:
+        entries, token = _with_retries(url, partial(_page, deep=deep, token=token))
+        yield from entries
+        if token is None:
+            return
 
 
 # -- Remote stores ----------------------------------------------------------------------------------------------------
@@ -322,6 +372,33 @@ def _call(filesystem: Any, seconds: float, method: str, *arguments: object) -> A
     return getattr(filesystem, method)(*arguments)
 
 
+def _page(filesystem: Any, name: str, *, deep: bool, token: str | None) -> tuple[list[tuple[str, bool]], str | None]:
+    """A page of a listing, and what to ask the next one by."""
+    if not hasattr(filesystem, "_call_s3"):
+        try:
+            found = filesystem.find(name, detail=True).values() if deep else filesystem.ls(name, detail=True)
+        except FileNotFoundError:
+            return [], None
+        above = len(name.rstrip("/")) + 1
+        return [(each["name"].rstrip("/")[above:], each["type"] == "directory") for each in found if each["name"][above:]], None
+    bucket, key, _ = filesystem.split_path(name)
+    prefix = f"{key.rstrip('/')}/" if key else ""
+    asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE} | ({} if deep else {"Delimiter": "/"})
+    asked |= {"ContinuationToken": token} if token is not None else {}
+    ask = partial(filesystem._call_s3, "list_objects_v2", **asked)
+    answer = run_async(filesystem.loop, _within, PATIENCE.stall_s, filesystem, ask)
+    folders = [(each["Prefix"][len(prefix) : -1], True) for each in answer.get("CommonPrefixes", ())]
+    files = [(each["Key"][len(prefix) :], False) for each in answer.get("Contents", ())]
+    entries = folders + [entry for entry in files if entry[0] and not entry[0].endswith("/")]  # else the mark of a folder
+    return entries, answer.get("NextContinuationToken") if answer.get("IsTruncated") else None
+
+
+def _version(told: Mapping[str, Any]) -> str:
+    """Of the facts that a store tells of a file."""
+    names = ("ETag", "etag", "mtime", "modified", "last_modified", "LastModified", "created")
+    return " ".join([str(told.get("size")), *[str(told[name]) for name in names if told.get(name)][:1]])
+
+
 class _Received:
     """The bytes of a read as they arrive, joined once at the end. Growing one buffer would copy them again and again, and
     hold the interpreter's lock."""
@@ -329,6 +406,7 @@ class _Received:
     def __init__(self) -> None:
         self.parts: list[bytes | memoryview] = []
         self.size = 0
+        self.version = ""  # of a whole file
 
     def add(self, part: bytes | memoryview) -> None:
         self.parts.append(part)
@@ -341,9 +419,13 @@ class _Received:
 def _read_whole(filesystem: Any, name: str, stall_s: float) -> bytes:
     if not hasattr(filesystem, "_call_s3"):
         return bytes(filesystem.cat_file(name))
+    return bytes(_stream_whole(filesystem, name, stall_s).whole())
+
+
+def _stream_whole(filesystem: Any, name: str, stall_s: float) -> _Received:
     data = _Received()
     run_async(filesystem.loop, _stream_s3, filesystem, name, 0, None, data, stall_s)
-    return bytes(data.whole())
+    return data
 
 
 def _read_some(filesystem: Any, name: str, offset: int, length: int, into: _Received, stall_s: float) -> None:
@@ -389,6 +471,7 @@ async def _stream_s3(
         try:
             if length is None and (length := answer.get("ContentLength")) is None:
                 raise OSError("the store does not say how long the file is")
+            into.version = _version({"size": length, **answer})
             if asked and not answer.get("ContentRange", "").startswith(f"bytes {offset}-"):
                 found = answer.get("ContentRange") or "no range"
                 raise OSError(f"asked for the bytes from {offset} on, the store sent {found}")

@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
+from mmclip_shards import storage
 from mmclip_shards.datasets.table import read_table, table_hash
 from mmclip_shards.journal import JOURNAL
 from mmclip_shards.pack import pack
+from mmclip_shards.rawpath import raw_path
 from mmclip_shards.schema import Box, Record
+from mmclip_shards.testing.s3_server import S3Server
 from PIL import Image
 
 from mmclip_dist.offline.packing import RayWorkers
@@ -26,7 +30,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(s3: S3Server) -> Iterator[str]:
+    """Tasks have the environment, and so the credentials, of the process that starts the cluster."""
     connect(None)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
@@ -74,6 +79,17 @@ def test_the_bytes_are_those_of_one_machine_also_where_images_are_left_out(
         assert files_in(tmp_path / name) == files_in(tmp_path / "local")
     assert seen[-1] == (23, 23)
     assert "quarantine.jsonl" in {path.name for path in (tmp_path / "local").rglob("*")}
+
+
+def test_images_behind_a_url_are_read_by_the_tasks(address: str, tmp_path: Path, s3: S3Server) -> None:
+    of = records(tmp_path)
+    for image in tmp_path.glob("*.png"):
+        storage.upload(image, f"{s3.url}/ray/{image.name}")
+    raw = raw_path(f"{s3.url}/ray")
+    remote = [replace(each, image=raw / each.image.name) if isinstance(each.image, Path) else each for each in of]
+    pack(of, tmp_path / "local", **options())
+    pack(remote, tmp_path / "ray", **options(workers=RayWorkers(2)))
+    assert files_in(tmp_path / "ray") == files_in(tmp_path / "local")
 
 
 def test_what_stops_a_pack_is_one_line(address: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ from mmclip_shards.images import decode_image, prepare_image
 from mmclip_shards.pack import pack
 from mmclip_shards.schema import Box, Record
 from PIL import Image
+
+from tests import miniatures
+from tests.miniatures import dicom_file, images, write
 
 KEY = b"k" * 32
 FORM = dict.fromkeys(FINDINGS)
@@ -40,22 +43,6 @@ def prepare(name: str, raw: Path, split: str | None = None, **options) -> Prepar
 
 def read(name: str, raw: Path, split: str | None = None, **options) -> list[Record]:
     return list(prepare(name, raw, split, **options).records)
-
-
-def write(raw: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        path = raw / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data = text.encode()
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    return raw
-
-
-def images(raw: Path, names: Iterable[str], pixels: np.ndarray | None = None) -> None:
-    for name in names:
-        path = raw / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) if pixels is None else pixels).save(path)
 
 
 def present(record: Record) -> set[str]:
@@ -109,8 +96,7 @@ def test_label_cells() -> None:
 
 
 def test_folder(tmp_path: Path) -> None:
-    images(tmp_path, ["train/NORMAL/a.1.png", "train/PNEUMONIA/a.2.png", "test/PNEUMONIA/b.JPG", "test/PNEUMONIA/c.png"])
-    write(tmp_path, {"train/PNEUMONIA/a.2.txt": "Opacity.", "test/Thumbs.db": "", "test/README": ""})
+    miniatures.folder(tmp_path)
     found = prepare("folder", tmp_path)
     assert found.skipped == {"no image: .db": 1, "no image: no suffix": 1}
     by = {record.source: record for record in found.records}
@@ -123,12 +109,7 @@ def test_folder(tmp_path: Path) -> None:
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    rows = [
-        {"image": "i/a.png", "patient": "1", "report": "Clear.", "labels": {"Edema": 1, "Mass": None}, "view": "PA"},
-        {"image": "i/b.png", "patient": "2", "sections": {"impression": "Edema."}, "split": "valid", "key": "b",
-         "boxes": [{"label": "Mass", "x": 1, "y": 2, "width": 3, "height": 4}]},
-    ]  # fmt: skip
-    write(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, rows)) + "\n\n"})
+    miniatures.jsonl(tmp_path)
     first, second = read("jsonl", tmp_path)
     assert (first.image, first.report, first.labels, first.view) == (
         tmp_path / "i/a.png", "Clear.", {"Edema": 1, "Mass": None}, "PA",
@@ -161,15 +142,9 @@ def test_jsonl_names_the_line_and_the_field_and_no_content(tmp_path: Path, line:
 
 def test_parquet(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason='PARQUET IS NOT TESTED: pip install "mmclip-dist[parquet]"')
-    import pyarrow.parquet
-
-    buffer = io.BytesIO()
-    Image.fromarray(np.zeros((4, 4), np.uint8)).save(buffer, "PNG")
-    embedded = [{"bytes": buffer.getvalue(), "path": "/home/me/a.png"}, {"bytes": None, "path": "i/b.png"}]
-    table = pyarrow.table({"image": embedded, "patient": ["1", "2"], "report": ["Clear.", None]})
-    pyarrow.parquet.write_table(table, tmp_path / "part.parquet")
+    miniatures.parquet(tmp_path)
     first, second = read("parquet", tmp_path)
-    assert (first.image, first.report, first.source) == (buffer.getvalue(), "Clear.", "part/1")
+    assert (first.image, first.report, first.source) == (miniatures.embedded_png(), "Clear.", "part/1")
     assert (second.image, second.report) == (tmp_path / "i/b.png", "")
     (tmp_path / "part.parquet").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"part\.parquet is no Parquet file"):
@@ -178,35 +153,9 @@ def test_parquet(tmp_path: Path) -> None:
 
 # -- NIH ChestX-ray14 --------------------------------------------------------------------------------------------------------
 
-NIH_HEADER = (
-    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
-)
-
-
 @pytest.fixture
 def nih(tmp_path: Path) -> Path:
-    """Rows of the real tables."""
-    names = ["00000001_000.png", "00000001_001.png", "00000002_000.png", "00013118_008.png"]
-    images(tmp_path, [f"images_001/images/{name}" for name in names[:2]] + [f"images_002/images/{name}" for name in names[2:]])
-    return write(
-        tmp_path,
-        {
-            "Data_Entry_2017_v2020.csv": f"{NIH_HEADER}\n"
-            "00000001_000.png,Cardiomegaly,0,1,57,M,PA,2682,2749,0.143,0.143\n"
-            "00000001_001.png,Cardiomegaly|Emphysema,1,1,58,M,PA,2894,2729,0.143,0.143\n"
-            "00000002_000.png,No Finding,0,2,80,M,AP,2500,2048,0.171,0.171\n"
-            "00013118_008.png,Infiltration|Pleural_Thickening,8,13118,69,M,PA,2778,2678,0.143,0.143\n",
-            "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
-            "00013118_008.png,Atelectasis,225.084745762712,547.019216763771,86.7796610169491,79.1864406779661\n"
-            "00013118_008.png,Infiltrate,1,2,3,4\n",
-            "train_val_list.txt": "00000001_000.png\n00000001_001.png\n",
-            "test_list.txt": "00000002_000.png\n00013118_008.png",
-            "splits/mrm/train_list.txt": "00000001_000.png 0 0 0 1\n00000001_001.png 0 0 0 1\n",
-            "splits/mrm/val_list.txt": "00000002_000.png 0 0 0 1\n",
-            "splits/mrm/test_list.txt": "00013118_008.png 0 0 0 1\n",
-        },
-    )
+    return miniatures.nih(tmp_path)
 
 
 def test_nih(nih: Path) -> None:
@@ -249,30 +198,8 @@ def test_nih_without_its_lists_says_what_to_do(nih: Path) -> None:
 # -- Open-i ------------------------------------------------------------------------------------------------------------------
 
 
-def openi_xml(texts: Mapping[str, str], major: Iterable[str], parents: Iterable[str]) -> str:
-    abstract = "".join(f'<AbstractText Label="{label}">{text}</AbstractText>' for label, text in texts.items())
-    headings = "".join(f"<major>{name}</major>" for name in major)
-    return (
-        f"<eCitation><MedlineCitation><Article><Abstract>{abstract}</Abstract></Article></MedlineCitation>"
-        f"<MeSH>{headings}<automatic>edema</automatic></MeSH>"
-        + "".join(f'<parentImage id="{name}"><caption>Xray Chest PA and Lateral</caption></parentImage>' for name in parents)
-        + "</eCitation>"
-    )
-
-
 def test_openi(tmp_path: Path) -> None:
-    files = {
-        "1": openi_xml(
-            {"COMPARISON": "None.", "INDICATION": "Positive TB test", "FINDINGS": "There are no XXXX of\n an  effusion.",
-             "IMPRESSION": "Normal chest x-XXXX."},
-            ["normal"], ["CXR1_1_IM-0001-3001", "CXR1_1_IM-0001-4001"],
-        ),
-        "10": openi_xml({"FINDINGS": "", "IMPRESSION": "Mass."}, ["Mass/breast/left", "Breast Mass/x"], ["CXR10_IM-0002-1001"]),
-        "2": openi_xml({"IMPRESSION": "x"}, ["normal"], []),
-        "3": "<eCitation>",
-    }  # fmt: skip
-    write(tmp_path, {f"ecgen-radiology/{name}.xml": text for name, text in files.items()})
-    images(tmp_path, ["NLMCXR_png/CXR1_1_IM-0001-3001.png", "CXR10_IM-0002-1001.png"])
+    miniatures.openi(tmp_path)
     found = prepare("openi", tmp_path)
     first, second, third = found.records
     assert found.skipped == {"a report without images": 1, "a report that is no XML": 1}
@@ -289,28 +216,9 @@ def test_openi(tmp_path: Path) -> None:
 
 # -- CheXpert, CheXpert Plus, BRAX -------------------------------------------------------------------------------------------
 
-CHEXPERT_HEADER = "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(FINDINGS)
-
-
-def chexpert_row(path: str, view: str, cells: str) -> str:
-    return f"{path},Female,68,{view},{cells}\n"
-
-
 @pytest.fixture
 def chexpert(tmp_path: Path) -> Path:
-    """The first rows are real."""
-    rows = [
-        chexpert_row("CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg", "Frontal,AP", "1.0,,,,,,,,,0.0,,,,1.0"),
-        chexpert_row("CheXpert-v1.0-small/train/patient00002/study2/view1_frontal.jpg", "Frontal,AP",
-                     ",,-1.0,1.0,,-1.0,-1.0,,-1.0,,-1.0,,1.0,"),
-        chexpert_row("CheXpert-v1.0-small/train/patient00002/study1/view2_lateral.jpg", "Lateral,", ",,,,,,,,,,,,,"),
-    ]  # fmt: skip
-    valid = chexpert_row("CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg", "Frontal,PA", "0.0," * 13 + "1.0")
-    tests = [f"test/patient64741/study1/{name}.jpg" for name in ("view1_frontal", "view2_lateral")]
-    images(tmp_path, tests)
-    truth = "Study," + ",".join(FINDINGS) + "\nCheXpert-v1.0/test/patient64741/study1," + "0.0," * 13 + "1.0\n"
-    return write(tmp_path, {"train.csv": "\n".join([CHEXPERT_HEADER, *map(str.strip, rows)]),
-                            "valid.csv": f"{CHEXPERT_HEADER}\n{valid}", "groundtruth.csv": truth})  # fmt: skip
+    return miniatures.chexpert(tmp_path)
 
 
 def test_chexpert(chexpert: Path) -> None:
@@ -338,19 +246,7 @@ def test_chexpert_takes_a_list_such_as_5x200(chexpert: Path) -> None:
 
 
 def test_chexpert_plus(tmp_path: Path) -> None:
-    columns = [
-        "path_to_image", "path_to_dcm", "frontal_lateral", "ap_pa", "deid_patient_id", "section_findings", "section_impression",
-        "section_clinical_history", "section_comparison", "section_technique", "split",
-    ]  # fmt: skip
-    rows = [
-        'train/patient42142/study5/view1_frontal.jpg,x,Frontal,AP,p,,"1. Edema.\n2. No\npneumothorax.",Pain,None,,train',
-        "train/patient42142/study5/view2_lateral.jpg,x,Lateral,,p,Clear,Normal,,,,train",
-        "valid/patient64541/study1/view1_frontal.jpg,x,Frontal,PA,q,,Normal,,,,valid",
-    ]
-    labels = dict.fromkeys(FINDINGS) | {"Edema": 1, "Pneumothorax": 0, "path_to_image": rows[0].split(",")[0]}
-    write(tmp_path, {"df_chexpert_plus_240401.csv": "\n".join([",".join(columns), *rows]),
-                     "report_fixed.json": json.dumps(labels) + "\n"})  # fmt: skip
-    images(tmp_path, ["PNG/train/patient42142/study5/view1_frontal.png", "PNG/train/patient42142/study5/view2_lateral.png"])
+    miniatures.chexpert_plus(tmp_path)
     first, second, third = read("chexpert-plus", tmp_path, "official")
     assert first.report == "1. Edema. 2. No pneumothorax." and first.findings is None
     assert first.labels == FORM | {"Edema": 1, "Pneumothorax": 0} and second.labels == {}
@@ -362,9 +258,7 @@ def test_chexpert_plus(tmp_path: Path) -> None:
 
 
 def test_brax(tmp_path: Path) -> None:
-    header = "DicomPath,PngPath,PatientID,PatientSex,PatientAge,AccessionNumber,StudyDate," + ",".join(FINDINGS)
-    row = "d,images/id_77/Study_1.2.3/Series_4.5/image-6.7.png,77,F,40,9,20200101," + "," * 5 + "1,-1,0" + "," * 7
-    write(tmp_path, {"master_spreadsheet_update.csv": f"{header},ViewPosition,Rows,Columns,Manufacturer\n{row}L,10,10,x\n"})
+    miniatures.brax(tmp_path)
     (record,) = read("brax", tmp_path)
     assert record.labels == FORM | {"Edema": 1, "Consolidation": -1, "Pneumonia": 0}
     assert (record.view, record.patient, record.age) == ("LATERAL", "77", 40) and "77" not in record.source.split("/")[0]
@@ -373,60 +267,9 @@ def test_brax(tmp_path: Path) -> None:
 
 # -- MIMIC-CXR ---------------------------------------------------------------------------------------------------------------
 
-REPORT = """                                 FINAL REPORT
- EXAMINATION:  CHEST (PA AND LAT)
-
- INDICATION:  ___ year old woman with ?pleural effusion
-
- COMPARISON:  ___
-
-\x20FINDINGS:\x20
-
-\x20Cardiac size cannot be evaluated.  Large left pleural effusion is new.
-
- IMPRESSION:\x20
-
- Large left pleural effusion
-
- NOTIFICATION:  Discussed with ___.
-"""
-ADDENDUM = """ ADDENDUM: the effusion is on the right.
- ______________________________________________________________________________
-"""
-FACTS = [  # subject, study, image, view, code, split, the study's label of edema, report
-    ("10000032", "50414267", "02aa804e-bde0afdd-112c0b34-7bc16630-4e384014", "PA", "", "train", "1.0", REPORT),
-    ("10000032", "50414267", "174413ec-4ec4c1f7-34ea26b7-c5f994f8-79ef1962", "LATERAL", "", "train", "1.0", REPORT),
-    ("10000032", "53189527", "2a2277a9-b0ded155-c0de8eb9-c124d10e-82c5caab", "", "antero-posterior", "train", "-1.0",
-     ADDENDUM + REPORT),
-    ("11000011", "51029426", "71a3a9ae-b4f1ae1c-2d7ad5f1-0bd9a4a1-3e5f8a1b", "AP", "", "validate", "0.0",
-     "                                 FINAL REPORT\n FINDINGS AND IMPRESSION: No change."),
-    ("19999987", "55368167", "a1b2c3d4-a1b2c3d4-a1b2c3d4-a1b2c3d4-a1b2c3d4", "AP", "", "test", "",
-     "                                 WET READ\n\n Frontal view.\n \n The heart is large."),
-    ("19999987", "58621812", "b1b2c3d4-a1b2c3d4-a1b2c3d4-a1b2c3d4-a1b2c3d4", "", "", "test", None, None),
-]  # fmt: skip
-
-
 @pytest.fixture
 def mimic(tmp_path: Path) -> Path:
-    files = {
-        "mimic-cxr-2.0.0-metadata.csv.gz": "dicom_id,subject_id,study_id,ViewPosition,Rows,ViewCodeSequence_CodeMeaning\n",
-        "mimic-cxr-2.0.0-split.csv.gz": "dicom_id,study_id,subject_id,split\n",
-        "mimic-cxr-2.0.0-chexpert.csv.gz": f"subject_id,study_id,{','.join(sorted(FINDINGS))}\n",
-        "cxr-record-list.csv.gz": "subject_id,study_id,dicom_id,path\n",
-    }
-    labelled = set()
-    for subject, study, name, view, code, split, edema, report in FACTS:
-        files["mimic-cxr-2.0.0-metadata.csv.gz"] += f"{name},{subject},{study},{view},10,{code}\n"
-        files["mimic-cxr-2.0.0-split.csv.gz"] += f"{name},{study},{subject},{split}\n"
-        files["cxr-record-list.csv.gz"] += f"{subject},{study},{name},files/p{subject[:2]}/p{subject}/s{study}/{name}.dcm\n"
-        if edema is not None and study not in labelled:
-            labelled.add(study)
-            cells = ",".join(edema if finding == "Edema" else "" for finding in sorted(FINDINGS))
-            files["mimic-cxr-2.0.0-chexpert.csv.gz"] += f"{subject},{study},{cells}\n"
-        if report is not None:
-            files[f"mimic-cxr-reports/files/p{subject[:2]}/p{subject}/s{study}.txt"] = report
-        images(tmp_path, [f"files/p{subject[:2]}/p{subject}/s{study}/{name}.jpg"])
-    return write(tmp_path, files)
+    return miniatures.mimic(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mimic-cxr-jpg", "mimic-cxr"])
@@ -464,17 +307,7 @@ def test_mimic_reports_may_be_the_archive_and_without_a_split_file_patients_are_
 
 
 def test_padchest(tmp_path: Path) -> None:
-    rows = [
-        "0,1_a.png,0,839,PA, sin hallazg patolog .,['normal'],\"['C0034069' 'C0742362']\"",
-        "1,2_b.png,0,840,L,masa .,\"['mass', ' pneumonia', '', 'unchanged']\",",
-        "2,3_c.png,54,841,AP_horizontal,,\"['breast mass']\",",
-        "3,4_d.png,54,842,UNK,x,nan,",
-        "4,5_e.png,54,843,PA,x,\"['suboptimal study', 'mass']\",",
-        "5,6_f.png,54,844,EXCLUDE,x,['normal'],",
-        "6,7_g.png,54,845,PA,x,['exclude'],",
-    ]
-    header = ",ImageID,ImageDir,PatientID,Projection,Report,Labels,labelCUIS"
-    write(tmp_path, {"PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz": "\n".join([header, *rows])})
+    miniatures.padchest(tmp_path)
     found = prepare("padchest", tmp_path)
     assert found.skipped == {"labelled suboptimal study": 1, "projection EXCLUDE": 1, "labelled exclude": 1}
     first, second, third, fourth = found.records
@@ -521,18 +354,7 @@ def test_padchest_images_of_12_bits_in_16_keep_their_grey_levels(tmp_path: Path)
 
 def test_rsna(tmp_path: Path) -> None:
     """The rows are real."""
-    write(
-        tmp_path,
-        {
-            "stage_2_train_labels.csv": "patientId,x,y,width,height,Target\n"
-            "0004cfab-14fd-4e49-80ba-63a80b6bddd6,,,,,0\n"
-            "00436515-870c-4b36-a041-de91049b9ab4,264.0,152.0,213.0,379.0,1\n"
-            "00436515-870c-4b36-a041-de91049b9ab4,562.0,152.0,256.0,453.0,1\n",
-            "pneumonia-challenge-dataset-mappings_2018.json": json.dumps(
-                [{"subset_img_id": "0004cfab-14fd-4e49-80ba-63a80b6bddd6", "img_id": "00000013_004.png"}]
-            ),
-        },
-    )
+    miniatures.rsna(tmp_path)
     first, second = read("rsna", tmp_path)
     assert (first.labels, first.boxes, first.patient) == ({"Pneumonia": 0}, (), "13")
     assert (second.labels, second.patient) == ({"Pneumonia": 1}, "00436515-870c-4b36-a041-de91049b9ab4")
@@ -563,12 +385,8 @@ def test_damaged_trees_are_one_line(tmp_path: Path, name: str, files: Mapping[st
 
 
 def test_siim(tmp_path: Path) -> None:
-    names = ["1.2.276.0.7230010.3.1.4.8323329.6904.1517875201.850819", "1.2.276.0.7230010.3.1.4.8323329.6904.1517875201.85"]
-    folder = tmp_path / "dicom-images-train" / "study" / "series"
-    folder.mkdir(parents=True)
-    (folder / f"{names[0]}.dcm").write_bytes(b"")
-    table = f"ImageId, EncodedPixels\n{names[0]}, -1\n{names[1]}, 1026 2 1022 3\n{names[1]},0 1\n"
-    write(tmp_path, {"train-rle.csv": table})
+    miniatures.siim_acr(tmp_path)
+    folder, names = tmp_path / "dicom-images-train/study/series", miniatures.SIIM_NAMES
     first, second = read("siim-acr", tmp_path)
     assert (first.labels, first.boxes, first.image) == ({"Pneumothorax": 0}, (), folder / f"{names[0]}.dcm")
     assert second.labels == {"Pneumothorax": 1}
@@ -604,18 +422,7 @@ def test_run_lengths_that_are_none_are_refused(cell: str) -> None:
 
 
 def test_vindr(tmp_path: Path) -> None:
-    names = "Atelectasis,Nodule/Mass,Other disease,No finding"
-    write(
-        tmp_path,
-        {
-            "annotations/image_labels_train.csv": f"image_id,rad_id,{names}\n"
-            "a,R1,0,1,0,0\na,R2,1,0,0,0\na,R3,0,0,0,1\nb,R1,0,0,0,1\nb,R2,0,0,0,1\nb,R3,0,0,0,1\n",
-            "annotations/annotations_train.csv": "image_id,rad_id,class_name,x_min,y_min,x_max,y_max\n"
-            "a,R1,Nodule/Mass,10,20,40,60\na,R2,Atelectasis,1,2,3,4.5\nb,R1,No finding,,,,\n",
-            "annotations/image_labels_test.csv": f"image_id,{names}\nc,0,0,1,0\n",
-            "annotations/annotations_test.csv": "image_id,class_name,x_min,y_min,x_max,y_max\nc,Other disease,1,1,2,2\n",
-        },
-    )
+    miniatures.vindr_cxr(tmp_path)
     a, b, c = read("vindr-cxr", tmp_path, "official")
     assert present(a) == {"Atelectasis", "Nodule/Mass"}  # one reader is enough, whatever another says
     assert b.labels == {"Atelectasis": 0, "Nodule/Mass": 0, "Other diseases": 0}
@@ -634,37 +441,13 @@ def test_vindr_of_kaggle(tmp_path: Path) -> None:
 
 
 def test_candid(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        {
-            "Pneumothorax_reports.csv": "SOPInstanceUID,Report,EncodedPixels\n1.2.3,Small apical.,5 6\n1.2.3,Small apical.,7 8\n"
-            "1.2.4,Clear.,-1\n1.2.5,Clear.,\n",
-            "chest_tube.csv": "SOPInstanceUID,anchor,mask_rle\n1.2.3,x,1 2\n1.2.4,,-1\n",
-            "chest_radiographs/1.2.3.dcm": "",
-            "chest_radiographs/1.2.4": "",
-        },
-    )
+    miniatures.candid_ptx(tmp_path)
     records = read("candid-ptx", tmp_path)
     assert [r.labels for r in records] == [
         {"Pneumothorax": 1, "Chest Tube": 1}, {"Pneumothorax": 0, "Chest Tube": 0}, {"Pneumothorax": None, "Chest Tube": 0},
     ]  # fmt: skip
     assert [record.image.name for record in records] == ["1.2.3.dcm", "1.2.4", "1.2.5.dcm"]
     assert records[0].report == "Small apical." and len({record.key for record in records}) == 3
-
-
-def dicom_file(path: Path, photometric: str, pixels: np.ndarray) -> None:
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
-
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    file = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-    file.Rows, file.Columns = pixels.shape
-    file.SamplesPerPixel, file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 1, 8, 8, 7, 0
-    file.PhotometricInterpretation, file.PixelData, file.PatientName = photometric, pixels.tobytes(), "SECRET"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file.save_as(path, enforce_file_format=True)
 
 
 def test_a_damaged_dicom_file_is_a_bad_image_and_never_ends_a_pack(tmp_path: Path) -> None:
@@ -716,14 +499,7 @@ def test_dicom_sets_pack(tmp_path: Path) -> None:
 
 def test_covidx(tmp_path: Path) -> None:
     """The lists have no header: their first line is an image, too."""
-    write(
-        tmp_path,
-        {
-            "train.txt": "3 a.jpg positive cohen\n3 b.png negative rsna\n4  c.png COVID-19 sirm \n",
-            "val.txt": "5 MIDRC-RICORD-1C-419639-0.png normal ricord\n",
-            "test.txt": "6 e.png pneumonia RSNA\n7 f.png odd rsna\n",
-        },
-    )
+    miniatures.covidx(tmp_path)
     found = prepare("covidx", tmp_path, "official")
     assert found.skipped == {"class odd": 1}
     assert [(record.split, record.labels) for record in found.records] == [
@@ -739,18 +515,7 @@ def test_covidx(tmp_path: Path) -> None:
 
 
 def test_rexgradient(tmp_path: Path) -> None:
-    files = {}
-    for split, study in (("train", "s1"), ("valid", "s2"), ("test", "s3")):
-        files[f"metadata/{split}_metadata.csv"] = (
-            f'id,PatientAge,Indication,Comparison,Findings,Impression\n{study},007Y,Cough,,"Clear.\nStable.",Normal.\n'
-        )
-        where = f"../deid_png/PATIENT9/{study}/studies/1.2/series/3.4/instances"
-        views = {study: {"ImagePath": [f"{where}/5.6.png", f"{where}/5.7.png"], "ImageViewPosition": ["POSTERO_ANTERIOR", None]}}
-        files[f"metadata/{split}_metadata_view_position.json"] = json.dumps(
-            views | ({"alone": views[study]} if split == "test" else {})
-        )
-    files["metadata/train_metadata.csv"] += "s9,007Y,,,,x\n"
-    write(tmp_path, files)
+    miniatures.rexgradient(tmp_path)
     found = prepare("rexgradient", tmp_path, "official")
     assert found.skipped == {"a study without images": 1, "images without a study": 1}
     assert Counter(record.split for record in found.records) == {"train": 2, "val": 2, "test": 2}
@@ -762,8 +527,7 @@ def test_rexgradient(tmp_path: Path) -> None:
 
 
 def test_rocov2(tmp_path: Path) -> None:
-    write(tmp_path, {f"{split}_captions.csv": f'ID,Caption\nROCOv2_2023_{split}_000001,"CT, axial."\n'
-                     for split in ("train", "valid", "test")})  # fmt: skip
+    miniatures.rocov2(tmp_path)
     records = read("rocov2", tmp_path, "official")
     assert [(r.split, r.report) for r in records] == [("train", "CT, axial."), ("val", "CT, axial."), ("test", "CT, axial.")]
     assert records[1].image == tmp_path / "valid/ROCOv2_2023_valid_000001.jpg"

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.datasets.upstream import find_file, label_value, read_age, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 _VIEWS = {"L": "LATERAL"}
@@ -17,7 +17,7 @@ _VIEWS = {"L": "LATERAL"}
     source="https://physionet.org/content/brax/",
     private_paths=True,
 )
-def brax(raw: Path) -> Iterator[Record]:
+def brax(raw: RawPath) -> Iterator[Record]:
     """BRAX 1.1.0: 40,967 radiographs of 19,351 patients, CheXpert's 14 observations, no reports.
 
     RAW holds master_spreadsheet_update.csv (or master_spreadsheet.csv) and images/: the PNGs are packed, not the DICOM files.

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.sections import split_report
 from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 _OTHERS = {"chest_tube.csv": "Chest Tube", "acute_rib_fracture.csv": "Acute Rib Fracture"}
@@ -18,7 +18,7 @@ _OTHERS = {"chest_tube.csv": "Chest Tube", "acute_rib_fracture.csv": "Acute Rib 
     source="https://doi.org/10.17608/k6.auckland.14173982",
     needs=DICOM,
 )
-def candid_ptx(raw: Path) -> Iterator[Record]:
+def candid_ptx(raw: RawPath) -> Iterator[Record]:
     """CANDID-PTX: 19,237 frontal radiographs with reports; pneumothorax, chest tubes, acute rib fractures.
 
     RAW holds Pneumothorax_reports.csv, chest_tube.csv, acute_rib_fracture.csv and chest_radiographs/ (files named by
@@ -44,7 +44,7 @@ def candid_ptx(raw: Path) -> Iterator[Record]:
         )  # fmt: skip
 
 
-def _marked(raw: Path, name: str) -> set[str] | None:
+def _marked(raw: RawPath, name: str) -> set[str] | None:
     """The images that have a mask in a table, or None without the table."""
     path = find_optional(raw, name)
     if path is None:

@@ -6,7 +6,6 @@ import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,6 +15,7 @@ from mmclip_shards.datasets.recipe import Recipe
 from mmclip_shards.images import AS_PUBLISHED, PreparedImage, Rendering
 from mmclip_shards.phi import phi_like
 from mmclip_shards.preparation import prepare_one
+from mmclip_shards.rawpath import RawPath, evenly
 from mmclip_shards.schema import Record, check_record
 
 SAMPLES, _FIRST = 20, 2000
@@ -23,7 +23,7 @@ _COLUMNS, _TILE, _CAPTION = 5, 224, 14
 
 
 def check_recipe(
-    recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, short_side: int,
+    recipe: Recipe, raw: RawPath, *, split: str | None, sections: Sequence[str] | None, short_side: int,
     rendering: Rendering = AS_PUBLISHED,
 ) -> tuple[list[str], bytes]:
     """`check_records` of a recipe's records."""
@@ -49,8 +49,8 @@ def check_records(
             check_record(record)
         except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
-    chosen = [first[place * len(first) // min(SAMPLES, len(first))] for place in range(min(SAMPLES, len(first)))]
-    images = [prepare_one(record, short_side, rendering) for record in chosen]
+    chosen = [first[place] for place in evenly(len(first), SAMPLES)]
+    images = [prepare_one(record, short_side, rendering)[1] for record in chosen]
     return list(_lines(first, chosen, images, skipped or Counter())), _sheet(images)
 
 

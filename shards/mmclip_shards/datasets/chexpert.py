@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, label_value, read_age, read_csv
+from mmclip_shards.rawpath import RawPath, matching
 from mmclip_shards.schema import Record
 
 FINDINGS = (
@@ -23,7 +24,7 @@ FINDINGS = (
     same_images=("chexpert-plus",),
     patients="chexpert",
 )
-def chexpert(raw: Path) -> Iterator[Record]:
+def chexpert(raw: RawPath) -> Iterator[Record]:
     """CheXpert v1.0 or v1.0-small: 223,414 training radiographs of 64,540 patients, 14 observations, no reports.
 
     RAW is the folder that holds train.csv (`train`), valid.csv (`val`, 234 images) and their images; of the separate test set
@@ -45,12 +46,12 @@ def chexpert(raw: Path) -> Iterator[Record]:
     for row in [] if truth is None else read_csv(truth, "Study", *FINDINGS):
         study = "/".join(PurePosixPath(row["Study"]).parts[-2:])
         labels.add(study, {name: label_value(row[name]) for name in FINDINGS})
-    for path in sorted(raw.glob("test/*/*/*.jpg")) if len(labels) else ():
+    for path in matching(raw, "test/*/*/*.jpg") if len(labels) else ():
         source = path.relative_to(raw).as_posix()
         view = "LATERAL" if path.stem.endswith("lateral") else "FRONTAL"
         yield _record(raw, source, view, labels["/".join(path.parts[-3:-1])], "test")
 
 
-def _record(raw: Path, source: str, view: str, labels: dict[str, int | None], split: str, age: int | None = None) -> Record:
+def _record(raw: RawPath, source: str, view: str, labels: dict[str, int | None], split: str, age: int | None = None) -> Record:
     patient = PurePosixPath(source).parts[1]
     return Record(source, raw / source, patient, source, labels=labels, view=view, split=split, age=age)

@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.sections import clean_text
-from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, read_age, read_csv
+from mmclip_shards.datasets.upstream import FilesBelow, StudyLabels, find_file, find_optional, read_age, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 SECTIONS = {
@@ -31,7 +32,7 @@ SECTIONS = {
     patients="chexpert",
     needs=DICOM,
 )
-def chexpert_plus(raw: Path) -> Iterator[Record]:
+def chexpert_plus(raw: RawPath) -> Iterator[Record]:
     """CheXpert Plus: 223,462 radiographs with reports in sections, and CheXbert's 14 observations.
 
     RAW holds df_chexpert_plus_240401.csv, images below PNG/, DICOM/Uncompressed/ or RAW itself, and report_fixed.json (JSON
@@ -41,7 +42,7 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
     about a quarter of the reports have findings, nearly all an impression. Paths are those of CheXpert: patients are the
     same, and keyed hashes are stored in place of paths. That PNGs lie below PNG/ is remembered, not read.
     """
-    roots = [root for root in (raw / "PNG", raw / "DICOM" / "Uncompressed", raw) if root.is_dir()]
+    roots = [FilesBelow(root) for root in (raw / "PNG", raw / "DICOM" / "Uncompressed", raw) if root.is_dir()]
     labels = StudyLabels(FINDINGS)
     labelled = find_optional(raw, "report_fixed.json", "chexbert_labels/report_fixed.json")
     if labelled is not None:
@@ -51,9 +52,9 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
     for row in read_csv(table, "path_to_image", "frontal_lateral", "ap_pa", "split", *SECTIONS):
         source = row["path_to_image"]
         image = PurePosixPath(source)
-        files = (root / image.with_suffix(suffix) for root in roots for suffix in (".png", ".dcm", ".jpg"))
+        files = ((root, image.with_suffix(suffix)) for root in roots for suffix in (".png", ".dcm", ".jpg"))
         yield Record(
-            key=source, image=next((path for path in files if path.is_file()), raw / image),
+            key=source, image=next((root.folder / path for root, path in files if path in root), raw / image),
             patient=image.parts[1], source=source, labels=labels[source],
             view=row["ap_pa"] or row["frontal_lateral"].upper() or None, split=split_name(row["split"]),
             age=read_age(row.get("age", "")),
@@ -61,7 +62,7 @@ def chexpert_plus(raw: Path) -> Iterator[Record]:
         )  # fmt: skip
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _json_lines(path: RawPath) -> Iterator[dict[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.upstream import read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 _LABELS: dict[str, dict[str, int | None]] = {
@@ -25,7 +25,7 @@ _LABELS: dict[str, dict[str, int | None]] = {
     private_paths=True,
     same_images=("rsna", "nih"),
 )
-def covidx(raw: Path) -> Iterator[Record | Skipped]:
+def covidx(raw: RawPath) -> Iterator[Record | Skipped]:
     """COVIDx CXR-2, CXR-3 or CXR-4: radiographs of COVID-19 from many sources, two or three classes.
 
     RAW holds train.txt, test.txt (CXR-4: and val.txt) and the folders train/, test/, val/. Give the release by --dataset

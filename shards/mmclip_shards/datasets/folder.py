@@ -1,18 +1,18 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
+from mmclip_shards.rawpath import RawPath, ahead, walk
 from mmclip_shards.schema import Record
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".dcm", ".dicom"})
 
 
 @recipe(licence=None, access=None, source="your own files", unlisted_absent=True)
-def folder(raw: Path) -> Iterator[Record | Skipped]:
+def folder(raw: RawPath) -> Iterator[Record | Skipped]:
     """Class folders: RAW/CLASS/IMAGE, or any tree of images whose folders name what they show.
 
     The image's own folder is its label; `normal` and `No Finding` make all others absent. Images that lie in RAW itself have
@@ -20,26 +20,32 @@ def folder(raw: Path) -> Iterator[Record | Skipped]:
     of its own: if you know the patients, use `jsonl` or `csv`. Other files are left out and counted by suffix. `--split
     official` takes the first folder of RAW/train/CLASS/IMAGE, RAW/test/CLASS/IMAGE.
     """
-    for path in _files(raw):
-        source = path.relative_to(raw).as_posix()
-        if path.suffix.lower() not in SUFFIXES:
-            if path.suffix != ".txt":
-                yield Skipped(f"no image: {path.suffix or 'no suffix'}")
+    for path, text in ahead(_text, _images(raw)):
+        if isinstance(path, Skipped):
+            yield path
             continue
-        report = path.with_suffix(".txt")
-        try:
-            text = report.read_text(encoding="utf-8-sig") if report.is_file() else ""
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{report} is not UTF-8: convert it (iconv)") from error
-        first, *folders = path.relative_to(raw).parent.parts or ("",)
+        source = path.relative_to(raw)
+        first, *folders = source.parent.parts or ("",)
         yield Record(
-            key=source, image=path, patient=source, source=source, report=text,
+            key=source.as_posix(), image=path, patient=source.as_posix(), source=source.as_posix(), report=text,
             labels={path.parent.name: 1} if path.parent != raw else {}, split=split_name(first) if folders else None,
         )  # fmt: skip
 
 
-def _files(raw: Path) -> Iterator[Path]:
-    """All files of a tree in one order, a folder at a time."""
-    for place, folders, names in os.walk(raw):
-        folders.sort()
-        yield from (Path(place, name) for name in sorted(names))
+def _images(raw: RawPath) -> Iterator[tuple[RawPath | Skipped, RawPath | None]]:
+    """Each image, and its report if there is one; and what is left out."""
+    for folder, names in walk(raw):
+        texts = {name for name in names if name.endswith(".txt")}
+        for name in names:
+            stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
+            if suffix.lower() in SUFFIXES:
+                yield folder / name, folder / f"{stem}.txt" if f"{stem}.txt" in texts else None
+            elif suffix != ".txt":
+                yield Skipped(f"no image: {suffix or 'no suffix'}"), None
+
+
+def _text(report: RawPath | None) -> str:
+    try:
+        return "" if report is None else report.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{report} is not UTF-8: convert it (iconv)") from error

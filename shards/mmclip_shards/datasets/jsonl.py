@@ -2,17 +2,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.document import legal_labels
+from mmclip_shards.rawpath import RawPath, matching
 from mmclip_shards.schema import Box, Record
 
 
 @recipe(licence=None, access=None, source="your own files")
-def jsonl(raw: Path) -> Iterator[Record]:
+def jsonl(raw: RawPath) -> Iterator[Record]:
     """JSON lines: every RAW/*.jsonl holds one object a line, with the fields of a record.
 
     `image` (a path below RAW) and `patient` must be there; `report`, `labels` (`{"Edema": 1}`: 1 present, 0 absent, -1
@@ -20,7 +21,7 @@ def jsonl(raw: Path) -> Iterator[Record]:
     `sections` (`{"findings": ...}`), `age` (whole years), `key` and `split` may be. `--split official`
     takes the `split` field. Other fields are refused: a misspelt one would be lost.
     """
-    files = sorted(raw.glob("*.jsonl"))
+    files = matching(raw, "*.jsonl")
     if not files:
         raise ValueError(f"{raw} holds no *.jsonl")
     for file in files:
@@ -38,7 +39,7 @@ def jsonl(raw: Path) -> Iterator[Record]:
 FIELDS = frozenset({"image", "patient", "report", "labels", "view", "boxes", "sections", "key", "split", "age"})
 
 
-def record_of(row: Any, raw: Path, where: str) -> Record:
+def record_of(row: Any, raw: RawPath, where: str) -> Record:
     """The record of an object with these fields. ValueError that begins with `where` and names the field, never its content."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}, is no object: write {{\"image\": ..., \"patient\": ...}}")

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.mimic_cxr_jpg import mimic_records, view_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 
@@ -19,7 +19,7 @@ from mmclip_shards.schema import Record
     patients="mimic-cxr",
     needs=DICOM,
 )
-def mimic_cxr(raw: Path) -> Iterator[Record]:
+def mimic_cxr(raw: RawPath) -> Iterator[Record]:
     """MIMIC-CXR 2.0.0: the DICOM files of MIMIC-CXR-JPG, with reports.
 
     RAW is the folder that holds files/, cxr-record-list.csv.gz, and mimic-cxr-reports.zip. The official split, labels and

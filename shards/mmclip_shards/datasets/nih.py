@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_age, read_csv, read_numbers
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 
 BOX_LABELS = {"Infiltrate": "Infiltration"}
@@ -21,7 +21,7 @@ BOX_LABELS = {"Infiltrate": "Infiltration"}
     unlisted_absent=True,
     same_images=("rsna", "covidx"),
 )
-def nih(raw: Path) -> Iterator[Record]:
+def nih(raw: RawPath) -> Iterator[Record]:
     """NIH ChestX-ray14: 112,120 frontal radiographs of 30,805 patients, 14 labels, 984 boxes, no reports.
 
     RAW holds Data_Entry_2017_v2020.csv (or Data_Entry_2017.csv), the images in images_001/images ... or in one images/, and
@@ -52,7 +52,7 @@ def nih(raw: Path) -> Iterator[Record]:
         )  # fmt: skip
 
 
-def _boxes(raw: Path) -> dict[str, list[Box]]:
+def _boxes(raw: RawPath) -> dict[str, list[Box]]:
     path = find_optional(raw, "BBox_List_2017.csv")
     boxes: dict[str, list[Box]] = {}
     for row in [] if path is None else read_csv(path, header=("name", "label", "x", "y", "w", "h"), ragged=True):

@@ -9,6 +9,7 @@ from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.sections import clean_text
 from mmclip_shards.datasets.upstream import ImageIndex, find_optional
+from mmclip_shards.rawpath import RawPath, ahead, matching, seekable
 from mmclip_shards.schema import Record
 
 SECTIONS = ("comparison", "indication", "findings", "impression")
@@ -20,7 +21,7 @@ SECTIONS = ("comparison", "indication", "findings", "impression")
     source="https://openi.nlm.nih.gov/faq (NLMCXR_png.tgz, NLMCXR_reports.tgz)",
     unlisted_absent=True,
 )
-def openi(raw: Path) -> Iterator[Record | Skipped]:
+def openi(raw: RawPath) -> Iterator[Record | Skipped]:
     """Open-i, Indiana University: 7,470 radiographs of 3,955 reports, with MeSH headings as labels.
 
     RAW holds NLMCXR_reports.tgz (or ecgen-radiology/*.xml, unpacked), and the PNGs in RAW, images/ or NLMCXR_png/.
@@ -51,16 +52,16 @@ def openi(raw: Path) -> Iterator[Record | Skipped]:
             )  # fmt: skip
 
 
-def _reports(raw: Path) -> Iterator[tuple[str, bytes]]:
+def _reports(raw: RawPath) -> Iterator[tuple[str, bytes]]:
     """(CXR number, XML) of each report, in the order of the names."""
     archive = find_optional(raw, "NLMCXR_reports.tgz")
     if archive is None:
-        files = sorted(raw.glob("ecgen-radiology/*.xml"))
+        files = matching(raw, "ecgen-radiology/*.xml")
         if not files:
             raise ValueError(f"{raw} holds no NLMCXR_reports.tgz or ecgen-radiology/*.xml: download the reports, too")
-        yield from ((file.stem, file.read_bytes()) for file in files)
+        yield from ahead(lambda file: file.read_bytes(), ((file.stem, file) for file in files))
         return
-    with tarfile.open(archive) as tar:
+    with seekable(archive) as file, tarfile.open(fileobj=file) as tar:
         for member in sorted((m for m in tar if m.isfile() and m.name.endswith(".xml")), key=lambda m: m.name):
-            if (file := tar.extractfile(member)) is not None:
-                yield Path(member.name).stem, file.read()
+            if (report := tar.extractfile(member)) is not None:
+                yield Path(member.name).stem, report.read()

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.upstream import find_file, read_age, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 _VIEWS = {"L": "LATERAL", "AP_horizontal": "AP SUPINE", "UNK": ""}
@@ -19,7 +19,7 @@ _USELESS = ("exclude", "suboptimal study")
     source="https://bimcv.cipf.es/bimcv-projects/padchest/",
     unlisted_absent=True,
 )
-def padchest(raw: Path) -> Iterator[Record | Skipped]:
+def padchest(raw: RawPath) -> Iterator[Record | Skipped]:
     """PadChest: 160,861 radiographs of 67,625 patients, Spanish reports (stemmed), 193 labels.
 
     RAW holds PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv[.gz] and the folders 0 ... 50 and 54 (or one flat images/).
@@ -31,7 +31,7 @@ def padchest(raw: Path) -> Iterator[Record | Skipped]:
     --max-bad-fraction 0.001. 115,808 of the views and 121,808 of the label lists are not a person's: see MethodProjection and
     MethodLabel upstream. No split is official.
     """
-    flat = raw / "images"
+    flat = raw / "images" if (raw / "images").is_dir() else None
     table = find_file(
         raw, "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "PADCHEST_chest_x_ray_images_labels_160K.csv"
     )
@@ -43,7 +43,7 @@ def padchest(raw: Path) -> Iterator[Record | Skipped]:
             continue
         name = row["ImageID"]
         yield Record(
-            key=key_of(name), image=flat / name if flat.is_dir() else raw / row["ImageDir"] / name,
+            key=key_of(name), image=raw / row["ImageDir"] / name if flat is None else flat / name,
             patient=row["PatientID"], source=f"{row['ImageDir']}/{name}",
             report=row["Report"], labels=dict.fromkeys(labels - {"unchanged"}, 1),
             view=_VIEWS.get(row["Projection"], row["Projection"]) or None, age=_age(row),

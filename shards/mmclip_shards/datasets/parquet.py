@@ -2,16 +2,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mmclip_shards.datasets.jsonl import record_of
 from mmclip_shards.datasets.recipe import recipe
+from mmclip_shards.rawpath import RawPath, matching
 from mmclip_shards.schema import Record
 
 
 @recipe(licence=None, access=None, source="your own files", needs=("pyarrow", "parquet"))
-def parquet(raw: Path) -> Iterator[Record]:
+def parquet(raw: RawPath) -> Iterator[Record]:
     """Parquet tables: every RAW/*.parquet, with the columns that `jsonl` has as fields.
 
     `image` may also be a struct of `bytes` and `path`, as Hugging Face stores it; the bytes then lie in the temporary folder
@@ -19,12 +19,12 @@ def parquet(raw: Path) -> Iterator[Record]:
     """
     import pyarrow.parquet
 
-    files = sorted(raw.glob("*.parquet"))
+    files = matching(raw, "*.parquet")
     if not files:
         raise ValueError(f"{raw} holds no *.parquet")
     for file in files:
         try:
-            table = pyarrow.parquet.ParquetFile(file)
+            table = pyarrow.parquet.ParquetFile(file.open("rb"))
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise ValueError(f"{file} is no Parquet file ({error}): write it again") from error
         number = 0
@@ -34,7 +34,7 @@ def parquet(raw: Path) -> Iterator[Record]:
                 yield _record(row, raw, f"{file}, row {number}", f"{file.stem}/{number}")
 
 
-def _record(row: dict[str, Any], raw: Path, where: str, name: str) -> Record:
+def _record(row: dict[str, Any], raw: RawPath, where: str, name: str) -> Record:
     embedded = row["image"] if isinstance(row.get("image"), dict) else None
     if embedded is None or embedded.get("bytes") is None:
         return record_of({**row, "image": (embedded or {}).get("path") if embedded else row.get("image")}, raw, where)

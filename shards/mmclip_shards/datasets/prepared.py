@@ -11,11 +11,12 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, Skipped, check_needs
 from mmclip_shards.datasets.sections import join_sections
 from mmclip_shards.datasets.table import NORMAL_LABELS, Records
+from mmclip_shards.rawpath import RawPath, matching
 from mmclip_shards.schema import Record, canonical_json, check_record, make_key
 from mmclip_shards.split import check_split_name, hash_patient
 
@@ -43,7 +44,7 @@ class Prepared:
 
 
 def prepare_records(
-    name: str, recipe: Recipe, raw: Path, *, split: str | None, patient_key: bytes, sections: Sequence[str] | None = None
+    name: str, recipe: Recipe, raw: RawPath, *, split: str | None, patient_key: bytes, sections: Sequence[str] | None = None
 ) -> Prepared:
     """Run a recipe over the tree `raw` -> its records; they lie in a temporary file, about 1 kB each, and go with it.
 
@@ -96,7 +97,7 @@ def prepare_records(
 
 
 def read_records(
-    recipe: Recipe, raw: Path, *, split: str | None, sections: Sequence[str] | None, skipped: Counter[str]
+    recipe: Recipe, raw: RawPath, *, split: str | None, sections: Sequence[str] | None, skipped: Counter[str]
 ) -> Iterator[Record]:
     """The records of a recipe with legal keys, their split and report; `skipped` counts what is left out, by reason."""
     check_needs(recipe)
@@ -123,7 +124,7 @@ def read_records(
         yield replace(record, key=make_key(record.key)) if record.key else record
 
 
-def nothing_found(raw: Path, skipped: Counter[str]) -> ValueError:
+def nothing_found(raw: RawPath, skipped: Counter[str]) -> ValueError:
     """The error of a recipe that found no record."""
     left_out = "; ".join(f"{reason}: {count}" for reason, count in skipped.most_common(3))
     hint = " (a split needs its list in the raw folder; or split patients by --splits)" if "not in split" in left_out else ""
@@ -165,9 +166,9 @@ class _Spool:
         return record
 
 
-def _read_lists(folder: Path) -> Mapping[str, str]:
+def _read_lists(folder: RawPath) -> Mapping[str, str]:
     """Image -> split, from folder/SPLIT.txt or SPLIT_list.txt: the first word of each line names an image."""
-    files = sorted(folder.glob("*.txt")) if folder.is_dir() else []
+    files = matching(folder, "*.txt") if folder.is_dir() else []
     if not files:
         raise ValueError(
             f"there is no split {folder.name!r}: put its lists into {folder}/train.txt, val.txt, test.txt, one image a line"

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 ENTRY_POINTS = "mmclip_shards.datasets"
@@ -36,7 +37,7 @@ class Skipped:
     reason: str
 
 
-Read = Callable[[Path], Iterable[Record | Skipped]]
+Read = Callable[[RawPath], Iterable[Record | Skipped]]
 """The published tree -> its records, in an order that depends on the tree alone. A record's key may be any text of its own. It
 is gone through once; it should hold no more than ids and labels in memory."""
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
 from mmclip_shards.datasets.sections import clean_text
 from mmclip_shards.datasets.upstream import find_file, read_age, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 from mmclip_shards.textfiles import read_json
 
@@ -21,7 +21,7 @@ _VIEWS = {"POSTERO_ANTERIOR": "PA", "ANTERO_POSTERIOR": "AP", "UNKNOWN": "", "N/
     official=True,
     private_paths=True,
 )
-def rexgradient(raw: Path) -> Iterator[Record | Skipped]:
+def rexgradient(raw: RawPath) -> Iterator[Record | Skipped]:
     """ReXGradient-160K: 273,004 radiographs of 160,000 studies with reports in sections, no labels.
 
     RAW holds deid_png/ (the joined and unpacked archive) and metadata/ with {train,valid,test}_metadata.csv and

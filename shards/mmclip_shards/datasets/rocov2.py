@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of, split_name
 from mmclip_shards.datasets.recipe import recipe
 from mmclip_shards.datasets.upstream import find_file, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 
@@ -15,7 +15,7 @@ from mmclip_shards.schema import Record
     source="https://zenodo.org/records/10821435",
     official=True,
 )
-def rocov2(raw: Path) -> Iterator[Record]:
+def rocov2(raw: RawPath) -> Iterator[Record]:
     """ROCOv2: radiological figures of PubMed Central with captions, all modalities.
 
     RAW holds {train,valid,test}_captions.csv and train/, valid/ and test/ (JPEG).

@@ -9,10 +9,11 @@ from array import array
 from codecs import BOM_UTF8
 from collections.abc import Container, Iterator, Mapping
 from copy import copy
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import xxhash
+
+from mmclip_shards.rawpath import RawPath, seekable
 
 Row = tuple[int, Mapping[str, str]]
 """The row's number as a spreadsheet shows it (the header is row 1) and its cells by column."""
@@ -24,16 +25,16 @@ class Rows:
     wanted: columns that must be there. ValueError for a file that cannot be read as a table.
     """
 
-    def __init__(self, table: Path, wanted: list[str]) -> None:
+    def __init__(self, table: RawPath, wanted: list[str]) -> None:
         self.table = table
         self._numbers, self._starts, self._lengths, self._hashes = array("Q"), array("Q"), array("Q"), array("Q")
         self._delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") else ","
         self._columns: list[str] = []
         try:
-            with table.open("rb") as file:
-                self._scan(file, wanted)
+            self._file = seekable(table)
         except FileNotFoundError as error:
             raise ValueError(f"there is no table {table}") from error
+        self._scan(wanted)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -44,13 +45,7 @@ class Rows:
         return self._numbers[-1]
 
     def __iter__(self) -> Iterator[Row]:
-        with self.table.open("rb") as file:
-            for place in range(len(self)):
-                yield self._read(file, place)
-
-    def __getitem__(self, place: int) -> Row:
-        with self.table.open("rb") as file:
-            return self._read(file, place)
+        return map(self.__getitem__, range(len(self)))
 
     def without(self, numbers: Container[int]) -> Rows:
         """All rows but those of these numbers."""
@@ -60,10 +55,10 @@ class Rows:
             setattr(rest, name, array("Q", [getattr(self, name)[place] for place in kept]))
         return rest
 
-    def _scan(self, file: BinaryIO, wanted: list[str]) -> None:
+    def _scan(self, wanted: list[str]) -> None:
         lines: list[bytes] = []  # of the row that is being read
         start = 0
-        reader = csv.reader(self._lines(file, lines), delimiter=self._delimiter, strict=True)
+        reader = csv.reader(self._lines(lines), delimiter=self._delimiter, strict=True)
         try:
             self._columns = [name.strip() for name in next(reader, [])]
             check_columns(self._columns, wanted, self.table)
@@ -86,10 +81,10 @@ class Rows:
         except csv.Error as error:
             raise ValueError(f"{self.table}: line {reader.line_num} cannot be read as a table: {error}") from error
 
-    def _lines(self, file: BinaryIO, lines: list[bytes]) -> Iterator[str]:
+    def _lines(self, lines: list[bytes]) -> Iterator[str]:
         """The lines of the table as text; `lines` gets their bytes."""
         position = 0
-        for raw in file:
+        for raw in self._file:
             try:
                 text = raw.decode("utf-8-sig" if position == 0 else "utf-8")
             except UnicodeDecodeError as error:
@@ -104,9 +99,10 @@ class Rows:
                 lines.append(line.encode())
                 yield line
 
-    def _read(self, file: BinaryIO, place: int) -> Row:
+    def __getitem__(self, place: int) -> Row:
+        file: Any = self._file.raw  # without the buffer: it would hide that the file was changed
         file.seek(self._starts[place])
-        raw = file.read(self._lengths[place])
+        raw = file.read(self._lengths[place]) or b""
         if xxhash.xxh3_64_intdigest(raw) != self._hashes[place]:
             raise ValueError(f"{self.table} was changed while it was read: start again")
         (cells,) = csv.reader([raw.decode()], delimiter=self._delimiter, strict=True)
@@ -120,7 +116,7 @@ def _take(lines: list[bytes]) -> tuple[int, int]:
     return len(raw), xxhash.xxh3_64_intdigest(raw)
 
 
-def check_columns(columns: list[str], wanted: list[str], table: Path) -> None:
+def check_columns(columns: list[str], wanted: list[str], table: RawPath) -> None:
     """ValueError unless each of the wanted columns is there once."""
     for name in wanted:
         if name not in columns:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv, read_numbers
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 from mmclip_shards.textfiles import read_json
 
@@ -17,7 +18,7 @@ from mmclip_shards.textfiles import read_json
     same_images=("nih", "covidx"),
     needs=DICOM,
 )
-def rsna(raw: Path) -> Iterator[Record]:
+def rsna(raw: RawPath) -> Iterator[Record]:
     """RSNA Pneumonia Detection Challenge, stage 2: 26,684 frontal radiographs (DICOM), 9,555 boxes of opacities.
 
     RAW holds stage_2_train_labels.csv and stage_2_train_images/. The 3,000 test images have no labels and are left out.
@@ -42,7 +43,7 @@ def rsna(raw: Path) -> Iterator[Record]:
         )  # fmt: skip
 
 
-def _nih_patients(raw: Path) -> dict[str, str]:
+def _nih_patients(raw: RawPath) -> dict[str, str]:
     """Image -> the patient's number as the table of NIH ChestX-ray14 has it (`13`, of 00000013_004.png)."""
     path = find_optional(raw, "pneumonia-challenge-dataset-mappings_2018.json")
     rows = read_json(path, "download it again") if path is not None else []

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.upstream import find_file, read_csv
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 
 _SIDE = 1024  # pixels: all images are square
@@ -17,7 +17,7 @@ _SIDE = 1024  # pixels: all images are square
     source="https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation",
     needs=DICOM,
 )
-def siim_acr(raw: Path) -> Iterator[Record]:
+def siim_acr(raw: RawPath) -> Iterator[Record]:
     """SIIM-ACR Pneumothorax: 12,047 radiographs (DICOM) with masks as run lengths, which become boxes.
 
     RAW holds train-rle.csv (stage 1) or stage_2_train.csv, and dicom-images-train/ (and -test/, whose labels stage 2

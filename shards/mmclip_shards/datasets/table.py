@@ -11,8 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar, get_args, overload
 
 from mmclip_shards.datasets.rows import Row, Rows
+from mmclip_shards.rawpath import LOOKED_FOR, RawPath, evenly, raw_path
 from mmclip_shards.schema import Record, canonical_json, make_key
 from mmclip_shards.split import check_patients_stay
+from mmclip_shards.storage import Url
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ NORMAL_LABELS = frozenset({"no finding", "no findings", "normal"})
 
 
 def read_table(
-    table: Path | str,
-    images: Path | str,
+    table: Url,
+    images: Url,
     *,
     image_column: str,
     patient_column: str,
@@ -41,17 +43,19 @@ def read_table(
 ) -> Sequence[Record]:
     """One record per row of `table` (UTF-8; tabs when it ends in .tsv or .tab), images below the folder `images`.
 
-    A row is read when its record is asked for, so reports are not held; ValueError if the table was changed meanwhile.
+    Both may be URLs. A row is read when its record is asked for, so reports are not held; ValueError if the table was changed
+    meanwhile (of a remote one, a copy in TMPDIR is read).
 
     image_column: path below `images`; it may start with that folder's own name. labels_column: names of the present
     diseases. A disease that is not listed is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all
     unknown. key_column: text for the key; by default the image's file name, or its whole path if two file names are equal.
     empty_reports: for a row without text, "error" stops, "drop" leaves it out, "unpaired" keeps its image without a report.
-    A missing image is only warned of, unless all are missing: `pack` decides how many may be left out.
+    A missing image is only warned of, unless all are missing: `pack` decides how many may be left out. Of remote images 20 are
+    looked for.
 
     ValueError in one line that names rows, never a report or a patient.
     """
-    table, images = Path(table), Path(images)
+    table, images = raw_path(table), raw_path(images)
     if empty_reports not in get_args(EmptyReports):
         raise ValueError(f"empty_reports is {empty_reports!r}; use one of {', '.join(get_args(EmptyReports))}")
     wanted = [image_column, patient_column, text_column, labels_column, view_column, split_column, key_column]
@@ -83,7 +87,7 @@ def read_table(
     return Records(rows, record)
 
 
-def table_hash(table: Path | str, **options: object) -> str:
+def table_hash(table: Url, **options: object) -> str:
     """The config_hash of `read_table(table, images, **options)`: sha256 over the table's bytes and all options.
 
     It does not read the images. If you change an image but not the table, pack into a new folder.
@@ -91,7 +95,7 @@ def table_hash(table: Path | str, **options: object) -> str:
     bound = inspect.signature(read_table).bind(table, "", **options)
     bound.apply_defaults()
     settings = {name: value for name, value in bound.arguments.items() if name not in ("table", "images")}
-    return hashlib.sha256(canonical_json(settings) + _read_bytes(Path(table))).hexdigest()
+    return hashlib.sha256(canonical_json(settings) + _read_bytes(raw_path(table))).hexdigest()
 
 
 def splits_of(records: Sequence[Record]) -> dict[str, str]:
@@ -139,7 +143,7 @@ class Records(Sequence[Record]):
         return self._make(self._source[self._places[place]])
 
 
-def _read_bytes(table: Path) -> bytes:
+def _read_bytes(table: RawPath) -> bytes:
     try:
         return table.read_bytes()
     except FileNotFoundError as error:
@@ -180,14 +184,17 @@ def _check_cells(rows: Rows, filled: list[str], image_column: str) -> None:
         raise ValueError(f"{rows.table}: row {outside[0]} names an image outside the image folder: use paths below it")
 
 
-def _find_images(rows: Rows, column: str, images: Path) -> Callable[[int, Mapping[str, str]], Path]:
+def _find_images(rows: Rows, column: str, images: RawPath) -> Callable[[int, Mapping[str, str]], RawPath]:
     """(number, row) -> the path of its image."""
     if not images.is_dir():
         raise ValueError(f"there is no image folder {images}")
-    own_name = images.resolve().name
+    local = isinstance(images, Path)
+    own_name = images.resolve().name if isinstance(images, Path) else images.name
     shortened = bytearray(rows.last + 1)  # by number, whether the row's path starts with the folder's own name
     missing: list[int] = []
-    for number, row in rows:
+    # Each look at a store is a request: there a few rows tell how all name their images.
+    looked = rows if local else [rows[place] for place in evenly(len(rows), LOOKED_FOR)]
+    for number, row in looked:
         source = PurePosixPath(row[column])
         if (images / source).is_file():
             continue
@@ -195,15 +202,19 @@ def _find_images(rows: Rows, column: str, images: Path) -> Callable[[int, Mappin
             shortened[number] = True
         else:
             missing.append(number)
-    if len(missing) == len(rows):
+    if len(missing) == len(looked):
         raise ValueError(
-            f"none of the {len(rows)} images of {rows.table} are in {images}: check the image column and the image folder"
+            f"none of the {len(looked)} images of {rows.table} {'' if local else 'that were looked for '}are in {images}: "
+            "check the image column and the image folder"
         )
     if missing:
         logger.warning(
             "%d of %d images of %s are not in %s, the first is of row %d",
-            len(missing), len(rows), rows.table, images, missing[0],
+            len(missing), len(looked), rows.table, images, missing[0],
         )  # fmt: skip
+    if not local and any(shortened):
+        for number, row in rows:
+            shortened[number] = row[column].startswith(f"{own_name}/")
     return lambda number, row: images.joinpath(*PurePosixPath(row[column]).parts[shortened[number] :])
 
 

@@ -6,12 +6,16 @@ import csv
 import gzip
 import io
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any
 
+from mmclip_shards import storage
 from mmclip_shards.datasets.rows import check_columns
+from mmclip_shards.rawpath import RawPath
 
 _CELLS: dict[str, int | None] = {
     "": None, "nan": None, "NaN": None, "1": 1, "1.0": 1, "0": 0, "0.0": 0, "-1": -1, "-1.0": -1,
@@ -19,7 +23,7 @@ _CELLS: dict[str, int | None] = {
 _LONGEST_CELL = 1 << 24  # CheXpert Plus has reports beyond the csv module's 131,072 characters
 
 
-def find_file(raw: Path, *names: str) -> Path:
+def find_file(raw: RawPath, *names: str) -> RawPath:
     """The first of these files that is below `raw`, as it is or with .gz. ValueError that names all when there is none."""
     found = find_optional(raw, *names)
     if found is None:
@@ -27,14 +31,14 @@ def find_file(raw: Path, *names: str) -> Path:
     return found
 
 
-def find_optional(raw: Path, *names: str) -> Path | None:
+def find_optional(raw: RawPath, *names: str) -> RawPath | None:
     """As `find_file`, or None."""
     paths = (raw / (name + suffix) for name in names for suffix in ("", ".gz"))
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_csv(
-    path: Path, *wanted: str, header: Sequence[str] | None = None, delimiter: str = ",", ragged: bool = False
+    path: RawPath, *wanted: str, header: Sequence[str] | None = None, delimiter: str = ",", ragged: bool = False
 ) -> Iterator[dict[str, str]]:
     """The rows of a CSV file, plain or gzip, by column; header names and cells are stripped.
 
@@ -44,7 +48,10 @@ def read_csv(
     """
     csv.field_size_limit(_LONGEST_CELL)
     try:
-        with (gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")) as file:
+        with ExitStack() as opened:
+            file: Any = opened.enter_context(path.open("rb"))
+            if path.suffix == ".gz":
+                file = opened.enter_context(gzip.open(file))
             lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=delimiter == " ")
             names = list(header) if header is not None else [name.strip() for name in next(reader, [])]
@@ -120,19 +127,37 @@ class ImageIndex:
     in none is taken to be in the first folder, so that `pack` counts it as missing.
     """
 
-    def __init__(self, raw: Path, *folders: str) -> None:
-        self._raw = raw
+    def __init__(self, raw: RawPath, *folders: str) -> None:
         found = (path for pattern in folders for path in ([raw] if pattern == "." else raw.glob(pattern)))
         self._folders = sorted({path for path in found if path.is_dir()})
         if not self._folders:
             raise ValueError(f"{raw} holds no folder {' or '.join(folders)}: name the folder that was downloaded, unpacked")
-        self._place: dict[str, int] = {}
+
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        places: dict[str, int] = {}
         for place, folder in enumerate(self._folders):
-            for entry in os.scandir(folder):
-                self._place.setdefault(entry.name, place)
+            for entry in folder.iterdir():
+                places.setdefault(entry.name, place)
+        return places
 
     def __contains__(self, name: str) -> bool:
         return name in self._place
 
-    def __getitem__(self, name: str) -> Path:
-        return self._folders[self._place.get(name, 0)] / name
+    def __getitem__(self, name: str) -> RawPath:
+        # Where there is one folder, nobody needs to list it.
+        return self._folders[self._place.get(name, 0) if len(self._folders) > 1 else 0] / name
+
+
+class FilesBelow:
+    """Which files are below a folder. A local disk is asked for each; a store is asked once for all: each would be a request."""
+
+    def __init__(self, folder: RawPath) -> None:
+        self.folder = folder
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return {name for name, _ in storage.scan_remote(self.folder, deep=True)}
+
+    def __contains__(self, path: PurePath) -> bool:
+        return (self.folder / path).is_file() if isinstance(self.folder, Path) else str(path) in self._names

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv, read_numbers
+from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 
 _NOT_LABELS = {"image_id", "rad_id"}
@@ -20,7 +20,7 @@ _RENAMED = {"Other disease": "Other diseases"}
     unlisted_absent=True,
     needs=DICOM,
 )
-def vindr_cxr(raw: Path) -> Iterator[Record]:
+def vindr_cxr(raw: RawPath) -> Iterator[Record]:
     """VinDr-CXR 1.0.0: 18,000 frontal radiographs (DICOM), 28 labels, boxes of several readers.
 
     RAW holds annotations/ and train/ and test/ (*.dicom), as on PhysioNet, or Kaggle's train.csv and train/ (15,000 images,
@@ -45,7 +45,7 @@ def vindr_cxr(raw: Path) -> Iterator[Record]:
         yield from _records(raw, split, present, rows)
 
 
-def _records(raw: Path, split: str, present: dict[str, set[str]], rows: Iterator[dict[str, str]]) -> Iterator[Record]:
+def _records(raw: RawPath, split: str, present: dict[str, set[str]], rows: Iterator[dict[str, str]]) -> Iterator[Record]:
     """present: image -> labels of any reader; the rows add their own, and their boxes."""
     boxes: dict[str, list[Box]] = {}
     for row in rows:
