@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import ray
@@ -42,18 +42,20 @@ class Unreadable(Members):
         self.reason = reason
 
 
-Maker = Callable[[list[tuple[str, Members]]], list[tuple[str, Members]]]
-"""Makes the sidecar rows of a batch of samples: (key, members of the base shard) -> (key, members of the sidecar)."""
+Sample = tuple[str, Members]
+Maker = Callable[[Iterable[Sample]], Iterable[Sample]]
+"""Makes the sidecar rows of a shard, in order: (key, members of the base shard) -> (key, members of the sidecar). It batches the
+samples itself, and may read ahead."""
 
 JOURNAL, QUARANTINE = "journal.json", "quarantine.jsonl"
 MAX_BAD_FRACTION = 1e-3
 _MEND = "delete it, and every shard is made again"
-_BATCH = 64
 _PUBLISH_EVERY_S = 2.0
 _PUBLISH_SHARE = 0.02  # of the driver's time at most: a journal grows with the shards that it names
 _TRIES = 3  # of one shard
 _LOST_AT_MOST = 10  # shards: beyond, what fails is not the shards' own
 _SHOWN = 3  # keys or shards in a message
+_TELL_EVERY_S = 60.0  # while the cluster has no room for any worker
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Stage:
     entities: str | None = None  # entity sidecar to read along with the base
     checkpoint: str | None = None
     gpus: float = 0  # of each worker; Ray hides all GPUs from a worker that asks for none
+    cpus: int = 1  # of each worker
 
 
 class Made(NamedTuple):
@@ -87,21 +90,23 @@ class _Worker:
         self.stage, self.make = stage, stage.build()
         self.readers = [ShardReader(url, load_manifest(url)) for url in (stage.base, stage.entities) if url]
 
+    def ready(self) -> None:
+        """Returns once the cluster has had room for this worker, and its models are loaded."""
+
     def process(self, number: int) -> Made:
         bad: list[tuple[str, str]] = []
         return Made(write_shard(self.stage.out, number, self._rows(number, bad)), bad)
 
-    def _rows(self, number: int, bad: list[tuple[str, str]]) -> Iterator[tuple[str, Members]]:
+    def _rows(self, number: int, bad: list[tuple[str, str]]) -> Iterator[Sample]:
         """The sidecar rows of a shard; the base and its entities have the same keys in the same order."""
-        rows = zip(*(reader.samples(number) for reader in self.readers), strict=True)
-        while samples := list(islice(rows, _BATCH)):
-            for key, members in self.make([_joined(parts) for parts in samples]):
-                if isinstance(members, Unreadable):
-                    bad.append((key, members.reason))
-                yield key, members
+        samples = zip(*(reader.samples(number) for reader in self.readers), strict=True)
+        for key, members in self.make(_joined(parts) for parts in samples):
+            if isinstance(members, Unreadable):
+                bad.append((key, members.reason))
+            yield key, members
 
 
-def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
+def _joined(parts: tuple[Sample, ...]) -> Sample:
     """(key, members) of one sample from its rows in the base and its sidecars. ValueError unless they share the key."""
     key = parts[0][0]
     members: Members = {}
@@ -115,11 +120,12 @@ def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
 def run_stage(
     stage: Stage, *, workers: int, report: Callable[[int, int], None], max_bad_fraction: float = MAX_BAD_FRACTION
 ) -> Manifest:
-    """Make all missing sidecar shards with `workers` processes, then the manifest.
+    """Make all missing sidecar shards with at most `workers` processes, then the manifest.
 
+    Workers that the cluster has no room for wait for it, so that an autoscaler sees them; they take part when nodes come.
     report(done, total) in shards. max_bad_fraction: share of the samples that may be unreadable (two may always be, unless it is
-    0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, or if the
-    entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die again and again
+    0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, finished or
+    not, or if the entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die again and again
     at them; all others are made then, unless more than ten fail.
     """
     base = load_manifest(stage.base)
@@ -134,7 +140,7 @@ def run_stage(
             report(len(base.shards), len(base.shards))
             return found
         raise ValueError(
-            f"{stage.out} holds {found.kind} of another configuration, checkpoint or set; "
+            f"{stage.out} holds {found.kind} of another configuration, checkpoint, precision or set; "
             "name another --out, or delete that folder"
         )
     done = _read_journal(stage, wanted)
@@ -171,7 +177,7 @@ def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
     """A function that starts a worker; leaving the block ends all of them. Else whoever keeps an error of the stage would keep
     the frames that it came through, a worker in them, and that worker's CPU."""
     # What fails is tried again by `_make_missing`, and not by Ray, which counts a worker's deaths and not those at one shard.
-    actor: Any = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
+    actor: Any = ray.remote(num_cpus=stage.cpus, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
     with ExitStack() as ends:
 
         def new_worker() -> Any:
@@ -188,32 +194,53 @@ def _make_missing(
 ) -> None:  # fmt: skip
     paths = list(wanted)
     waiting = deque(number for number in range(len(paths)) if number not in done)
-    failures: Counter[int] = Counter()
+    failures: Counter[int | None] = Counter()  # None: of workers that had no shard yet
     lost: dict[str, str] = {}  # path of a shard -> what happened to it
+    starting: dict[Any, Any] = {}  # what `ready` will return -> its worker
     running: dict[Any, tuple[int, Any]] = {}
 
-    def start(worker: Any) -> None:
+    def give(worker: Any) -> None:
+        """Only a worker that runs gets a shard: no shard waits for a node that may never come."""
         if waiting:
             number = waiting.popleft()
             running[worker.process.remote(number)] = (number, worker)
+        else:
+            ray.kill(worker)  # its node may go
 
-    for _ in range(min(workers, len(waiting))):
-        start(new_worker())
     publish_at = time.monotonic() + _PUBLISH_EVERY_S
-    while running and len(lost) <= _LOST_AT_MOST:
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        number, worker = running.pop(finished)
-        try:
-            done[number] = ray.get(finished)
-        except ray.exceptions.RayError as error:
-            failures[number] += 1
-            if final := _final(error, failures[number]):
-                lost[paths[number]] = final
-            else:
-                waiting.appendleft(number)
-            start(new_worker() if isinstance(error, ray.exceptions.RayActorError) and waiting else worker)
+    while (running or waiting) and len(lost) <= _LOST_AT_MOST:
+        useful = min(workers - len(running), len(waiting))
+        while len(starting) < useful:
+            worker = new_worker()
+            starting[worker.ready.remote()] = worker
+        while len(starting) > useful:
+            ray.kill(starting.popitem()[1])
+        finished, _ = ray.wait([*running, *starting], num_returns=1, timeout=_TELL_EVERY_S)
+        if not finished:
+            if not running:
+                _tell_of_waiting(stage, len(starting))
             continue
-        start(worker)
+        number, worker = running.pop(finished[0], None) or (None, starting.pop(finished[0]))
+        try:
+            made = ray.get(finished[0])
+        except ray.exceptions.RayError as error:
+            if not getattr(error, "preempted", False):  # a node that was taken away is no fault of the shard
+                failures[number] += 1
+            final = _final(error, failures[number])
+            if final and number is None:
+                raise OSError(f"a worker cannot start: {final}") from None
+            if number is not None and final:
+                lost[paths[number]] = final
+            elif number is not None:
+                waiting.appendleft(number)
+            if not isinstance(error, ray.exceptions.RayActorError):
+                give(worker)
+            continue
+        give(worker)
+        if number is None:
+            failures[None] = 0
+            continue
+        done[number] = made
         if (began := time.monotonic()) > publish_at:
             _write_journal(stage, wanted, done)
             ended = time.monotonic()
@@ -226,6 +253,13 @@ def _make_missing(
         told = "; ".join(f"shard {path}: {what}" for path, what in list(lost.items())[:_SHOWN])
         more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise OSError(f"{len(done)} of {len(paths)} shards are made; the same command makes the others. {told}{more}")
+
+
+def _tell_of_waiting(stage: Stage, count: int) -> None:
+    has = ray.cluster_resources()
+    told = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs, {ray.available_resources().get('CPU', 0):g} CPUs free"
+    asked = f"{stage.cpus} CPUs and {stage.gpus:g} GPUs"
+    print(f"{count} workers wait for room: each asks for {asked}; the cluster has {told}", file=sys.stderr, flush=True)
 
 
 def _final(error: ray.exceptions.RayError, failures: int) -> str:
@@ -251,19 +285,24 @@ def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Made]) 
 
 
 def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
-    """Shards that an interrupted stage of the same identity has finished."""
+    """Shards that an interrupted stage of the same identity has finished. ValueError if it was another one's."""
     url = storage.join(stage.out, JOURNAL)
     if not storage.exists(url):
         return {}
     document = read_json(url, _MEND)
     try:
-        if (document["config_hash"], document["base"]) != (stage.config_hash, wanted):
-            return {}
+        same = (document["config_hash"], document["base"]) == (stage.config_hash, wanted)
         rows = {int(number): dict(row) for number, row in document["shards"].items()}
         bad = {number: [(key, reason) for key, reason in row.pop("bad", ())] for number, row in rows.items()}
-        return {number: Made(Shard(**row), bad[number]) for number, row in rows.items()}
+        done = {number: Made(Shard(**row), bad[number]) for number, row in rows.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
+    if done and not same:
+        raise ValueError(
+            f"{stage.out} holds {len(done)} shards of an interrupted stage of another configuration, checkpoint, precision or set; "
+            f"name another --out, or, to make them again, delete {JOURNAL} there"
+        )
+    return done
 
 
 def progress_line(unit: str, *, as_json: bool = False) -> Callable[[int, int], None]:
