@@ -18,7 +18,7 @@ from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.config import Precision
 from mmclip_dist.data.batch import Example, collate_into
 from mmclip_dist.data.example import ExampleMaker
-from mmclip_dist.model.inputs import moved
+from mmclip_dist.model.inputs import PlannedBatch, moved
 from mmclip_dist.offline.stage import Members, Sample, Unreadable
 
 BATCH = 64
@@ -57,25 +57,27 @@ class Scorer:
     def __call__(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """The rows of a shard. While a batch is scored the next ones are decoded, and the last one's grids come back."""
         behind: deque[_Scored] = deque()
+        for examples in self.decoded(samples):
+            batch = self.collated(examples)
+            behind.append(_Scored(examples, *self._sent_back(None if batch is None else self.score(batch))))
+            if len(behind) == 2:
+                yield from self._rows(behind.popleft())
+        while behind:
+            yield from self._rows(behind.popleft())
+
+    def decoded(self, samples: Iterable[Sample]) -> Iterator[list[tuple[str, Example | str]]]:
+        """Batches of (key, example or why it cannot be decoded); two more are in work."""
+        remaining, ahead = iter(samples), deque[list[Future[tuple[str, Example | str]]]]()
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                for examples in self._decoded(pool, iter(samples)):
-                    behind.append(self._score(examples))
-                    if len(behind) == 2:
-                        yield from self._rows(behind.popleft())
-                while behind:
-                    yield from self._rows(behind.popleft())
+                while batch := [pool.submit(self._decode, *sample) for sample in islice(remaining, self.batch)]:
+                    ahead.append(batch)
+                    if len(ahead) == 3:
+                        yield [future.result() for future in ahead.popleft()]
+                while ahead:
+                    yield [future.result() for future in ahead.popleft()]
             finally:
                 pool.shutdown(cancel_futures=True)
-
-    def _decoded(self, pool: ThreadPoolExecutor, samples: Iterator[Sample]) -> Iterator[list[tuple[str, Example | str]]]:
-        ahead: deque[list[Future[tuple[str, Example | str]]]] = deque()
-        while batch := [pool.submit(self._decode, *sample) for sample in islice(samples, self.batch)]:
-            ahead.append(batch)
-            if len(ahead) == 3:
-                yield [future.result() for future in ahead.popleft()]
-        while ahead:
-            yield [future.result() for future in ahead.popleft()]
 
     def _decode(self, key: str, members: Members) -> tuple[str, Example | str]:
         try:
@@ -83,25 +85,30 @@ class Scorer:
         except ValueError as error:  # no scores: training meets the same sample, replaces it and counts it
             return key, str(error)
 
-    def _score(self, examples: list[tuple[str, Example | str]]) -> _Scored:
+    def collated(self, examples: Iterable[tuple[str, Example | str]]) -> PlannedBatch | None:
+        """Those that could be decoded, if any, on the CPU; pinned, if there is a card."""
         known = [example for _, example in examples if not isinstance(example, str)]
         if not known:
-            return _Scored(examples, None, None)
-        card = self.device.type == "cuda"
+            return None
 
         def room(sizes: Iterable[tuple[torch.dtype, Size]]) -> list[Tensor]:
-            return [torch.empty(size, dtype=dtype, pin_memory=card) for dtype, size in sizes]
+            return [torch.empty(size, dtype=dtype, pin_memory=self.device.type == "cuda") for dtype, size in sizes]
 
-        batch = self.model.whole(collate_into(known, 0, self.tokenizer.pad_token_id, room))
+        return self.model.whole(collate_into(known, 0, self.tokenizer.pad_token_id, room))
+
+    def score(self, batch: PlannedBatch) -> Tensor:
+        """Grids [n, g, g] float32, on the device, which the host does not wait for."""
         dtype = AUTOCAST.get(self.precision)
         with torch.inference_mode(), torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            grids = self.model.attention_grid(moved(batch, self.device)).float()
-        if not card:
-            return _Scored(examples, grids, None)
+            return self.model.attention_grid(moved(batch, self.device)).float()
+
+    def _sent_back(self, grids: Tensor | None) -> tuple[Tensor | None, torch.cuda.Event | None]:
+        if grids is None or self.device.type == "cpu":
+            return grids, None
         back = torch.empty(grids.shape, pin_memory=True).copy_(grids, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        return _Scored(examples, back, copied)
+        return back, copied
 
     def _rows(self, scored: _Scored) -> Iterator[Sample]:
         if scored.copied is not None:

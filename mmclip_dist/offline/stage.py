@@ -83,7 +83,7 @@ class Made(NamedTuple):
     bad: list[tuple[str, str]]
 
 
-class _Worker:
+class Worker:
     """A Ray actor: one process that holds the loaded models."""
 
     def __init__(self, stage: Stage) -> None:
@@ -177,7 +177,7 @@ def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
     """A function that starts a worker; leaving the block ends all of them. Else whoever keeps an error of the stage would keep
     the frames that it came through, a worker in them, and that worker's CPU."""
     # What fails is tried again by `_make_missing`, and not by Ray, which counts a worker's deaths and not those at one shard.
-    actor: Any = ray.remote(num_cpus=stage.cpus, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
+    actor: Any = ray.remote(num_cpus=stage.cpus, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(Worker)
     with ExitStack() as ends:
 
         def new_worker() -> Any:
