@@ -57,10 +57,10 @@ def judge_cluster(address: str) -> list[Finding]:
 
 def _judge_python(address: str, known: str | None) -> list[Finding]:
     try:
-        status, text = _get(f"{address.rstrip('/')}/api/v0/cluster_metadata", known)
-        theirs = json.loads(text)["data"]["pythonVersion"]
+        theirs = json.loads(_get(f"{address.rstrip('/')}/api/v0/cluster_metadata", known)[1])["data"]["pythonVersion"]
     except (OSError, ValueError, KeyError, TypeError):
-        return [Finding("warning", _CHECK, "", f"{address} does not tell its Python", "compare `python --version` there and here")]
+        mend = "compare `python --version` there and here"
+        return [Finding("warning", _CHECK, "", f"{address} does not tell its Python", mend)]
     ours = platform.python_version()
     if theirs.split(".")[:2] == ours.split(".")[:2]:
         return []

@@ -50,7 +50,7 @@ def inside(path: Path) -> Path:
     """The path below the working folder. ValueError if it lies elsewhere, or would hide our code."""
     short = Path(os.path.relpath(path))
     if short.parts[0] == "..":
-        raise ValueError(f"{path} does not lie below the working folder, whose files travel with the job: start from a folder above")
+        raise ValueError(f"{path} does not lie below the working folder, whose files travel: start from a folder above it")
     if short.parts[0] in OURS:
         raise ValueError(f"{path} would take the place of our package {short.parts[0]} on the cluster: rename it")
     return short
@@ -74,8 +74,8 @@ def fill(folder: Path, files: Files) -> None:
     code = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if (whole := (code + files.size) / 2**20) > LARGEST_MIB:
         raise ValueError(
-            f"{whole:.0f} MiB would travel with the job, at most {LARGEST_MIB} may; largest: {files.largest()}. Leave files out by "
-            "--exclude, or put them into a store or a folder that the cluster sees"
+            f"{whole:.0f} MiB would travel with the job, at most {LARGEST_MIB} may; largest: {files.largest()}. Leave files "
+            "out by --exclude, or put them into a store or a folder that the cluster sees"
         )
     for path in files.paths:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -87,5 +87,6 @@ def pinned(requirements: Path) -> list[str]:
     lines = [line.split(" #")[0].strip() for line in requirements.read_text().splitlines()]
     for number, line in enumerate(lines, 1):
         if line and not line.startswith("#") and not _PINNED.fullmatch(line):
-            raise ValueError(f"{requirements}, line {number}: {line!r} is not pinned; write NAME==VERSION, so that all nodes get the same")
+            mend = "write NAME==VERSION, so that all nodes get the same"
+            raise ValueError(f"{requirements}, line {number}: {line!r} is not pinned; {mend}")
     return [line for line in lines if line and not line.startswith("#")]

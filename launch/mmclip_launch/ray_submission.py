@@ -1,4 +1,4 @@
-"""`mmclip launch ray-job`: hand an offline stage to a Ray cluster, from any machine that reaches its job server, and follow it."""
+"""`mmclip launch ray-job`: hand an offline stage to a Ray cluster, from any machine that reaches its job server."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def entrypoint(words: Sequence[str]) -> list[str]:
             raise ValueError(f"{value} is relative, and a job starts in another folder: give the full path or a URL")
         if PASSWORD.search(word):
             raise ValueError(
-                "a URL has a password in it, and Ray shows a job's command to everybody: give keys to the cluster's nodes instead "
-                "(launch/README.md, Credentials of a store)"
+                "a URL has a password in it, and Ray shows a job's command to everybody: give keys to the cluster's nodes "
+                "instead (launch/README.md, Credentials of a store)"
             )
     return ["python", "-m", "mmclip_launch.cli", *words]
 

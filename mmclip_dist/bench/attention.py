@@ -72,11 +72,12 @@ def main(words: list[str]) -> None:
         alone, whole, decoding, ratio = rates(Path(name), options)
     lines = [
         "# The attention stage beside its model", "",
-        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, one thread and one that decodes, torch {torch.__version__}. Command:",
+        f"{datetime.date.today()}, {os.cpu_count()} CPU cores, one thread and one that decodes, torch {torch.__version__}. "
+        "Command:",
         f"`python -m mmclip_dist.bench.attention {' '.join(words)}`".replace(" `", "`"), "",
-        f"ViT-B/16 and its text encoder on {options.images} drawn images of {SIZE} pixels with reports, {options.precision}, batches of "
-        f"{options.batch}, medians of {options.rounds} rounds: {alone:.2f} images/s alone, {whole:.2f} in the stage; **{ratio:.3f}** "
-        "of it (goal 0.9).", "",
+        f"ViT-B/16 and its text encoder on {options.images} drawn images of {SIZE} pixels with reports, {options.precision}, "
+        f"batches of {options.batch}, medians of {options.rounds} rounds: {alone:.2f} images/s alone, {whole:.2f} in the stage; "
+        f"**{ratio:.3f}** of it (goal 0.9).", "",
         f"Reading, decoding and collating alone: {decoding:.0f} images/s, which is what one of `--cpus` can feed to a card.",
     ]  # fmt: skip
     print("\n".join(lines))

@@ -379,7 +379,7 @@ class MMCLIP(nn.Module):
         return self._text_memory(whole, reports, self._prompt_features(0))
 
     def whole(self, batch: Batch) -> PlannedBatch:
-        """The batch with a plan by which every image and every report is rebuilt. The host waits for a batch that is on a card."""
+        """The batch with a plan by which every image and every report is rebuilt. The host waits for one that is on a card."""
         plan = Plan.of(batch, self.text.width, (1.0, 1.0)).to(batch["image"].device)
         return PlannedBatch(**batch | {"plan": plan})  # type: ignore[typeddict-item]
 

@@ -27,8 +27,8 @@ def attention_stage(
 
     checkpoint: a folder, a run, or the URL of a mirror, from which every worker then fetches its copy.
     gpus: of each worker process; 0 scores on the CPU. cpus: of each; on a card they decode ahead of it. precision: of the model's
-    products; None: as in its training on a card, fp32 on a CPU. batch: images at once. The last bits of a score depend on both, so
-    both belong to the sidecar's configuration.
+    products; None: as in its training on a card, fp32 on a CPU. batch: images at once. The last bits of a score depend on both,
+    so both belong to the sidecar's configuration.
     """
     # Everything that affects a score: the model with its tokenizer, prompts and diseases, and the content of the entities.
     guide = None if entities is None else manifest_hash(load_manifest(entities))

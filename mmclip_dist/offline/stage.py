@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from mmclip_shards.textfiles import read_json
 from mmclip_shards.writer import write_shard
 
 from mmclip_dist.data.join import check_sidecar
+from mmclip_dist.offline.crew import Crew
 
 Members = dict[str, bytes]
 
@@ -55,7 +55,6 @@ _PUBLISH_SHARE = 0.02  # of the driver's time at most: a journal grows with the 
 _TRIES = 3  # of one shard
 _LOST_AT_MOST = 10  # shards: beyond, what fails is not the shards' own
 _SHOWN = 3  # keys or shards in a message
-_TELL_EVERY_S = 60.0  # while the cluster has no room for any worker
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,8 @@ def run_stage(
     Workers that the cluster has no room for wait for it, so that an autoscaler sees them; they take part when nodes come.
     report(done, total) in shards. max_bad_fraction: share of the samples that may be unreadable (two may always be, unless it is
     0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, finished or
-    not, or if the entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die again and again
-    at them; all others are made then, unless more than ten fail.
+    not, or if the entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die
+    again and again at them; all others are made then, unless more than ten fail.
     """
     base = load_manifest(stage.base)
     if base.kind != "base":
@@ -194,53 +193,32 @@ def _make_missing(
 ) -> None:  # fmt: skip
     paths = list(wanted)
     waiting = deque(number for number in range(len(paths)) if number not in done)
+    crew = Crew(new_worker, workers, f"{stage.cpus} CPUs and {stage.gpus:g} GPUs")
     failures: Counter[int | None] = Counter()  # None: of workers that had no shard yet
     lost: dict[str, str] = {}  # path of a shard -> what happened to it
-    starting: dict[Any, Any] = {}  # what `ready` will return -> its worker
-    running: dict[Any, tuple[int, Any]] = {}
-
-    def give(worker: Any) -> None:
-        """Only a worker that runs gets a shard: no shard waits for a node that may never come."""
-        if waiting:
-            number = waiting.popleft()
-            running[worker.process.remote(number)] = (number, worker)
-        else:
-            ray.kill(worker)  # its node may go
-
     publish_at = time.monotonic() + _PUBLISH_EVERY_S
-    while (running or waiting) and len(lost) <= _LOST_AT_MOST:
-        useful = min(workers - len(running), len(waiting))
-        while len(starting) < useful:
-            worker = new_worker()
-            starting[worker.ready.remote()] = worker
-        while len(starting) > useful:
-            ray.kill(starting.popitem()[1])
-        finished, _ = ray.wait([*running, *starting], num_returns=1, timeout=_TELL_EVERY_S)
-        if not finished:
-            if not running:
-                _tell_of_waiting(stage, len(starting))
+    while (crew.running or waiting) and len(lost) <= _LOST_AT_MOST:
+        crew.call(len(waiting))
+        if (ended := crew.next()) is None:
             continue
-        number, worker = running.pop(finished[0], None) or (None, starting.pop(finished[0]))
-        try:
-            made = ray.get(finished[0])
-        except ray.exceptions.RayError as error:
-            if not getattr(error, "preempted", False):  # a node that was taken away is no fault of the shard
-                failures[number] += 1
-            final = _final(error, failures[number])
-            if final and number is None:
-                raise OSError(f"a worker cannot start: {final}") from None
-            if number is not None and final:
-                lost[paths[number]] = final
-            elif number is not None:
+        worker, number, found = ended
+        if isinstance(found, ray.exceptions.RayError):
+            failures[number] += not getattr(found, "preempted", False)  # a node that was taken away is no fault of the shard
+            final = _final(found, failures[number])
+            if number is not None and not final:
                 waiting.appendleft(number)
-            if not isinstance(error, ray.exceptions.RayActorError):
-                give(worker)
+            elif number is not None:
+                lost[paths[number]] = final
+            elif final:
+                raise OSError(f"a worker cannot start: {final}")
+            if not isinstance(found, ray.exceptions.RayActorError):
+                crew.give(worker, waiting)
             continue
-        give(worker)
+        crew.give(worker, waiting)
         if number is None:
             failures[None] = 0
             continue
-        done[number] = made
+        done[number] = found
         if (began := time.monotonic()) > publish_at:
             _write_journal(stage, wanted, done)
             ended = time.monotonic()
@@ -253,13 +231,6 @@ def _make_missing(
         told = "; ".join(f"shard {path}: {what}" for path, what in list(lost.items())[:_SHOWN])
         more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise OSError(f"{len(done)} of {len(paths)} shards are made; the same command makes the others. {told}{more}")
-
-
-def _tell_of_waiting(stage: Stage, count: int) -> None:
-    has = ray.cluster_resources()
-    told = f"{has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs, {ray.available_resources().get('CPU', 0):g} CPUs free"
-    asked = f"{stage.cpus} CPUs and {stage.gpus:g} GPUs"
-    print(f"{count} workers wait for room: each asks for {asked}; the cluster has {told}", file=sys.stderr, flush=True)
 
 
 def _final(error: ray.exceptions.RayError, failures: int) -> str:
@@ -299,8 +270,8 @@ def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
         raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
     if done and not same:
         raise ValueError(
-            f"{stage.out} holds {len(done)} shards of an interrupted stage of another configuration, checkpoint, precision or set; "
-            f"name another --out, or, to make them again, delete {JOURNAL} there"
+            f"{stage.out} holds {len(done)} shards of an interrupted stage of another configuration, checkpoint, precision or "
+            f"set; name another --out, or, to make them again, delete {JOURNAL} there"
         )
     return done
 

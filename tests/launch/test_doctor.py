@@ -175,7 +175,8 @@ def test_a_cluster_with_another_python_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_AUTH_TOKEN", "planted")
     with server("planted", version("ray"), "3.9.1") as address:
         (finding,) = judge_cluster(address)
-    assert str(finding).startswith(f"error: Ray: {address} runs Python 3.9.1, here is {platform.python_version()}: use Python 3.9")
+    here = platform.python_version()
+    assert str(finding).startswith(f"error: Ray: {address} runs Python 3.9.1, here is {here}: use Python 3.9")
 
 
 def test_a_ray_cluster_that_is_away_is_told() -> None:

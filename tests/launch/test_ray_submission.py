@@ -37,15 +37,19 @@ SECRET = "planted-key-of-this-laptop"
 @pytest.fixture
 def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with files of a user."""
-    for name in ("recipes/a.yaml", "recipes/deep/b.yaml", "recipes/scan.png", "recipes/.git/config", "recipes/.env", "lexicon.yaml"):
+    names = ("recipes/a.yaml", "recipes/deep/b.yaml", "recipes/scan.png", "recipes/.git/config", "recipes/.env", "lexicon.yaml")
+    for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_files_that_are_named_travel_and_hidden_or_excluded_ones_do_not(laptop: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    words = ["s3://bucket/set/train", "--model=lexicon.yaml", "recipes/a.yaml", "--workers", "64", str(laptop / "recipes/scan.png")]
+def test_files_that_are_named_travel_and_hidden_or_excluded_ones_do_not(
+    laptop: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = str(laptop / "recipes/scan.png")  # a full path means what the cluster has there
+    words = ["s3://bucket/set/train", "--model=lexicon.yaml", "recipes/a.yaml", "--workers", "64", elsewhere]
     files = Files.of(words, [laptop / "recipes"], ["*.png"])
     assert [str(path) for path in files.paths] == ["lexicon.yaml", "recipes/a.yaml", "recipes/deep/b.yaml"]
     assert [str(path) for path in Files.of([], [Path("recipes")], ["recipes/d*", "scan.*"]).paths] == ["recipes/a.yaml"]
@@ -57,12 +61,13 @@ def test_files_that_are_named_travel_and_hidden_or_excluded_ones_do_not(laptop: 
     assert not [path for path in made.rglob("*") if path.name in ("__pycache__", "tests", ".git", "results")]
 
 
-def test_what_cannot_travel_is_refused_in_one_line(laptop: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_cannot_travel_is_refused_in_one_line(laptop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (laptop / "mmclip_dist").mkdir()
     (laptop / "mmclip_dist" / "x.py").touch()
-    for more, told in ((Path("no.yaml"), "is not here"), (laptop.parent, "does not lie below"), (Path("mmclip_dist"), "take the place")):
+    wrong = {"no.yaml": "is not here", str(laptop.parent): "does not lie below", "mmclip_dist": "take the place"}
+    for more, told in wrong.items():
         with pytest.raises(ValueError, match=told):
-            Files.of([], [more], [])
+            Files.of([], [Path(more)], [])
     monkeypatch.setattr(ray_package, "LARGEST_MIB", 1)
     (laptop / "recipes" / "scan.png").write_bytes(bytes(3 << 20))
     with pytest.raises(ValueError, match=r"MiB would travel.*at most 1 may; largest: recipes/scan.png \(3\.0 MiB\).*--exclude"):
@@ -96,7 +101,9 @@ def test_requirements_are_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[s
             pinned(path)
 
 
-def test_nothing_is_sent_to_a_cluster_that_is_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_sent_to_a_cluster_that_is_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fault = Finding("error", "Ray", "", "http://head:8265 runs Python 3.9.1, here is another", "use Python 3.9 here")
     monkeypatch.setattr("mmclip_launch.ray_submission.judge_cluster", lambda _: [fault])
     monkeypatch.setattr("mmclip_launch.ray_submission._client", lambda _: pytest.fail("asked"))
@@ -152,7 +159,7 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_stage_from_a_laptop_to_a_cluster_and_ctrl_c_leaves_it_running(
     sets, reached: Cluster, s3: S3Server, laptop: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,7 +199,7 @@ def test_a_stage_from_a_laptop_to_a_cluster_and_ctrl_c_leaves_it_running(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_the_exit_code_is_the_jobs_and_the_cluster_is_judged(
     reached: Cluster, s3: S3Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
