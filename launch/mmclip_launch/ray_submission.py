@@ -35,11 +35,10 @@ def entrypoint(words: Sequence[str]) -> list[str]:
     """
     if not words or words[0] not in STAGES:
         raise ValueError(f"name a stage, {' or '.join(STAGES)}: mmclip launch ray-job -- entities SET/train --workers 64")
-    for word in words[1:]:
+    for place, word in enumerate(words[1:]):
         value = word.partition("=")[2] if word.startswith("--") else word
-        if (word is words[1] and not word.startswith("-") and "://" not in word and not word.startswith("/")) or (
-            value and not value.startswith("/") and Path(value).is_dir()
-        ):
+        relative = value and "://" not in value and not value.startswith(("/", "-"))
+        if relative and (place == 0 or Path(value).is_dir()):
             raise ValueError(f"{value} is relative, and a job starts in another folder: give the full path or a URL")
         if PASSWORD.search(word):
             raise ValueError(
@@ -97,7 +96,6 @@ def _client(address: str) -> Any:
 def follow(client: Any, address: str, name: str) -> int:
     """Print the job's output until it ends -> its exit code. Ctrl-C ends the printing alone."""
     import aiohttp
-    import requests
 
     later = f"follow it: ray job logs {name} --follow --address {address}; stop it: ray job stop {name} --address {address}"
     print(f"submitted as {name}", file=sys.stderr, flush=True)
@@ -113,7 +111,7 @@ def follow(client: Any, address: str, name: str) -> int:
     except KeyboardInterrupt:
         print(f"detached; the job goes on. {later}", file=sys.stderr, flush=True)
         return INTERRUPTED
-    except (RuntimeError, aiohttp.ClientError, requests.RequestException) as error:
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
         raise OSError(f"the connection to {address} is lost ({type(error).__name__}); the job goes on. {later}") from None
     if job.status == "SUCCEEDED":
         return 0
