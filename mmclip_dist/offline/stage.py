@@ -199,9 +199,9 @@ def _make_missing(
     publish_at = time.monotonic() + _PUBLISH_EVERY_S
     while (crew.running or waiting) and len(lost) <= _LOST_AT_MOST:
         crew.call(len(waiting))
-        if (ended := crew.next()) is None:
+        if (event := crew.next()) is None:
             continue
-        worker, number, found = ended
+        worker, number, found = event
         if isinstance(found, ray.exceptions.RayError):
             failures[number] += not getattr(found, "preempted", False)  # a node that was taken away is no fault of the shard
             final = _final(found, failures[number])
