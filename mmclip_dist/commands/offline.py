@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 from mmclip_shards.storage import join
 
-from mmclip_dist.commands.options import Workers
-from mmclip_dist.config import Precision
+from mmclip_dist.commands.options import Precision, Workers
 
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
