@@ -25,6 +25,10 @@ PASSWORD = re.compile(r"(?<=://)[^/\s]*:[^/\s]*(?=@)|(?<=http://)[^/\s]+(?=@)|(?
 """What stands before the host in a URL and lets its reader in. `abfs://container@account` has none."""
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What the model multiplies in."""
+
+
 def _divide(name: str, value: int, by_name: str, by: int) -> None:
     if value % by:
         raise ValueError(f"{name}={value} is no multiple of {by_name}={by}")
@@ -323,7 +327,7 @@ class Config(Section):
 
     run_dir: str
     seed: int = Field(0, ge=0)
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Offload = Offload()
     threads: int | None = Field(None, gt=0)  # torch threads of each rank on the CPU; None: cores / ranks

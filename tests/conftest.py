@@ -16,6 +16,7 @@ import torch
 # Without a card Triton kernels run in Python. Triton reads this when it is first imported, its own library included, so it
 # stands before every import that may lead there; processes that tests start inherit it.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own, 15, starves its workers beside the other test processes
 
 from mmclip_shards.datasets.synthetic.set import pack_synthetic
 from mmclip_shards.manifest import Manifest, load_manifest, save_manifest

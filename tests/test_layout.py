@@ -70,7 +70,7 @@ WINGS = {
     "engine": {"errors", "launcher", "config", "data", "model"},
     "checkpoint": {"config", "data", "model", "engine"},
     "run": {"launcher", "config", "data", "model", "engine", "plan"},
-    "offline": {"config", "data", "checkpoint"},
+    "offline": {"config", "data", "model", "checkpoint"},
     "fit": {"config", "data", "model", "engine", "checkpoint", "run"},
     "evaluate": {"errors", "config", "data", "model", "engine", "checkpoint", "run", "offline", "fit"},
     "export": {"config", "data", "model", "checkpoint", "evaluate"},

@@ -16,8 +16,10 @@ import torch
 from mmclip_shards import decode_image, load_manifest
 
 import mmclip_dist
+from mmclip_dist import config
 from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.checkpoint.model_files import write_model
+from mmclip_dist.commands import options
 
 HEAVY = ("torch", "transformers", "ray", "deepspeed", "scipy", "pydantic", "webdataset")
 
@@ -26,6 +28,10 @@ def imported_by(statement: str) -> set[str]:
     """Which heavy packages a statement imports in a fresh interpreter."""
     code = f"{statement}\nimport sys\nprint(*(name for name in {HEAVY} if name in sys.modules))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_a_choice_that_is_named_twice_is_the_same() -> None:
+    assert options.Precision == config.Precision
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -145,12 +145,18 @@ def launch_k8s(
 def launch_ray_job(
     words: Annotated[list[str], typer.Argument(help="-- entities|attention SET/train ..., as after `mmclip`.")],
     address: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="The cluster's job server, http://HOST:8265.")],
+    more: Annotated[
+        list[Path] | None, typer.Option("--with", help="A file or folder below this one that travels, too; may be repeated.")
+    ] = None,
+    exclude: Annotated[Urls, typer.Option(help="Leave such files out of --with, as '*.png'; may be repeated.")] = None,
+    pip: Annotated[Path | None, typer.Option(help="Requirements, each NAME==VERSION, that the nodes install.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """An offline stage on a Ray cluster, with this code. Run it again to go on."""
-    from mmclip_launch.submit import submit_ray
+    """An offline stage on a Ray cluster, with this code and the files that its words name. Ctrl-C leaves it running. Run it again
+    to go on."""
+    from mmclip_launch.ray_submission import submit_ray
 
-    raise typer.Exit(submit_ray(address, words, dry=dry_run))
+    raise typer.Exit(submit_ray(address, words, more=more or (), excludes=exclude or (), pip=pip, dry=dry_run))
 
 
 def main() -> int:

@@ -32,15 +32,19 @@ def frozen_at(run_dir: Path) -> Path:
     return run_dir.absolute() / CODE / str(code_hash(list(OURS)))
 
 
+def copy_packages(folder: Path) -> None:
+    """Our packages as they are now, into a folder: code and data, without the results of benches."""
+    for package in OURS:
+        ignored = shutil.ignore_patterns("__pycache__", "results", ".*")
+        shutil.copytree(module_folder(package), folder / package, ignore=ignored)
+
+
 def freeze(run_dir: Path) -> Path:
     """Copy our packages, unless that was done -> the folder."""
     folder = frozen_at(run_dir)
     if not folder.is_dir():
         new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.writing")
-        for package in OURS:
-            shutil.copytree(
-                module_folder(package), new / package, ignore=shutil.ignore_patterns("__pycache__", "results", ".*")
-            )
+        copy_packages(new)
         try:
             new.rename(folder)
         except OSError:  # another submission was faster

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import urllib.error
 import urllib.request
 from importlib.metadata import version
@@ -47,10 +48,24 @@ def judge_cluster(address: str) -> list[Finding]:
     if theirs != ours:
         mend = f"install ray=={theirs} here, or start the cluster with ray=={ours}"
         found.append(Finding("error", _CHECK, "", f"{address} runs Ray {theirs}, here is {ours}", mend))
+    found += _judge_python(address, known)
     if _get(url, None)[0] == 200:
         mend = "whoever reaches it can run programs there: start it with RAY_AUTH_MODE=token"
         found.append(Finding("warning", _CHECK, "", f"{address} lets everybody in", mend))
     return found or [Finding("ok", _CHECK, "", f"Ray {theirs}, which asks for the token")]
+
+
+def _judge_python(address: str, known: str | None) -> list[Finding]:
+    try:
+        theirs = json.loads(_get(f"{address.rstrip('/')}/api/v0/cluster_metadata", known)[1])["data"]["pythonVersion"]
+    except (OSError, ValueError, KeyError, TypeError):
+        mend = "compare `python --version` there and here"
+        return [Finding("warning", _CHECK, "", f"{address} does not tell its Python", mend)]
+    ours = platform.python_version()
+    if theirs.split(".")[:2] == ours.split(".")[:2]:
+        return []
+    mend = f"use Python {'.'.join(theirs.split('.')[:2])} here, or start the cluster with {'.'.join(ours.split('.')[:2])}"
+    return [Finding("error", _CHECK, "", f"{address} runs Python {theirs}, here is {ours}", mend)]
 
 
 def _get(url: str, known: str | None) -> tuple[int, bytes]:

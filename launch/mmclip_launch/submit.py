@@ -1,8 +1,7 @@
-"""Hand a run to those that start it: DeepSpeed's launcher on the hosts of a hostfile, Slurm, Kubernetes, a Ray cluster."""
+"""Hand a run to those that start it: DeepSpeed's launcher on the hosts of a hostfile, Slurm, Kubernetes."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from mmclip_shards.storage import write_atomic
@@ -19,13 +17,12 @@ from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
 from mmclip_launch.doctor import local_hosts, look
 from mmclip_launch.findings import counted, errors
-from mmclip_launch.frozen import OURS, freeze, frozen_at, module_folder, record, shown, variables
+from mmclip_launch.frozen import freeze, frozen_at, record, shown, variables
 from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text
 from mmclip_launch.kubernetes import APPLY, apply, rendered
 from mmclip_launch.kubernetes import job as job_objects
-from mmclip_launch.probe import code_hash, gpus
+from mmclip_launch.probe import gpus
 from mmclip_launch.processes import environment
-from mmclip_launch.ray_cluster import judge_cluster
 from mmclip_launch.templates import template
 
 _SUBMITTED = "launch"  # a folder of the run: hostfile and variables, as submitted
@@ -164,37 +161,3 @@ def submit_kubernetes(job: Job, image: str, *, nodes: int, gpus: int, dry: bool)
     if not shutil.which(APPLY[0]):
         raise ValueError("kubectl is not here: install it, or hand what --dry-run prints to someone who has it")
     return apply(text)
-
-
-STAGES = ("entities", "attention")
-
-
-def ray_command(address: str, words: Sequence[str]) -> list[str]:
-    """`ray job submit` of an offline stage. Ray uploads our packages as they are now: nodes use no others.
-
-    ValueError unless the words begin with a stage, and sets are named so that the cluster finds them.
-    """
-    if not words or words[0] not in STAGES:
-        raise ValueError(
-            f"name a stage, {' or '.join(STAGES)}: mmclip launch ray-job -- entities SET/train --workers 64"
-        )
-    if len(words) > 1 and not words[1].startswith("/") and "://" not in words[1]:
-        raise ValueError(f"{words[1]} is relative, and a job starts in another folder: give the full path or a URL")
-    modules = [str(module_folder(package)) for package in OURS]
-    frozen = {"mmclip-dist": version("mmclip-dist"), "code": str(code_hash(list(OURS)))}
-    more = ["--runtime-env-json", json.dumps({"py_modules": modules}), "--metadata-json", json.dumps(frozen)]
-    return ["ray", "job", "submit", "--address", address, *more, "--", "mmclip", *words]
-
-
-def submit_ray(address: str, words: Sequence[str], *, dry: bool) -> int:
-    """Run a stage on a Ray cluster and wait -> its exit code. Mendable if the cluster is not fit or refuses us."""
-    command = ray_command(address, words)
-    if dry:
-        print(shlex.join(command))
-        return 0
-    found = judge_cluster(address)
-    for finding in found:
-        print(finding, file=sys.stderr, flush=True)
-    if errors(found):
-        raise Mendable("nothing was submitted: see above")
-    return subprocess.run(command, env=environment(), check=False).returncode

@@ -17,19 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mmclip_shards.manifest import Manifest, save_manifest
 from mmclip_shards.writer import write_shard
 
-from mmclip_dist.offline.stage import JOURNAL, Maker, Members, Stage, connect, run_stage
+from mmclip_dist.offline.stage import JOURNAL, Maker, Sample, Stage, connect, run_stage
 
 RESULTS = Path(__file__).parent / "results" / "stage.md"
 
 
 def build_empty() -> Maker:
-    def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
+    def make(samples: Iterable[Sample]) -> list[Sample]:
         return [(key, {"entities.json": b"[]"}) for key, _ in samples]
 
     return make

@@ -46,7 +46,7 @@ def model_hash(checkpoint: Path, weights: str) -> str:
     That is the weights (given by their `weights_hash`), the encoders' shapes, the configuration of the model and of its masks,
     diseases, prompts and tokenizer.
     """
-    config, meta = _stored_config(checkpoint), read_meta(checkpoint)
+    config, meta = stored_config(checkpoint), read_meta(checkpoint)
     shape = config.model_dump(mode="json", include={"model": True, "attmim": True, "entmlm": True})
     for part, name in (("image", "pretrained"), ("text", "pretrained"), ("text", "tokenizer")):
         del shape["model"][part][name]  # only where they came from; the checkpoint has copies
@@ -57,7 +57,8 @@ def model_hash(checkpoint: Path, weights: str) -> str:
     return config_hash("model", weights, hashes, shape, meta.diseases)
 
 
-def _stored_config(checkpoint: Path) -> Config:
+def stored_config(checkpoint: Path) -> Config:
+    """The configuration that a checkpoint was trained with; the prompts are those that lie in it."""
     return load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"])
 
 
@@ -71,7 +72,7 @@ def load_model(
     weights = checkpoint / (AVERAGED_WEIGHTS if average else WEIGHTS)
     if not weights.is_file():
         raise ValueError(f"{weights} is missing: the run kept no average of its weights; train with optim.ema=0.9999")
-    config, meta = _stored_config(checkpoint), read_meta(checkpoint)
+    config, meta = stored_config(checkpoint), read_meta(checkpoint)
     if config.finetune is not None:
         raise ValueError(f"{checkpoint} holds a fine-tuned classifier, no whole model: name the run that it was made from")
     tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))

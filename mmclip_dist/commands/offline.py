@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from mmclip_shards.storage import join
 
-from mmclip_dist.commands.options import Workers
+from mmclip_dist.commands.options import Precision, Workers
 
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
@@ -60,7 +60,14 @@ def attention(
     entities: Annotated[str | None, typer.Option(help="Entity sidecars, whose words guide the scores.")] = None,
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,
     workers: Workers = 2,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each process; by default it runs on the CPU.")] = 0,
+    gpus: Annotated[
+        float, typer.Option(min=0, help="GPUs of each process; by default it runs on the CPU. 0.5: two share a card.")
+    ] = 0,
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs of each process; those of a card's decode ahead of it.")] = 1,
+    precision: Annotated[
+        Precision | None, typer.Option(help="By default that of the checkpoint's training on a card, fp32 on the CPU.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     max_bad_fraction: MaxBad = 1e-3,
     address: Address = None,
     as_json: AsJson = False,
@@ -69,7 +76,8 @@ def attention(
     from mmclip_dist.offline.attention import attention_stage
     from mmclip_dist.offline.stage import progress_line, run_stage
 
-    stage = attention_stage(base, out or join(base, "attention"), checkpoint, entities, gpus)
+    out = out or join(base, "attention")
+    stage = attention_stage(base, out, checkpoint, entities, gpus, cpus=cpus, precision=precision, batch=batch)
     with cluster(address):
         report = progress_line("shards", as_json=as_json)
         manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)

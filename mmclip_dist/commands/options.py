@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,4 +15,5 @@ def local_folder(text: str) -> Path:
     return Path(text)
 
 
+Precision = Literal["fp32", "bf16", "fp16"]  # that of `mmclip_dist.config`, whose import would hold up every command
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]

@@ -46,6 +46,7 @@ from mmclip_dist.config import (
     FineTune,
     Loss,
     Optim,
+    Precision,
     Section,
     Source,
     config_hash,
@@ -107,7 +108,7 @@ class Recipe(Section):
     schedule: Literal["cosine", "linear"] = "cosine"
     layer_decay: float = Field(1.0, gt=0, le=1)
     encoder_rate: float = Field(1.0, gt=0, le=1)
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     augment: Augment = Augment()
     smoothing: float = Field(0.0, ge=0, lt=1)
     drop_path: float = Field(0.0, ge=0, lt=1)

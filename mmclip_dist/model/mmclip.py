@@ -371,15 +371,15 @@ class MMCLIP(nn.Module):
             torch.cat([words & paired[:, None], evidence], dim=1),
         )
 
-    def _guides(self, batch: Batch) -> TextMemory:
-        """What guides every image of the batch, whatever share training rebuilds."""
-        whole = self._whole(batch)
+    def _guides(self, whole: PlannedBatch) -> TextMemory:
+        """What guides every image of the batch, whatever share training rebuilds. whole: as `whole` makes it."""
+        batch: Batch = whole
         plan = whole["plan"]
         reports = self.text(batch["tokens"][plan.paired], batch["token_mask"][plan.paired], plan.packing)
         return self._text_memory(whole, reports, self._prompt_features(0))
 
-    def _whole(self, batch: Batch) -> PlannedBatch:
-        """The batch with a plan by which every image and every report is rebuilt."""
+    def whole(self, batch: Batch) -> PlannedBatch:
+        """The batch with a plan by which every image and every report is rebuilt. The host waits for one that is on a card."""
         plan = Plan.of(batch, self.text.width, (1.0, 1.0)).to(batch["image"].device)
         return PlannedBatch(**batch | {"plan": plan})  # type: ignore[typeddict-item]
 
@@ -406,8 +406,8 @@ class MMCLIP(nn.Module):
     def image_masks(self, batch: Batch) -> Tensor:
         """Which patches of every image AttMIM hides [B, P] bool, by the rule of training. Where no sidecar scores the patches,
         they are scored by the image's text, in every mode."""
-        whole = self._whole(batch)
-        memory, patches = self._guides(batch), self._patches(batch)
+        whole = self.whole(batch)
+        memory, patches = self._guides(whole), self._patches(batch)
         seen = self.image.encode(patches)
         if self.config.attmim.mode == "feature":
             mask = self._hide_patches(whole, seen, memory).mask
@@ -420,7 +420,7 @@ class MMCLIP(nn.Module):
 
         masked [B, P] bool, as many in every row.
         """
-        memory = self._guides(batch)
+        memory = self._guides(self.whole(batch))
         patches = self._patches(batch)
         if self.config.attmim.mode == "feature":
             query = torch.where(masked[:, :, None], self.mask_token, self.image.encode(patches))
@@ -431,9 +431,12 @@ class MMCLIP(nn.Module):
         pixels: Tensor = self.image_decoder.head(self.image_decoder(query, memory.features, memory.present))
         return pixels
 
-    def attention_grid(self, batch: Batch) -> Tensor:
-        """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts."""
-        memory = self._guides(batch)
+    def attention_grid(self, batch: Batch | PlannedBatch) -> Tensor:
+        """Attention scores of whole, un-augmented images [B, grid, grid], against each one's report or prompts. float32.
+
+        A plan that the batch has must come from `whole`; then the host waits for nothing.
+        """
+        memory = self._guides(batch if "plan" in batch else self.whole(batch))  # type: ignore[arg-type]
         seen = self.image.encode(self.image.embed(batch["image"]))
         side = self.config.model.image.grid
         return self.score_patches(seen, memory.features, memory.evidence).unflatten(1, (side, side))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import islice
 
 from mmclip_shards.document import read_document
 
 from mmclip_dist.offline.clinical_text import as_json, build_extractor, extractor_hash
-from mmclip_dist.offline.stage import Maker, Members, Stage, Unreadable
+from mmclip_dist.offline.stage import Maker, Sample, Stage, Unreadable
+
+_BATCH = 64
 
 
 def entities_stage(base: str, out: str, model: str = "lexicon") -> Stage:
@@ -19,19 +23,19 @@ def entities_stage(base: str, out: str, model: str = "lexicon") -> Stage:
 def _build(model: str) -> Maker:
     extract = build_extractor(model)
 
-    def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
-        reports, problems = [], []
-        for _, members in samples:
-            try:
-                reports.append(read_document(members).report)
-                problems.append("")
-            except ValueError as error:  # no entities: training meets the same sample, replaces it and counts it
-                reports.append("")
-                problems.append(str(error))
-        rows = []
-        for (key, _), found, problem in zip(samples, extract(reports), problems, strict=True):
-            row = {"entities.json": json.dumps([as_json(entity) for entity in found]).encode()}
-            rows.append((key, Unreadable(row, problem) if problem else row))
-        return rows
+    def make(samples: Iterable[Sample]) -> Iterator[Sample]:
+        remaining = iter(samples)
+        while batch := list(islice(remaining, _BATCH)):
+            reports, problems = [], []
+            for _, members in batch:
+                try:
+                    reports.append(read_document(members).report)
+                    problems.append("")
+                except ValueError as error:  # no entities: training meets the same sample, replaces it and counts it
+                    reports.append("")
+                    problems.append(str(error))
+            for (key, _), found, problem in zip(batch, extract(reports), problems, strict=True):
+                row = {"entities.json": json.dumps([as_json(entity) for entity in found]).encode()}
+                yield key, Unreadable(row, problem) if problem else row
 
     return make

@@ -16,10 +16,9 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 import ray
@@ -30,6 +29,7 @@ from mmclip_shards.textfiles import read_json
 from mmclip_shards.writer import write_shard
 
 from mmclip_dist.data.join import check_sidecar
+from mmclip_dist.offline.crew import Crew
 
 Members = dict[str, bytes]
 
@@ -42,13 +42,14 @@ class Unreadable(Members):
         self.reason = reason
 
 
-Maker = Callable[[list[tuple[str, Members]]], list[tuple[str, Members]]]
-"""Makes the sidecar rows of a batch of samples: (key, members of the base shard) -> (key, members of the sidecar)."""
+Sample = tuple[str, Members]
+Maker = Callable[[Iterable[Sample]], Iterable[Sample]]
+"""Makes the sidecar rows of a shard, in order: (key, members of the base shard) -> (key, members of the sidecar). It batches the
+samples itself, and may read ahead."""
 
 JOURNAL, QUARANTINE = "journal.json", "quarantine.jsonl"
 MAX_BAD_FRACTION = 1e-3
 _MEND = "delete it, and every shard is made again"
-_BATCH = 64
 _PUBLISH_EVERY_S = 2.0
 _PUBLISH_SHARE = 0.02  # of the driver's time at most: a journal grows with the shards that it names
 _TRIES = 3  # of one shard
@@ -71,6 +72,7 @@ class Stage:
     entities: str | None = None  # entity sidecar to read along with the base
     checkpoint: str | None = None
     gpus: float = 0  # of each worker; Ray hides all GPUs from a worker that asks for none
+    cpus: int = 1  # of each worker
 
 
 class Made(NamedTuple):
@@ -80,28 +82,30 @@ class Made(NamedTuple):
     bad: list[tuple[str, str]]
 
 
-class _Worker:
+class Worker:
     """A Ray actor: one process that holds the loaded models."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage, self.make = stage, stage.build()
         self.readers = [ShardReader(url, load_manifest(url)) for url in (stage.base, stage.entities) if url]
 
+    def ready(self) -> None:
+        """Returns once the cluster has had room for this worker, and its models are loaded."""
+
     def process(self, number: int) -> Made:
         bad: list[tuple[str, str]] = []
         return Made(write_shard(self.stage.out, number, self._rows(number, bad)), bad)
 
-    def _rows(self, number: int, bad: list[tuple[str, str]]) -> Iterator[tuple[str, Members]]:
+    def _rows(self, number: int, bad: list[tuple[str, str]]) -> Iterator[Sample]:
         """The sidecar rows of a shard; the base and its entities have the same keys in the same order."""
-        rows = zip(*(reader.samples(number) for reader in self.readers), strict=True)
-        while samples := list(islice(rows, _BATCH)):
-            for key, members in self.make([_joined(parts) for parts in samples]):
-                if isinstance(members, Unreadable):
-                    bad.append((key, members.reason))
-                yield key, members
+        samples = zip(*(reader.samples(number) for reader in self.readers), strict=True)
+        for key, members in self.make(_joined(parts) for parts in samples):
+            if isinstance(members, Unreadable):
+                bad.append((key, members.reason))
+            yield key, members
 
 
-def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
+def _joined(parts: tuple[Sample, ...]) -> Sample:
     """(key, members) of one sample from its rows in the base and its sidecars. ValueError unless they share the key."""
     key = parts[0][0]
     members: Members = {}
@@ -115,12 +119,13 @@ def _joined(parts: tuple[tuple[str, Members], ...]) -> tuple[str, Members]:
 def run_stage(
     stage: Stage, *, workers: int, report: Callable[[int, int], None], max_bad_fraction: float = MAX_BAD_FRACTION
 ) -> Manifest:
-    """Make all missing sidecar shards with `workers` processes, then the manifest.
+    """Make all missing sidecar shards with at most `workers` processes, then the manifest.
 
+    Workers that the cluster has no room for wait for it, so that an autoscaler sees them; they take part when nodes come.
     report(done, total) in shards. max_bad_fraction: share of the samples that may be unreadable (two may always be, unless it is
-    0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, or if the
-    entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die again and again
-    at them; all others are made then, unless more than ten fail.
+    0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, finished or
+    not, or if the entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die
+    again and again at them; all others are made then, unless more than ten fail.
     """
     base = load_manifest(stage.base)
     if base.kind != "base":
@@ -134,7 +139,7 @@ def run_stage(
             report(len(base.shards), len(base.shards))
             return found
         raise ValueError(
-            f"{stage.out} holds {found.kind} of another configuration, checkpoint or set; "
+            f"{stage.out} holds {found.kind} of another configuration, checkpoint, precision or set; "
             "name another --out, or delete that folder"
         )
     done = _read_journal(stage, wanted)
@@ -171,7 +176,7 @@ def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
     """A function that starts a worker; leaving the block ends all of them. Else whoever keeps an error of the stage would keep
     the frames that it came through, a worker in them, and that worker's CPU."""
     # What fails is tried again by `_make_missing`, and not by Ray, which counts a worker's deaths and not those at one shard.
-    actor: Any = ray.remote(num_cpus=1, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(_Worker)
+    actor: Any = ray.remote(num_cpus=stage.cpus, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(Worker)
     with ExitStack() as ends:
 
         def new_worker() -> Any:
@@ -188,32 +193,32 @@ def _make_missing(
 ) -> None:  # fmt: skip
     paths = list(wanted)
     waiting = deque(number for number in range(len(paths)) if number not in done)
-    failures: Counter[int] = Counter()
+    crew = Crew(new_worker, workers, f"{stage.cpus} CPUs and {stage.gpus:g} GPUs")
+    failures: Counter[int | None] = Counter()  # None: of workers that had no shard yet
     lost: dict[str, str] = {}  # path of a shard -> what happened to it
-    running: dict[Any, tuple[int, Any]] = {}
-
-    def start(worker: Any) -> None:
-        if waiting:
-            number = waiting.popleft()
-            running[worker.process.remote(number)] = (number, worker)
-
-    for _ in range(min(workers, len(waiting))):
-        start(new_worker())
     publish_at = time.monotonic() + _PUBLISH_EVERY_S
-    while running and len(lost) <= _LOST_AT_MOST:
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        number, worker = running.pop(finished)
-        try:
-            done[number] = ray.get(finished)
-        except ray.exceptions.RayError as error:
-            failures[number] += 1
-            if final := _final(error, failures[number]):
-                lost[paths[number]] = final
-            else:
-                waiting.appendleft(number)
-            start(new_worker() if isinstance(error, ray.exceptions.RayActorError) and waiting else worker)
+    while (crew.running or waiting) and len(lost) <= _LOST_AT_MOST:
+        crew.call(len(waiting))
+        if (event := crew.next()) is None:
             continue
-        start(worker)
+        worker, number, found = event
+        if isinstance(found, ray.exceptions.RayError):
+            failures[number] += not getattr(found, "preempted", False)  # a node that was taken away is no fault of the shard
+            final = _final(found, failures[number])
+            if number is not None and not final:
+                waiting.appendleft(number)
+            elif number is not None:
+                lost[paths[number]] = final
+            elif final:
+                raise OSError(f"a worker cannot start: {final}")
+            if not isinstance(found, ray.exceptions.RayActorError):
+                crew.give(worker, waiting)
+            continue
+        crew.give(worker, waiting)
+        if number is None:
+            failures[None] = 0
+            continue
+        done[number] = found
         if (began := time.monotonic()) > publish_at:
             _write_journal(stage, wanted, done)
             ended = time.monotonic()
@@ -251,19 +256,24 @@ def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Made]) 
 
 
 def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
-    """Shards that an interrupted stage of the same identity has finished."""
+    """Shards that an interrupted stage of the same identity has finished. ValueError if it was another one's."""
     url = storage.join(stage.out, JOURNAL)
     if not storage.exists(url):
         return {}
     document = read_json(url, _MEND)
     try:
-        if (document["config_hash"], document["base"]) != (stage.config_hash, wanted):
-            return {}
+        same = (document["config_hash"], document["base"]) == (stage.config_hash, wanted)
         rows = {int(number): dict(row) for number, row in document["shards"].items()}
         bad = {number: [(key, reason) for key, reason in row.pop("bad", ())] for number, row in rows.items()}
-        return {number: Made(Shard(**row), bad[number]) for number, row in rows.items()}
+        done = {number: Made(Shard(**row), bad[number]) for number, row in rows.items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
+    if done and not same:
+        raise ValueError(
+            f"{stage.out} holds {len(done)} shards of an interrupted stage of another configuration, checkpoint, precision or "
+            f"set; name another --out, or, to make them again, delete {JOURNAL} there"
+        )
+    return done
 
 
 def progress_line(unit: str, *, as_json: bool = False) -> Callable[[int, int], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,8 +120,8 @@ def test_errors_give_code_1_and_json_holds_every_finding(
 
 
 @contextmanager
-def server(token: str | None, ray: str | None) -> Iterator[str]:
-    """A job server that asks for a token, if there is one, and tells its version of Ray, if it is one."""
+def server(token: str | None, ray: str | None, python: str | None = None) -> Iterator[str]:
+    """A job server that asks for a token, if there is one, and tells its versions, if it is one. python: by default ours."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -128,7 +129,8 @@ def server(token: str | None, ray: str | None) -> Iterator[str]:
             self.send_response(200 if allowed else 401)
             self.end_headers()
             if allowed:
-                self.wfile.write(json.dumps({"ray_version": ray}).encode() if ray else b"<html>")
+                told = {"ray_version": ray, "data": {"pythonVersion": python or platform.python_version()}}
+                self.wfile.write(json.dumps(told).encode() if ray else b"<html>")
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -167,6 +169,14 @@ def test_a_ray_cluster_is_judged_and_its_token_is_never_shown(
     with server(asked, ray) as address:
         (finding,) = judge_cluster(address)
     assert str(finding).startswith(told.replace("ADDRESS", address)) and "planted" not in str(finding)
+
+
+def test_a_cluster_with_another_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "planted")
+    with server("planted", version("ray"), "3.9.1") as address:
+        (finding,) = judge_cluster(address)
+    here = platform.python_version()
+    assert str(finding).startswith(f"error: Ray: {address} runs Python 3.9.1, here is {here}: use Python 3.9")
 
 
 def test_a_ray_cluster_that_is_away_is_told() -> None:

@@ -19,7 +19,6 @@ from mmclip_launch.submit import (
     Job,
     deepspeed_command,
     job_of,
-    ray_command,
     slurm_command,
     start_deepspeed,
     submit_kubernetes,
@@ -152,17 +151,6 @@ def test_each_line_of_a_sweep_is_checked_and_kept(job: Job, tmp_path: Path) -> N
         slurm_command(job, Path("/code"), nodes=1, gpus=8, options=(), sweep=tmp_path / "sweep")
 
 
-def test_ray_uploads_the_code_and_refuses_what_a_job_would_not_find() -> None:
-    command = ray_command("http://127.0.0.1:8265", ["entities", "s3://bucket/set/train", "--workers", "64"])
-    assert command[-5:] == ["mmclip", "entities", "s3://bucket/set/train", "--workers", "64"]
-    modules = json.loads(command[command.index("--runtime-env-json") + 1])["py_modules"]
-    assert [Path(module).name for module in modules] == list(frozen.OURS) and all(map(os.path.isdir, modules))
-    with pytest.raises(ValueError, match="name a stage, entities or attention"):
-        ray_command("http://127.0.0.1:8265", ["train"])
-    with pytest.raises(ValueError, match="sets/train is relative"):
-        ray_command("http://127.0.0.1:8265", ["entities", "sets/train"])
-
-
 @pytest.mark.parametrize(
     ("image", "run_dir", "told"),
     [
@@ -196,7 +184,7 @@ def test_kubernetes_gets_the_template_filled_in(job: Job, capsys: pytest.Capture
 
 
 def test_what_starts_runs_imports_neither_torch_nor_deepspeed_nor_ray() -> None:
-    modules = "mmclip_launch.submit, mmclip_launch.node, mmclip_launch.doctor, mmclip_launch.cli"
+    modules = "mmclip_launch.submit, mmclip_launch.ray_submission, mmclip_launch.node, mmclip_launch.doctor, mmclip_launch.cli"
     program = (
         f"import sys, {modules}; print(sorted({{'torch', 'deepspeed', 'ray', 'transformers'}} & set(sys.modules)))"
     )

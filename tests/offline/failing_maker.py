@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 
 
@@ -25,4 +27,17 @@ def build_failing(fault: str, counter: str):
 
     if fault == "no start":
         raise ValueError("no such model here")
+    return make
+
+
+def build_slow(go: str):
+    """A maker that notes each shard it begins in `go`.starts, and waits for the file `go`."""
+
+    def make(samples):
+        with Path(f"{go}.starts").open("a") as starts:
+            starts.write(f"{os.getpid()}\n")
+        while not Path(go).exists():
+            time.sleep(0.05)
+        return [(key, {"entities.json": json.dumps([key]).encode()}) for key, _ in samples]
+
     return make

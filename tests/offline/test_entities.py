@@ -22,7 +22,7 @@ def test_every_report_gets_its_own_entities(tmp_path) -> None:
     stage = entities_stage("unused", str(tmp_path))
     assert stage.kind == "entities" and stage.config_hash == extractor_hash()
     reports = ["No effusion.", None, "Large heart and a nodule.", "Nothing to say."]
-    rows = stage.build()([(f"key-{number}", sample(report)) for number, report in enumerate(reports)])
+    rows = list(stage.build()((f"key-{number}", sample(report)) for number, report in enumerate(reports)))
     assert [key for key, _ in rows] == ["key-0", "key-1", "key-2", "key-3"]
     found = [json.loads(row["entities.json"]) for _, row in rows]
     assert [[(span["text"], span["negated"]) for span in spans] for spans in found] == [

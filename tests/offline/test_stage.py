@@ -295,12 +295,45 @@ def test_an_interrupted_stage_with_other_entities_mixes_no_scores(sets, cluster:
         json.dumps({"config_hash": first.config_hash, "base": manifest.base, "shards": rows})
     )
     second = attention_stage(sets.paired, out, str(checkpoint), lung)
+    with pytest.raises(ValueError, match=rf"{out} holds 1 shards of an interrupted stage of another .*delete {JOURNAL}"):
+        run(second, workers=1)
+    (tmp_path / "out" / JOURNAL).unlink()
     found, seen = run(second, workers=1)
     assert seen[0] == (0, len(manifest.shards))  # nothing of the first run counts
     assert found.shards[0].sha256 != manifest.shards[0].sha256
     joined = JoinedSet(Source(url=sets.paired, entities=lung))
     samples = [(joined.key(0, row), joined.read(0, joined.key(0, row))) for row in range(joined.counts[0])]
-    assert list(ShardReader(out, found).samples(0)) == second.build()(samples)
+    assert list(ShardReader(out, found).samples(0)) == list(second.build()(samples))
+
+
+def test_precision_and_batch_belong_to_the_configuration_and_workers_do_not(
+    sets, cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    """In bf16, too, every worker makes the same bytes of a shard; a stage does not go on with another precision or batch."""
+    out = str(tmp_path / "out")
+    stage = attention_stage(sets.paired, out, str(checkpoint), precision="bf16", batch=7, cpus=2)
+    manifest, _ = run(stage, workers=1)
+    base, alone = load_manifest(sets.paired), stage.build()
+    for number, shard in reversed(list(enumerate(manifest.shards))):  # in another order than the worker had them
+        rows = alone(ShardReader(sets.paired, base).samples(number))
+        assert write_shard(str(tmp_path / "alone"), number, rows) == shard
+    others = [{"precision": "fp32", "batch": 7}, {"precision": "bf16"}, {"precision": "bf16", "batch": 8}]
+    for options in others:
+        with pytest.raises(ValueError, match="holds attention of another configuration, checkpoint, precision or set"):
+            run(attention_stage(sets.paired, out, str(checkpoint), **options))
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / JOURNAL).write_text(
+        json.dumps({"config_hash": stage.config_hash, "base": manifest.base, "shards": {"0": asdict(manifest.shards[0])}})
+    )
+    for options in others:
+        with pytest.raises(ValueError, match="1 shards of an interrupted stage of another configuration, checkpoint, precision"):
+            run(attention_stage(sets.paired, out, str(checkpoint), **options))
+    assert attention_stage(sets.paired, out, str(checkpoint)).config_hash == (
+        attention_stage(sets.paired, out, str(checkpoint), precision="fp32", batch=64, cpus=3).config_hash
+    )
+    trained = load_model(checkpoint)[2].precision
+    on_a_card = attention_stage(sets.paired, out, str(checkpoint), gpus=1).config_hash
+    assert on_a_card == attention_stage(sets.paired, out, str(checkpoint), precision=trained).config_hash
 
 
 @pytest.mark.timeout(60)
@@ -334,7 +367,7 @@ def test_undecodable_images_get_no_scores_and_stop_nothing(sets, checkpoint: Pat
     reader = ShardReader(sets.paired, load_manifest(sets.paired))
     samples = [(key, reader.read(0, key)) for key in reader.keys(0)[:3]]
     samples[1] = (samples[1][0], samples[1][1] | {"png": b"broken"})
-    grids = [decode_npy(row["attention.npy"]) for _, row in make(samples)]
+    grids = [decode_npy(row["attention.npy"]) for _, row in make(iter(samples))]
     assert grids[1].max() == 0 and grids[0].max() > 0 and grids[2].max() > 0
 
 
