@@ -5,19 +5,39 @@ from __future__ import annotations
 import json
 from functools import partial
 
+from mmclip_shards.datasets.recipe import find_recipe, recipe_names
 from mmclip_shards.document import read_document
+from mmclip_shards.manifest import load_manifest
 
-from mmclip_dist.offline.clinical_text import as_json, build_extractor, extractor_hash
+from mmclip_dist.offline.clinical_text import LEXICON_MODEL, as_json, build_extractor, extractor_hash
 from mmclip_dist.offline.stage import Maker, Members, Stage, Unreadable
 
 
-def entities_stage(base: str, out: str, model: str = "lexicon") -> Stage:
-    """Entities of the reports in `base`, found by `model` (see `build_extractor`), to `out`."""
-    return Stage("entities", base, out, extractor_hash(model), partial(_build, model))
+def entities_stage(
+    base: str, out: str, model: str = LEXICON_MODEL, language: str = "en", linker: str | None = None
+) -> Stage:
+    """Entities of the reports in `base`, found by `model` and linked by `linker` (see `build_extractor`), to `out`.
+
+    Ray gives a node as many workers as have room there: a model or a linker is loaded once to measure it, the lexicon is small.
+    """
+    return Stage(
+        "entities", base, out, extractor_hash(model, language, linker), partial(_build, model, language, linker),
+        measured=model != LEXICON_MODEL or linker is not None,
+    )  # fmt: skip
 
 
-def _build(model: str) -> Maker:
-    extract = build_extractor(model)
+def language_of(base: str) -> str:
+    """The language of a packed set's reports: what the recipes of its data sets say; English where there is no recipe.
+    ValueError for several."""
+    names = recipe_names()
+    found = {find_recipe(name).language if name in names else "en" for name in load_manifest(base).datasets}
+    if len(found) > 1:
+        raise ValueError(f"{base} has reports in several languages ({', '.join(sorted(found))}): choose one with --language")
+    return found.pop()
+
+
+def _build(model: str, language: str, linker: str | None) -> Maker:
+    extract = build_extractor(model, language, linker)
 
     def make(samples: list[tuple[str, Members]]) -> list[tuple[str, Members]]:
         reports, problems = [], []

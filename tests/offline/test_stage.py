@@ -27,8 +27,20 @@ from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
+from mmclip_dist.offline.clinical_text import build_extractor
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, progress_line, run_stage
+from mmclip_dist.offline.stage import (
+    JOURNAL,
+    QUARANTINE,
+    Maker,
+    Stage,
+    _joined,
+    _memory_of,
+    _workers,
+    connect,
+    progress_line,
+    run_stage,
+)
 from tests.conftest import wait_for, write_sidecar
 from tests.offline.failing_maker import build_failing
 
@@ -345,3 +357,29 @@ def test_progress_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {"unit": "shards", "done": 1, "total": 4, "per_s": 0.0, "left_s": None}
     assert (second["done"], second["total"]) == (3, 4) and second["per_s"] > 0 and second["left_s"] >= 0
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def _build_large() -> Maker:
+    held = np.ones(50_000_000)  # 400 MB
+    return lambda samples: [(key, {"entities.json": b"[]"} if held.size else {}) for key, _ in samples]
+
+
+def test_a_worker_asks_for_the_memory_that_its_models_take(sets, cluster, tmp_path, monkeypatch, capsys) -> None:
+    stage = Stage("entities", sets.paired, str(tmp_path), "large", _build_large, measured=True)
+    bare = _memory_of(replace(stage, build=partial(print, end="")))
+    need = _memory_of(stage)
+    assert 1.25 * 400e6 <= need - bare < 1.5 * 400e6
+    monkeypatch.setattr("mmclip_dist.offline.stage._nodes_memory", lambda: [need - 1, need + need // 2])
+    asked: list[int] = []
+    monkeypatch.setattr("mmclip_dist.offline.stage._workers", lambda stage, memory: (asked.append(memory), _workers(stage, memory))[1])
+    run(stage)
+    assert "1 of 2 workers run: each takes" in capsys.readouterr().out
+    assert need * 0.9 < asked[0] < need * 1.1
+    monkeypatch.setattr("mmclip_dist.offline.stage._nodes_memory", lambda: [need // 3, need // 2])
+    with pytest.raises(ValueError, match=r"a worker takes .* GiB and the largest node lends .* GiB: choose a smaller model"):
+        run(replace(stage, out=str(tmp_path / "more")))
+    with pytest.raises(ValueError, match="a worker cannot start: there is no lexicon for the language 'xx'"):
+        _memory_of(replace(stage, build=partial(build_extractor, language="xx")))

@@ -49,7 +49,7 @@ class Recipe:
     official: whether records carry the split that the data set itself gives. private_paths: keys and paths name patients, so
     keyed hashes are stored in their place. unlisted_absent: the records' labels are lists of what is present; a label that
     another record has and this one has not is absent. same_images: recipes that share images with this one. needs: module
-    that its images or tables need, and the extra that has it.
+    that its images or tables need, and the extra that has it. language: of its reports (ISO 639-1).
     """
 
     read: Read
@@ -62,6 +62,7 @@ class Recipe:
     unlisted_absent: bool = False
     same_images: tuple[str, ...] = ()
     needs: tuple[str, str] | None = None
+    language: str = "en"
 
 
 DICOM = ("pydicom", "dicom")
@@ -78,13 +79,14 @@ def recipe(
     unlisted_absent: bool = False,
     same_images: tuple[str, ...] = (),
     needs: tuple[str, str] | None = None,
+    language: str = "en",
 ) -> Callable[[Read], Recipe]:
     """Turn a function that yields `Record`s into a `Recipe`; the first line of its docstring is the title."""
 
     def make(read: Read) -> Recipe:
         title = (inspect.getdoc(read) or "").partition("\n")[0]
         return Recipe(
-            read, title, licence, access, source, official, private_paths, unlisted_absent, same_images, needs
+            read, title, licence, access, source, official, private_paths, unlisted_absent, same_images, needs, language
         )  # fmt: skip
 
     return make
