@@ -31,7 +31,8 @@ SLASH = r"(?<=[^\W\d_])/(?=[^\W\d_])"
 """scispaCy keeps "consolidation/effusion" whole (meant for chemistry); in a report a slash separates findings."""
 SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
-_STEMMED_FROM = 5  # letters: in shorter words the ending is most of the word ("masa" would become "más")
+_STEMMED_FROM = 5  # letters: in shorter words the ending is most of the word
+_SHORT = re.compile("...[aeiou]")
 
 
 @cache
@@ -82,7 +83,10 @@ def term_forms(language: str) -> dict[tuple[str, str], list[str]]:
 
 
 def word_norm(language: str) -> Callable[[str], str]:
-    """What a word is compared by: its lower case; with a stemmer, the stem of that without accents, stemmed until it stays."""
+    """What a word is compared by: its lower case; with a stemmer, the stem of that without accents, stemmed until it stays.
+
+    A word of four letters that ends in a vowel ("seno") has the stem of its plural, which is long enough for the stemmer.
+    """
     lexicon = load_lexicon(language)
     if "stemmer" not in lexicon:
         return str.lower
@@ -93,9 +97,11 @@ def word_norm(language: str) -> Callable[[str], str]:
     @lru_cache(maxsize=1 << 16)
     def norm(word: str) -> str:
         plain = "".join(char for char in unicodedata.normalize("NFKD", word.lower()) if not unicodedata.combining(char))
-        while (short := stems.get(plain) or (stem(plain) if len(plain) >= _STEMMED_FROM else plain)) != plain:
+        if plain not in stems and _SHORT.fullmatch(plain):
+            plain += "s"
+        while plain not in stems and len(plain) >= _STEMMED_FROM and (short := stem(plain)) != plain:
             plain = short
-        return plain
+        return stems.get(plain, plain)
 
     return norm
 

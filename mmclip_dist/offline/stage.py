@@ -201,7 +201,7 @@ def _memory_of(stage: Stage) -> int:
     except ray.exceptions.RayError as error:
         largest = max(_nodes_memory()) / _GIB
         told = str(error).strip().splitlines()[0]
-        raise OSError(f"a worker's models cannot be loaded, perhaps for memory (largest node: {largest:.1f} GiB): {told}") from None
+        raise OSError(f"a worker's models cannot be loaded (the largest node lends {largest:.1f} GiB): {told}") from None
     return int(peak * _ROOM)
 
 
@@ -221,8 +221,8 @@ def _fitting(memory: int, nodes: list[int]) -> int:
     if fit := sum(node // memory for node in nodes):
         return fit
     raise ValueError(
-        f"a worker takes {memory / _GIB:.1f} GiB and the largest node lends {max(nodes) / _GIB:.1f} GiB: choose a smaller model or "
-        "linker, or a larger node (ray start --memory BYTES says what a node lends)"
+        f"a worker takes {memory / _GIB:.1f} GiB and the largest node lends {max(nodes) / _GIB:.1f} GiB: choose a smaller model "
+        "or linker, or a larger node (ray start --memory BYTES says what a node lends)"
     )
 
 

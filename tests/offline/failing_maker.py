@@ -26,3 +26,9 @@ def build_failing(fault: str, counter: str):
     if fault == "no start":
         raise ValueError("no such model here")
     return make
+
+
+def build_large(size: int):
+    """A maker that holds `size` bytes."""
+    held = b"x" * size
+    return lambda samples: [(key, {"entities.json": held[:0] + b"[]"}) for key, _ in samples]

@@ -86,7 +86,7 @@ def test_a_missing_file_is_named_and_never_downloaded(
     shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
     vectors = next(tmp_path.glob("*.npz"))
     shutil.copy(vectors, vectors.with_name(vectors.name.replace(vectors.name.split(".")[1], "newer")))
-    with pytest.raises(ValueError, match="tfidf_vectors_sparse.npz is here 2 times; keep one"):
+    with pytest.raises(ValueError, match=r"tfidf_vectors_sparse\.npz is here 2 times; keep one"):
         build_extractor(linker="mesh")
     with pytest.raises(ValueError, match="no linker 'snomed': choose one of umls, mesh"):
         build_extractor(linker="snomed")

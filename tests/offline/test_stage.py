@@ -27,13 +27,12 @@ from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
-from mmclip_dist.offline.clinical_text import build_extractor
 from mmclip_dist.offline.entities import entities_stage
 from mmclip_dist.offline.stage import (
     JOURNAL,
     QUARANTINE,
-    Maker,
     Stage,
+    _fitting,
     _joined,
     _memory_of,
     _workers,
@@ -42,7 +41,7 @@ from mmclip_dist.offline.stage import (
     run_stage,
 )
 from tests.conftest import wait_for, write_sidecar
-from tests.offline.failing_maker import build_failing
+from tests.offline.failing_maker import build_failing, build_large
 
 pytestmark = pytest.mark.slow
 
@@ -362,24 +361,26 @@ def test_progress_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def _build_large() -> Maker:
-    held = np.ones(50_000_000)  # 400 MB
-    return lambda samples: [(key, {"entities.json": b"[]"} if held.size else {}) for key, _ in samples]
-
-
 def test_a_worker_asks_for_the_memory_that_its_models_take(sets, cluster, tmp_path, monkeypatch, capsys) -> None:
-    stage = Stage("entities", sets.paired, str(tmp_path), "large", _build_large, measured=True)
-    bare = _memory_of(replace(stage, build=partial(print, end="")))
+    stage = Stage("entities", sets.paired, str(tmp_path), "large", partial(build_large, 400_000_000), measured=True)
     need = _memory_of(stage)
-    assert 1.25 * 400e6 <= need - bare < 1.5 * 400e6
-    monkeypatch.setattr("mmclip_dist.offline.stage._nodes_memory", lambda: [need - 1, need + need // 2])
+    assert 1.25 * 400e6 <= need < 1.25 * 400e6 + 500e6
     asked: list[int] = []
-    monkeypatch.setattr("mmclip_dist.offline.stage._workers", lambda stage, memory: (asked.append(memory), _workers(stage, memory))[1])
+
+    def workers(stage: Stage, memory: int):
+        asked.append(memory)
+        return _workers(stage, memory)
+
+    monkeypatch.setattr("mmclip_dist.offline.stage._workers", workers)
+    monkeypatch.setattr("mmclip_dist.offline.stage._nodes_memory", lambda: [need // 2, need + need // 2])
     run(stage)
     assert "1 of 2 workers run: each takes" in capsys.readouterr().out
     assert need * 0.9 < asked[0] < need * 1.1
-    monkeypatch.setattr("mmclip_dist.offline.stage._nodes_memory", lambda: [need // 3, need // 2])
-    with pytest.raises(ValueError, match=r"a worker takes .* GiB and the largest node lends .* GiB: choose a smaller model"):
-        run(replace(stage, out=str(tmp_path / "more")))
-    with pytest.raises(ValueError, match="a worker cannot start: there is no lexicon for the language 'xx'"):
-        _memory_of(replace(stage, build=partial(build_extractor, language="xx")))
+    with pytest.raises(ValueError, match="a worker cannot start: no such model here"):
+        _memory_of(replace(stage, build=partial(build_failing, "no start", "")))
+
+
+def test_workers_fit_the_nodes() -> None:
+    assert _fitting(4, [3, 8, 13]) == 5
+    with pytest.raises(ValueError, match=r"a worker takes 4.0 GiB and the largest node lends 3.0 GiB: choose a smaller model"):
+        _fitting(4 << 30, [3 << 30, 2 << 30])
