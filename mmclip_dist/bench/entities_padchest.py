@@ -29,7 +29,8 @@ from mmclip_dist.offline.clinical_text import Extractor, build_extractor
 MAIN_FINDINGS: dict[str, tuple[set[str], set[str]]] = {
     "COPD": ({"COPD signs"}, {"COPD"}),
     "cardiomegaly": ({"cardiomegaly"}, {"cardiomegaly"}),
-    "aortic elongation": ({"aortic elongation", "descendent aortic elongation", "supra aortic elongation"}, {"aortic tortuosity"}),
+    "aortic elongation": ({"aortic elongation", "descendent aortic elongation", "supra aortic elongation"},
+                          {"aortic tortuosity"}),
     "aortic atheromatosis": ({"aortic atheromatosis"}, {"atherosclerosis"}),
     "scoliosis": ({"scoliosis"}, {"scoliosis"}),
     "kyphosis": ({"kyphosis"}, {"kyphosis"}),
@@ -39,7 +40,7 @@ MAIN_FINDINGS: dict[str, tuple[set[str], set[str]]] = {
                               "bronchovascular markings"}, {"interstitial opacity", "bronchitis"}),
     "alveolar pattern, infiltrate or consolidation": ({"alveolar pattern", "infiltrates", "consolidation"},
                                                       {"alveolar pattern", "infiltration", "consolidation"}),
-    "pneumonia": ({"pneumonia", "atypical pneumonia"}, {"pneumonia"}),
+    "pneumonia": ({"pneumonia", "atypical pneumonia"}, {"pneumonia", "infection"}),
     "pleural effusion": ({"pleural effusion", "loculated pleural effusion"}, {"pleural effusion"}),
     "costophrenic blunting": ({"costophrenic angle blunting"}, {"costophrenic blunting"}),
     "pleural thickening": ({"apical pleural thickening", "pleural thickening", "calcified pleural thickening",
@@ -113,7 +114,8 @@ def main() -> None:
     extract = build_extractor(language="es")
     rows, failures = gold_table(extract, arguments.gold)
     reports = list(read_reports(arguments.table))
-    halves = {name: [report for report in reports if report.held_out == held] for name, held in (("held out", True), ("tuned", False))}
+    halves = {"held out": [report for report in reports if report.held_out]}
+    halves["tuned"] = [report for report in reports if not report.held_out]
     extract([reports[0].text])
     started = time.process_time()
     tables = {name: agreement_table(extract, half) for name, half in halves.items()}

@@ -31,7 +31,8 @@ def entities(
     as_json: AsJson = False,
 ) -> None:
     """Find the medical entities of every report, on Ray."""
-    from mmclip_dist.offline.entities import entities_stage, language_of
+    from mmclip_dist.offline.entities import entities_stage
+    from mmclip_dist.offline.lexicon import language_of
     from mmclip_dist.offline.stage import progress_line, run_stage
 
     stage = entities_stage(base, out or join(base, "entities"), model, language or language_of(base), linker)

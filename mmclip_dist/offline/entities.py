@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 
-from mmclip_shards.datasets.recipe import find_recipe, recipe_names
 from mmclip_shards.document import read_document
-from mmclip_shards.manifest import load_manifest
 
 from mmclip_dist.offline.clinical_text import LEXICON_MODEL, as_json, build_extractor, extractor_hash
 from mmclip_dist.offline.stage import Maker, Members, Stage, Unreadable
@@ -24,16 +22,6 @@ def entities_stage(
         "entities", base, out, extractor_hash(model, language, linker), partial(_build, model, language, linker),
         measured=model != LEXICON_MODEL or linker is not None,
     )  # fmt: skip
-
-
-def language_of(base: str) -> str:
-    """The language of a packed set's reports: what the recipes of its data sets say; English where there is no recipe.
-    ValueError for several."""
-    names = recipe_names()
-    found = {find_recipe(name).language if name in names else "en" for name in load_manifest(base).datasets}
-    if len(found) > 1:
-        raise ValueError(f"{base} has reports in several languages ({', '.join(sorted(found))}): choose one with --language")
-    return found.pop()
 
 
 def _build(model: str, language: str, linker: str | None) -> Maker:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from mmclip_shards.datasets.recipe import find_recipe, recipe_names
+from mmclip_shards.manifest import load_manifest
 
 from mmclip_dist.offline.context import Cue, cue_phrases, longest
 
@@ -33,6 +35,16 @@ SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 _STEMMED_FROM = 5  # letters: in shorter words the ending is most of the word
 _SHORT = re.compile("...[aeiou]")
+
+
+def language_of(base: str) -> str:
+    """The language of a packed set's reports: what the recipes of its data sets say; English where there is no recipe.
+    ValueError for several."""
+    names = recipe_names()
+    found = {find_recipe(name).language if name in names else "en" for name in load_manifest(base).datasets}
+    if len(found) > 1:
+        raise ValueError(f"{base} has reports in several languages ({', '.join(sorted(found))}): choose one with --language")
+    return found.pop()
 
 
 @cache
