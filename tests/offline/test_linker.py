@@ -11,13 +11,11 @@ import pytest
 
 pytest.importorskip("scispacy", reason="needs the extra nlp")
 
-import joblib
-import nmslib
 import numpy as np
 import scispacy.file_cache
+from scispacy import candidate_generation
 from scispacy.candidate_generation import DEFAULT_KNOWLEDGE_BASES, DEFAULT_PATHS, LinkerPaths
 from scispacy.linking_utils import KnowledgeBase
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from mmclip_dist.offline.clinical_text import build_extractor, extractor_hash
 from mmclip_dist.offline.entities import entities_stage
@@ -37,13 +35,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     concepts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     index = LinkerPaths.from_directory(made)
     aliases = list(KnowledgeBase(str(concepts)).alias_to_cuis)
-    vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3), dtype=np.float32)
+    vectorizer = candidate_generation.TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 3), dtype=np.float32)
     vectors = vectorizer.fit_transform(aliases)
+    nmslib = candidate_generation.nmslib
     neighbours = nmslib.init(method="hnsw", space="cosinesimil_sparse", data_type=nmslib.DataType.SPARSE_VECTOR)
     neighbours.addDataPointBatch(vectors)
     neighbours.createIndex({"indexThreadQty": 1})
     neighbours.saveIndex(index.ann_index)
-    joblib.dump(vectorizer, index.tfidf_vectorizer)
+    candidate_generation.joblib.dump(vectorizer, index.tfidf_vectorizer)
     Path(index.concept_aliases_list).write_text(json.dumps(aliases))
     parts = {"data": vectors.data.astype(np.float16), "indices": vectors.indices, "indptr": vectors.indptr}
     np.savez(index.tfidf_vectors, format=b"csr", shape=vectors.shape, **parts)  # scipy itself saves no half precision
