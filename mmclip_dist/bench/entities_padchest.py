@@ -3,8 +3,8 @@
     python -m mmclip_dist.bench.entities_padchest --gold tests/offline/gold_entities_es.yaml --table PADCHEST.csv.gz
 
 --table: PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz, as it comes with PadChest and inside the wheel `torchxrayvision`
-1.5.7. Only the 26,412 reports that physicians labelled count, not those that PadChest's network did. The words were chosen with
-one half of them at hand; the other half, `held out`, was only counted.
+1.5.7. Only the 26,412 reports that physicians labelled count, not those that PadChest's network did. Words were changed
+after a look at one half of them; of the other, `held out`, only counts were looked at.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def read_reports(table: Path) -> Iterator[Report]:
             if row["MethodLabel"] != "Physician" or row["ReportID"] in seen or labels & {"exclude", "suboptimal study"}:
                 continue
             seen.add(row["ReportID"])
-            # By text: the same sentence is in one half only.
+            # By text: equal reports are in one half. Sentences may be in both.
             half = hashlib.sha256(row["Report"].encode()).digest()[0] % 2 == 0
             yield Report(row["Report"], labels, half)
 
