@@ -23,6 +23,8 @@ def entities(
     base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/entities.")] = None,
     model: Annotated[str, typer.Option(help="`lexicon`, or an installed spaCy or scispaCy model.")] = "lexicon",
+    language: Annotated[str | None, typer.Option(help="Of the reports: en or es; by default that of the data set.")] = None,
+    linker: Annotated[str | None, typer.Option(help="scispaCy's knowledge base for concepts: umls, mesh, ...")] = None,
     workers: Workers = 2,
     max_bad_fraction: MaxBad = 1e-3,
     address: Address = None,
@@ -30,9 +32,10 @@ def entities(
 ) -> None:
     """Find the medical entities of every report, on Ray."""
     from mmclip_dist.offline.entities import entities_stage
+    from mmclip_dist.offline.lexicon import language_of
     from mmclip_dist.offline.stage import progress_line, run_stage
 
-    stage = entities_stage(base, out or join(base, "entities"), model)
+    stage = entities_stage(base, out or join(base, "entities"), model, language or language_of(base), linker)
     with cluster(address):
         report = progress_line("shards", as_json=as_json)
         manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)

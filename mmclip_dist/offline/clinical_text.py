@@ -5,8 +5,10 @@ says of it (`context.py`).
     [[entity, ...], ...] = extract(["No effusion but a right apical pneumothorax.", ...])
 
 Words come from scispaCy's tokeniser, short forms defined in the report from its abbreviation detector (Schwartz and
-Hearst, 2003). Everything that a radiologist may want to change is in `lexicon.yaml`. Line breaks in the middle of a phrase are
-ignored.
+Hearst, 2003). Everything that a radiologist may want to change is in the language's lexicon (`lexicon.py`). Line breaks in the
+middle of a phrase are ignored.
+
+A sentence is looked at alone, and once: radiologists repeat themselves, and no rule reaches across the end of a sentence.
 
 Needs the extra `nlp`; its packages are imported only where they are used, as spaCy alone takes about three seconds.
 """
@@ -14,34 +16,36 @@ Needs the extra `nlp`; its packages are imported only where they are used, as sp
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
-from mmclip_dist.offline.context import Cue, background_spans, cue_phrases, heading_pattern, longest, marks_of
+from mmclip_dist.offline.context import background_spans, heading_pattern, marks_of
+from mmclip_dist.offline.lexicon import blank_pipeline, cue_finder, lexicon_path, load_lexicon, term_finder
+from mmclip_dist.offline.linker import build_linker, linker_version
 
 if TYPE_CHECKING:
     from spacy.language import Language
-    from spacy.tokens import Doc, Span
+    from spacy.tokens import Doc
 
-LEXICON_PATH = Path(__file__).with_name("lexicon.yaml")
 LEXICON_MODEL = "lexicon"
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Part of the extractor's hash. Raise it when this file changes what is extracted: old sidecars then become stale."""
 
 NLP_PACKAGES = ("spacy", "scispacy")
+STEMMER_PACKAGE = "snowballstemmer"
 UNUSED_PIPES = ["tagger", "attribute_ruler", "lemmatizer", "parser", "senter"]
 """Parts of an installed model that entities do not need; where a sentence ends is in `context.py`."""
+KNOWN_SENTENCES = 1 << 16
+"""Sentences that an extractor keeps, about a kilobyte each; then it starts anew."""
+KNOWN_WORDS = 1 << 16
+"""Words that a vocabulary keeps; further ones are freed after their batch, and no tokeniser caches them."""
 
 NEW_BLOCK = re.compile(
     r"\n[^\S\n]*\n"  # a blank line
@@ -49,10 +53,8 @@ NEW_BLOCK = re.compile(
     r"|\n(?=[^\S\n]*[A-Z][A-Za-z/]*(?:[ ][A-Za-z/()]+){0,3}:)"  # a heading, or "Heart: normal."
 )
 FOLDED_BLANKS = re.compile(r"\s{2,}|[^\S ]")
-SLASH = r"(?<=[A-Za-z])/(?=[A-Za-z])"
-"""scispaCy keeps "consolidation/effusion" whole (meant for chemistry); in a report a slash separates findings."""
-SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
-ALTERNATIVES = re.compile(r"\(([^()]*)\)")
+SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})[.!;] |(?<= )[.!;] |\n")
+"""Only ends that the tokeniser sees as well: behind whole words, and not behind its abbreviations (`sentences_of`)."""
 
 Extractor = Callable[[Sequence[str]], "list[list[Entity]]"]
 
@@ -91,61 +93,102 @@ def as_json(entity: Entity) -> dict[str, Any]:
     return item
 
 
-def build_extractor(model: str = LEXICON_MODEL) -> Extractor:
+class Marked(NamedTuple):
+    """An entity of a text, in its characters. mark: of `context.MARKS`, or None for stated."""
+
+    start: int
+    end: int
+    label: str
+    term: str
+    cui: str
+    mark: str | None
+
+
+def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: str | None = None) -> Extractor:
     """Reports -> their entities, in order, never overlapping. Build once per process; it is not thread-safe.
 
-    model: `lexicon`, or the name of an installed spaCy/scispaCy package that recognises entities.
-    Raises ValueError when the extra `nlp` or the model is not installed.
+    model: `lexicon`, or the name of an installed spaCy/scispaCy package that recognises entities. language: of the lexicon, whose
+    rules say what a report says of an entity, whatever the model. linker: scispaCy's knowledge base that gives the concepts
+    (`linker.py`). Raises ValueError when the extra `nlp`, the model, or a file of the knowledge base is not here.
     """
-    require_installed(model)
-    nlp = lexicon_pipeline() if model == LEXICON_MODEL else installed_pipeline(model)
+    require_installed(model, language)
+    from spacy.tokens import Span
+
+    lexicon = load_lexicon(language)
+    tokens = blank_pipeline(language)
+    nlp = tokens if model == LEXICON_MODEL else installed_pipeline(model)
+    link = build_linker(linker) if linker else None
+    find_terms, find_cues = term_finder(tokens, language), cue_finder(tokens, language)
     detect_abbreviations = abbreviations(nlp)
-    find_cues = cue_finder(nlp)
-    headings = heading_pattern(load_lexicon()["sections"])
+    headings = heading_pattern(lexicon["sections"])
+    rules: dict[str, Any] = getattr(nlp.tokenizer, "rules")  # noqa: B009, spaCy types a tokeniser as any callable
+    abbreviated = tuple(f" {word[:-1]}" for word in rules if word.endswith("."))
     # Only a model's entity may hold its negation ("no effusion").
-    prefixes = () if model == LEXICON_MODEL else tuple(load_lexicon()["entity_prefix"])
+    prefixes = () if model == LEXICON_MODEL else tuple(lexicon["entity_prefix"])
+    known: dict[str, list[Marked]] = {}
+
+    def recognised(doc: Doc) -> Doc:
+        if nlp is tokens:
+            doc.ents = [Span(doc, start, end, label, span_id=term) for start, end, label, term in find_terms(doc)]
+        return link(doc) if link else doc
+
+    def marked(doc: Doc) -> list[Marked]:
+        spans = doc.ents
+        marks = marks_of([(span.start, span.end) for span in spans], find_cues(doc if nlp is tokens else words_of(doc, tokens)))
+        return [
+            Marked(span.start_char, span.end_char, span.label_, span.id_, span.kb_id_, mark)
+            for span, mark in zip(spans, marks, strict=True)
+        ]
 
     def extract(reports: Sequence[str]) -> list[list[Entity]]:
         """Entities of each report, in the order of the reports."""
         flat = [flatten(report, headings) for report in reports]
+        sentences = [list(sentences_of(text, abbreviated)) for text, _, _ in flat]
+        if len(known) > KNOWN_SENTENCES:
+            known.clear()
+        new = list(dict.fromkeys(sentence for pairs in sentences for _, sentence in pairs if sentence not in known))
         found = []
-        # The zone frees new words of the vocabulary afterwards; without it a worker's memory grows with the corpus.
-        with nlp.memory_zone():
-            for report, (text, positions), doc in zip(reports, flat, nlp.pipe(text for text, _ in flat), strict=True):
-                if "(" in text:  # a definition needs one; skipping the detector saves a sixth of the run time
-                    add_short_forms(detect_abbreviations(doc))
-                spans = doc.ents
-                marks = marks_of([(span.start, span.end) for span in spans], find_cues(doc))
-                background = background_spans(text, list(headings.finditer(text))) if ":" in text else []
-                found.append([
-                    entity_of(span, in_report(mark, span, background, prefixes), report, positions)
-                    for span, mark in zip(spans, marks, strict=True)
-                ])  # fmt: skip
+        with bounded(nlp), bounded(tokens) if tokens is not nlp else nullcontext():
+            for sentence, doc in zip(new, nlp.pipe(new), strict=True):
+                known[sentence] = marked(recognised(doc))
+            for report, (text, positions, background), pairs in zip(reports, flat, sentences, strict=True):
+                spans = [
+                    span._replace(start=at + span.start, end=at + span.end) for at, sentence in pairs for span in known[sentence]
+                ]
+                if "(" in text:  # a definition needs one
+                    doc = detect_abbreviations(nlp.make_doc(text))
+                    if doc._.abbreviations:
+                        spans = marked(add_short_forms(doc, spans))
+                found.append([entity_of(span, background, prefixes, report, positions) for span in spans])
         return found
 
     return extract
 
 
-def extractor_hash(model: str = LEXICON_MODEL) -> str:
-    """sha256 (hex) of everything that affects the entities: lexicon, context, rules, versions of model and packages."""
-    require_installed(model)
+def extractor_hash(model: str = LEXICON_MODEL, language: str = "en", linker: str | None = None) -> str:
+    """sha256 (hex) of everything that affects the entities: lexicon, context, rules, versions of model, linker and packages."""
+    packages = require_installed(model, language)
+    lexicon = load_lexicon(language)
     if model == LEXICON_MODEL:
-        source = {"lexicon": hashlib.sha256(LEXICON_PATH.read_bytes()).hexdigest()}
+        source = {"lexicon": hashlib.sha256(lexicon_path(language).read_bytes()).hexdigest()}
     else:
         source = {"version": metadata.version(model)}
     configuration = {
         "model": model,
         "source": source,
-        "context": [load_lexicon()[name] for name in ("context", "sections", "entity_prefix")],
+        "language": language,
+        "linker": linker and linker_version(linker),
+        "context": [lexicon[name] for name in ("context", "sections", "entity_prefix")],
         "rules": RULES_VERSION,
-        "packages": {name: metadata.version(name) for name in NLP_PACKAGES},
+        "packages": {name: metadata.version(name) for name in packages},
     }
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
 
 
-def require_installed(model: str) -> None:
-    """ValueError with the command that helps, unless the NLP packages and the model are installed."""
-    missing = [name for name in NLP_PACKAGES if not is_installed(name)]
+def require_installed(model: str, language: str = "en") -> tuple[str, ...]:
+    """The NLP packages of a language; ValueError with the command that helps, unless they and the model are installed."""
+    packages = (*NLP_PACKAGES, STEMMER_PACKAGE) if "stemmer" in load_lexicon(language) else NLP_PACKAGES
+    missing = [name for name in packages if not is_installed(name)]
     if missing:
         raise ValueError(f"entities need {', '.join(missing)}, not installed here: run pip install 'mmclip-dist[nlp]'")
     if model != LEXICON_MODEL and not is_installed(model):
@@ -154,6 +197,7 @@ def require_installed(model: str) -> None:
             "scispaCy model run pip install URL, with a release URL from https://allenai.github.io/scispacy (not by "
             "name: en-core-sci-md on PyPI is a placeholder); for a spaCy model python -m spacy download NAME"
         )
+    return packages
 
 
 def is_installed(package: str) -> bool:
@@ -165,91 +209,28 @@ def is_installed(package: str) -> bool:
     return True
 
 
-# --- lexicon --------------------------------------------------------------------------------------------------------
-
-
-@cache
-def load_lexicon() -> dict[str, Any]:
-    """The parsed lexicon file: `spellings`, `entities`, `context`, `sections` and `entity_prefix`."""
-    return yaml.safe_load(LEXICON_PATH.read_text(encoding="utf-8"))
-
-
-def surface_forms(form: str, spellings: dict[str, str]) -> set[str]:
-    """All spellings of one line of the lexicon, in lower case: endings, hyphens, British forms."""
-    pieces = ALTERNATIVES.split(form.lower())
-    choices = [
-        [piece] if index % 2 == 0 else (piece.split("/") if "/" in piece else ["", piece])
-        for index, piece in enumerate(pieces)
-    ]
-    forms = {"".join(choice).strip() for choice in itertools.product(*choices)}
-    forms |= {" ".join(spellings.get(word, word) for word in text.split()) for text in forms}
-    return forms | {text.replace("-", " ") for text in forms}
-
-
-def lexicon_patterns(lexicon: dict[str, Any]) -> list[dict[str, str]]:
-    """Patterns of spaCy's entity ruler: one per surface form. Raises ValueError for a form that two terms claim."""
-    owners: dict[str, tuple[str, str]] = {}
-    for label, terms in lexicon["entities"].items():
-        for term, forms in terms.items():
-            for form in sorted(set().union(*(surface_forms(form, lexicon["spellings"]) for form in [term, *forms]))):
-                if owners.setdefault(form, (label, term)) != (label, term):
-                    raise ValueError(
-                        f"{LEXICON_PATH.name}: {form!r} is a form of both {' / '.join(owners[form])} "
-                        f"and {label} / {term}; keep one"
-                    )
-    return [{"label": label, "pattern": form, "id": term} for form, (label, term) in owners.items()]
-
-
 # --- pipelines ------------------------------------------------------------------------------------------------------
-
-
-def lexicon_pipeline() -> Language:
-    """Blank English with scispaCy's tokeniser and the lexicon as entity ruler."""
-    import spacy
-    from scispacy.custom_tokenizer import combined_rule_tokenizer
-    from spacy.symbols import ORTH
-
-    nlp = spacy.blank("en")
-    tokenizer = combined_rule_tokenizer(nlp)
-    # spaCy's English keeps "Mass." as one token, for Massachusetts: a mass at the end of a sentence would be missed.
-    tokenizer.rules = {word: rule for word, rule in tokenizer.rules.items() if word != "Mass."}
-    infixes = tokenizer.infix_finditer.__self__.pattern
-    tokenizer.infix_finditer = re.compile(f"{infixes}|{SLASH}").finditer
-    for word in SLASHED_WORDS:
-        for written in (word, word.capitalize(), word.upper()):
-            tokenizer.add_special_case(written, [{ORTH: written}])
-    nlp.tokenizer = tokenizer
-    nlp.max_length = sys.maxsize  # spaCy's limit of a megabyte is for models that need memory by the length
-    ruler: Any = nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"})
-    ruler.add_patterns(lexicon_patterns(load_lexicon()))
-    return nlp
 
 
 def installed_pipeline(model: str) -> Language:
     """An installed model, without the parts that entities do not need. ValueError if it recognises no entities."""
     import spacy
+    from thinc.api import Model, NumpyOps
 
     if find_spec(model) is None or not hasattr(import_module(model), "load"):
         raise ValueError(f"{model!r} is installed, but is no spaCy model; name one as spacy.load does: en_core_sci_sm")
     nlp = spacy.load(model, exclude=UNUSED_PIPES)
+    for name, pipe in nlp.pipeline:  # word vectors that only the unused parts asked for
+        if not getattr(pipe, "listening_components", True):
+            nlp.remove_pipe(name)
     if not any("doc.ents" in nlp.get_pipe_meta(pipe).assigns for pipe in nlp.pipe_names):
         raise ValueError(f"model {model!r} recognises no entities (its parts: {', '.join(nlp.pipe_names) or 'none'})")
+    numpy_ops = NumpyOps(use_blis=False)  # thinc's own BLIS multiplies at a third of the speed of numpy's BLAS
+    for _, pipe in nlp.pipeline:
+        network = getattr(pipe, "model", None)
+        for node in network.walk() if isinstance(network, Model) else ():
+            node.ops = numpy_ops
     return nlp
-
-
-def cue_finder(nlp: Language) -> Callable[[Doc], list[Cue]]:
-    """Finds the lexicon's cues in a document; they share no token and come in order."""
-    from spacy.matcher import PhraseMatcher
-
-    matcher = PhraseMatcher(nlp.vocab, attr="LOWER")
-    for kind, phrases in cue_phrases(load_lexicon()["context"]).items():
-        matcher.add(kind, [nlp.make_doc(phrase) for phrase in phrases])
-    strings = nlp.vocab.strings
-
-    def find(doc: Doc) -> list[Cue]:
-        return longest(Cue(strings[kind], start, end) for kind, start, end in matcher(doc))
-
-    return find
 
 
 def abbreviations(nlp: Language) -> Callable[[Doc], Doc]:
@@ -265,14 +246,15 @@ def abbreviations(nlp: Language) -> Callable[[Doc], Doc]:
 # --- one document ---------------------------------------------------------------------------------------------------
 
 
-def flatten(report: str, headings: re.Pattern[str]) -> tuple[str, list[int] | None]:
+def flatten(report: str, headings: re.Pattern[str]) -> tuple[str, list[int] | None, list[tuple[int, int]]]:
     """The report with each run of white space as one character: "\\n" before a new block or a heading, else " ".
 
     Wrapped lines and double spaces would otherwise split "pleural\\n effusion".
-    Returns the text and, per character, its offset in the report (None: nothing moved).
+    Returns the text; per character, its offset in the report (None: nothing moved); and its background sections, in characters.
     """
     if not FOLDED_BLANKS.search(report):
-        return break_before(headings, report), None
+        text, background = break_before(headings, report)
+        return text, None, background
     block_starts = {match.start() for match in NEW_BLOCK.finditer(report)}
     pieces: list[str] = []
     positions: list[int] = []
@@ -284,59 +266,92 @@ def flatten(report: str, headings: re.Pattern[str]) -> tuple[str, list[int] | No
         last = end
     pieces.append(report[last:])
     positions.extend(range(last, len(report)))
-    return break_before(headings, "".join(pieces)), positions
+    text, background = break_before(headings, "".join(pieces))
+    return text, positions, background
 
 
-def break_before(headings: re.Pattern[str], text: str) -> str:
-    """The text with "\n" for the space before a heading: no statement reaches from one section into the next."""
-    if ":" not in text:
-        return text
-    for heading in headings.finditer(text):
-        at = heading.start()
-        text = text if at == 0 else f"{text[: at - 1]}\n{text[at:]}"
-    return text
+def break_before(headings: re.Pattern[str], text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text with "\n" for the space before a heading, as no statement reaches from one section into the next; and its
+    background sections, in characters."""
+    found = list(headings.finditer(text)) if ":" in text else []
+    if not found:
+        return text, []
+    starts = [heading.start() for heading in found]
+    pieces = [text[low:high] for low, high in pairwise([0, *(max(start - 1, 0) for start in starts), len(text)])]
+    text = "".join([pieces[0], *("\n" + piece[1:] if start else piece for start, piece in zip(starts, pieces[1:], strict=True))])
+    return text, background_spans(text, found)
 
 
-def add_short_forms(doc: Doc) -> Doc:
-    """Make "RVC" an entity everywhere in a report that says "retractile visceral consolidation (RVC)".
+def sentences_of(text: str, abbreviated: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """(offset, sentence) of each sentence that is not empty. abbreviated: " word" of those whose full stop belongs to them."""
+    start = 0
+    for match in SENTENCE_END.finditer(text):
+        end = match.end() - 1
+        if text[end] == "\n" or not f" {text[max(0, end - 16) : end - 1]}".endswith(abbreviated):
+            if start < end:
+                yield start, text[start:end]
+            start = end + 1
+    if start < len(text):
+        yield start, text[start:]
 
-    The short form gets label and term of the last entity in its long form, the head of an English noun phrase.
+
+@contextmanager
+def bounded(nlp: Language) -> Iterator[None]:
+    """A vocabulary that is large already does not grow by what is done inside; a worker's memory would grow with the corpus."""
+    with nlp.memory_zone() if len(nlp.vocab) > KNOWN_WORDS else nullcontext():
+        yield
+
+
+def words_of(doc: Doc, tokens: Language) -> Doc:
+    """The same words in the vocabulary of `tokens`."""
+    from spacy.tokens import Doc
+
+    return Doc(tokens.vocab, words=[token.text for token in doc], spaces=[bool(token.whitespace_) for token in doc])
+
+
+def add_short_forms(doc: Doc, spans: Sequence[Marked]) -> Doc:
+    """The document with `spans` as entities, and "RVC" everywhere if it says "retractile visceral consolidation (RVC)".
+
+    The short form gets label, term and concept of the last entity in its long form, the head of an English noun phrase.
     """
     from spacy.tokens import Span
 
-    heads = {entity.end: entity for entity in doc.ents}
-    taken = {token.i for entity in doc.ents for token in entity}
+    entities = []
+    for span in spans:
+        entity = doc.char_span(span.start, span.end, span.label, span.cui, span_id=span.term)
+        assert entity is not None, "a sentence is tokenised as it is in its report"
+        entities.append(entity)
+    heads = {entity.end: entity for entity in entities}
+    taken = {token.i for entity in entities for token in entity}
     for short in sorted(doc._.abbreviations, key=lambda short: short.start):
         head = heads.get(short._.long_form.end)
         if head is not None and taken.isdisjoint(range(short.start, short.end)):
-            span = Span(doc, short.start, short.end, label=head.label, kb_id=head.kb_id, span_id=head.id)
-            doc.ents = [*doc.ents, span]
+            entities.append(Span(doc, short.start, short.end, label=head.label, kb_id=head.kb_id, span_id=head.id))
             taken.update(range(short.start, short.end))
+    doc.ents = entities
     return doc
 
 
-def in_report(mark: str | None, span: Span, background: list[tuple[int, int]], prefixes: tuple[str, ...]) -> str | None:
-    """The mark of an entity, from that of its statement. background: sections that say nothing of the image, in characters."""
-    if prefixes and span.text.lower().startswith(prefixes):
-        return "negated"
-    if mark != "negated" and any(start <= span.start_char < end for start, end in background):
-        return "background"
-    return mark
-
-
-def entity_of(span: Span, mark: str | None, report: str, positions: list[int] | None) -> Entity:
-    """A spaCy entity as `Entity`, with offsets of the original report."""
-    start, end = span.start_char, span.end_char
+def entity_of(
+    span: Marked, background: list[tuple[int, int]], prefixes: tuple[str, ...], report: str, positions: list[int] | None
+) -> Entity:
+    """The entity with offsets of the original report. background: sections that say nothing of the image, in characters."""
+    start, end, mark = span.start, span.end, span.mark
+    if mark != "negated" and any(low <= start < high for low, high in background):
+        mark = "background"
     if positions is not None:
         start, end = positions[start], positions[end - 1] + 1
+    text = report[start:end]
+    if prefixes and text.lower().startswith(prefixes):
+        mark = "negated"
     return Entity(
         start=start,
         end=end,
-        text=report[start:end],
-        label=span.label_,
+        text=text,
+        label=span.label,
         negated=mark == "negated",
         uncertain=mark == "uncertain",
         background=mark == "background",
-        cui=span.kb_id_ or None,
-        term=span.ent_id_ or None,
+        cui=span.cui or None,
+        term=span.term or None,
     )

@@ -28,6 +28,7 @@ from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import ShardReader
 
 from mmclip_dist.offline.clinical_text import Entity, build_extractor, extractor_hash
+from mmclip_dist.offline.lexicon import language_of
 
 OBSERVATIONS_PATH = Path(__file__).with_name("observations.yaml")
 NO_FINDING, SUPPORT_DEVICES, _OTHER = "No Finding", "Support Devices", "another finding"
@@ -85,11 +86,13 @@ def label_set(base: str, out: str, progress: Callable[[int, int], None] | None =
     """Write the labels of the reports in a packed set as CSV: key, then 1.0, 0.0, -1.0 or nothing for each observation, as
     CheXpert does -> observation -> how often it is (present, uncertain, absent).
 
-    progress(done, total): in samples. ValueError where there is no set, or a report cannot be read.
+    progress(done, total): in samples. ValueError where there is no set, its reports are not English, or one cannot be read.
     """
     manifest = load_manifest(base)
     if manifest.kind != "base":
         raise ValueError(f"{base} holds {manifest.kind} sidecars: name the packed set itself")
+    if (language := language_of(base)) != "en":
+        raise ValueError(f"the reports of {base} are in another language ({language}) than these rules, which are English")
     reader, keys = ShardReader(base, manifest), list[str]()
 
     def reports() -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,6 +55,8 @@ _PUBLISH_EVERY_S = 2.0
 _PUBLISH_SHARE = 0.02  # of the driver's time at most: a journal grows with the shards that it names
 _TRIES = 3  # of one shard
 _LOST_AT_MOST = 10  # shards: beyond, what fails is not the shards' own
+_GIB = 1 << 30
+_ROOM = 1.25  # of what a worker takes once its models are loaded: its batches, and what it learns of the text
 _SHOWN = 3  # keys or shards in a message
 
 
@@ -73,6 +76,7 @@ class Stage:
     checkpoint: str | None = None
     gpus: float = 0  # of each worker; Ray hides all GPUs from a worker that asks for none
     cpus: int = 1  # of each worker
+    measured: bool = False  # what a worker's models take is measured first, and Ray gives a node no more of them than it holds
 
 
 class Made(NamedTuple):
@@ -146,7 +150,11 @@ def run_stage(
     report(len(done), len(base.shards))
     most = max(2, int(max_bad_fraction * base.samples)) if max_bad_fraction else 0
     _check_bad(stage, done, most)  # of an earlier run, too
-    with _workers(stage) as new_worker:
+    memory = _memory_of(stage) if stage.measured and len(done) < len(wanted) else 0
+    if memory and workers > (fit := _fitting(memory, _nodes_memory())):
+        print(f"{fit} of {workers} workers run: each takes {memory / _GIB:.1f} GiB", flush=True)
+        workers = fit
+    with _workers(stage, memory) as new_worker:
         _make_missing(stage, wanted, done, new_worker, workers, report, most)
     manifest = Manifest(
         kind=stage.kind, dataset=base.dataset, split=base.split, config_hash=stage.config_hash, base=wanted,
@@ -172,11 +180,14 @@ def _check_bad(stage: Stage, done: Mapping[int, Made], most: int) -> None:
 
 
 @contextmanager
-def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
+def _workers(stage: Stage, memory: int) -> Iterator[Callable[[], Any]]:
     """A function that starts a worker; leaving the block ends all of them. Else whoever keeps an error of the stage would keep
     the frames that it came through, a worker in them, and that worker's CPU."""
     # What fails is tried again by `_make_missing`, and not by Ray, which counts a worker's deaths and not those at one shard.
-    actor: Any = ray.remote(num_cpus=stage.cpus, num_gpus=stage.gpus, max_restarts=0, max_task_retries=0)(Worker)
+    options: Any = {
+        "num_cpus": stage.cpus, "num_gpus": stage.gpus, "memory": memory or None, "max_restarts": 0, "max_task_retries": 0
+    }  # fmt: skip
+    actor: Any = ray.remote(**options)(Worker)
     with ExitStack() as ends:
 
         def new_worker() -> Any:
@@ -185,6 +196,42 @@ def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
             return worker
 
         yield new_worker
+
+
+def _memory_of(stage: Stage) -> int:
+    """Bytes that a worker's models take, with room for its batches: measured in a process of its own. ValueError or OSError if
+    they cannot be loaded, or no node has room for them."""
+    try:
+        measure = ray.remote(num_cpus=stage.cpus, num_gpus=stage.gpus, max_calls=1, max_retries=0)(_peak_of)
+        peak = ray.get(measure.remote(stage.build))
+    except ray.exceptions.RayTaskError as error:
+        raise (ValueError if isinstance(error.cause, ValueError) else OSError)(f"a worker cannot start: {error.cause}") from None
+    except ray.exceptions.RayError as error:
+        largest = max(_nodes_memory()) / _GIB
+        told = str(error).strip().splitlines()[0]
+        raise OSError(f"a worker's models cannot be loaded (the largest node lends {largest:.1f} GiB): {told}") from None
+    return int(peak * _ROOM)
+
+
+def _peak_of(build: Callable[[], Maker]) -> int:
+    """Bytes of memory that this process has held at most, once its models are loaded."""
+    build()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _nodes_memory() -> list[int]:
+    """Bytes that each node of the cluster lends to workers."""
+    return [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+def _fitting(memory: int, nodes: list[int]) -> int:
+    """How many workers of that many bytes the nodes hold. ValueError if none does."""
+    if fit := sum(node // memory for node in nodes):
+        return fit
+    raise ValueError(
+        f"a worker takes {memory / _GIB:.1f} GiB and the largest node lends {max(nodes) / _GIB:.1f} GiB: choose a smaller model "
+        "or linker, or a larger node (ray start --memory BYTES says what a node lends)"
+    )
 
 
 def _make_missing(

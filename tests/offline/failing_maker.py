@@ -41,3 +41,9 @@ def build_slow(go: str):
         return [(key, {"entities.json": json.dumps([key]).encode()}) for key, _ in samples]
 
     return make
+
+
+def build_large(size: int):
+    """A maker that holds `size` bytes."""
+    held = b"x" * size
+    return lambda samples: [(key, {"entities.json": held[:0] + b"[]"}) for key, _ in samples]

@@ -16,7 +16,7 @@ pytest.importorskip("scispacy", reason="needs the extra nlp")
 
 from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
 
-from mmclip_dist.offline import clinical_text
+from mmclip_dist.offline import clinical_text, lexicon
 from mmclip_dist.offline.clinical_text import Entity, Extractor, as_json, build_extractor, extractor_hash
 from mmclip_dist.offline.context import cue_phrases
 
@@ -233,14 +233,48 @@ def test_synthetic_reports_agree_with_their_labels(extract: Extractor) -> None:
     assert {name: agreed[name] for name in FINDINGS if agreed[name] < 0.97 * len(records)} == {}
 
 
+def test_a_sentence_that_comes_again_is_known_and_lies_where_it_is(extract: Extractor) -> None:
+    reports = ["No effusion. There is a mass. No effusion.", "There is a mass. No effusion.", "Mass, no nodule."]
+    for again in (False, True):
+        found = extract(reports) if not again else extract(reports[::-1])[::-1]
+        for report, entities in zip(reports, found, strict=True):
+            assert [report[entity.start : entity.end] for entity in entities] == [entity.text for entity in entities]
+        assert [summary(entities) for entities in found] == [
+            [("effusion", "FINDING", "-"), ("mass", "FINDING", ""), ("effusion", "FINDING", "-")],
+            [("mass", "FINDING", ""), ("effusion", "FINDING", "-")],
+            [("Mass", "FINDING", ""), ("nodule", "FINDING", "-")],
+        ]
+    assert summary(extract(["No mass as in Prof. Stone's nodule."])[0])[-1] == ("nodule", "FINDING", "-")
+
+
+def test_known_sentences_and_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tracemalloc
+
+    monkeypatch.setattr(clinical_text, "KNOWN_SENTENCES", 50)
+    monkeypatch.setattr(clinical_text, "KNOWN_WORDS", 0)
+    extract = build_extractor()
+
+    def held(first: int) -> int:
+        """Bytes after 2,000 sentences of new words."""
+        for start in range(first, first + 2000, 200):
+            extract([f"Effusion of patient word{number}." for number in range(start, start + 200)])
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    before = held(0)
+    after = held(2000)
+    tracemalloc.stop()
+    assert after - before < 150_000, "a kept sentence takes about 500 bytes"
+
+
 # --- lexicon ----------------------------------------------------------------------------------------------------
 
 
 def test_surface_forms_of_a_lexicon_line() -> None:
     spell = {"edema": "oedema"}
-    assert clinical_text.surface_forms("opacit(y/ies)", {}) == {"opacity", "opacities"}
-    assert clinical_text.surface_forms("(lung )nodule(s)", {}) == {"nodule", "nodules", "lung nodule", "lung nodules"}
-    assert clinical_text.surface_forms("Ground-glass edema", spell) == {
+    assert lexicon.surface_forms("opacit(y/ies)", {}) == {"opacity", "opacities"}
+    assert lexicon.surface_forms("(lung )nodule(s)", {}) == {"nodule", "nodules", "lung nodule", "lung nodules"}
+    assert lexicon.surface_forms("Ground-glass edema", spell) == {
         "ground-glass edema",
         "ground glass edema",
         "ground-glass oedema",
@@ -248,27 +282,28 @@ def test_surface_forms_of_a_lexicon_line() -> None:
     }
 
 
-def test_form_of_two_terms_is_refused() -> None:
-    lexicon = {"spellings": {}, "entities": {"FINDING": {"nodule": ["mass"], "mass": []}}}
-    with pytest.raises(ValueError, match=r"'mass' is a form of both FINDING / nodule and FINDING / mass"):
-        clinical_text.lexicon_patterns(lexicon)
+def test_form_of_two_terms_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"spellings": {}, "entities": {"FINDING": {"nodule": ["mass"], "mass": []}}}
+    monkeypatch.setattr(lexicon, "load_lexicon", lambda language: words)
+    with pytest.raises(ValueError, match=r"lexicon.yaml: 'mass' is a form of both FINDING / nodule and FINDING / mass"):
+        lexicon.term_forms("en")
 
 
 def test_phrases_of_the_context_have_one_meaning() -> None:
-    kinds = cue_phrases(clinical_text.load_lexicon()["context"]).values()
+    kinds = cue_phrases(lexicon.load_lexicon()["context"]).values()
     phrases = Counter(phrase.lower() for phrases in kinds for phrase in phrases)
     assert [phrase for phrase, count in phrases.items() if count > 1] == []
 
 
 def test_every_form_is_found_alone_and_before_punctuation(extract: Extractor) -> None:
     """Exceptions of the tokeniser ("Mass." is Massachusetts) would hide a form."""
-    patterns = clinical_text.lexicon_patterns(clinical_text.load_lexicon())
+    forms = [(form, term) for (_, term), forms in lexicon.term_forms("en").items() for form in forms]
     for ending in (".", ")"):
-        found = extract([pattern["pattern"].capitalize() + ending for pattern in patterns])
+        found = extract([form.capitalize() + ending for form, _ in forms])
         lost = [
-            pattern["pattern"]
-            for pattern, entities in zip(patterns, found, strict=True)
-            if [(entity.text.lower(), entity.term) for entity in entities] != [(pattern["pattern"], pattern["id"])]
+            form
+            for (form, term), entities in zip(forms, found, strict=True)
+            if [(entity.text.lower(), entity.term) for entity in entities] != [(form, term)]
         ]
         assert lost == [], f"before {ending!r}"
 
@@ -334,8 +369,8 @@ def test_hash_is_the_same_in_another_process_and_follows_the_lexicon(
     assert re.fullmatch(r"[0-9a-f]{64}", before)
 
     edited = tmp_path / "lexicon.yaml"
-    edited.write_bytes(clinical_text.LEXICON_PATH.read_bytes() + b"# one word more\n")
-    monkeypatch.setattr(clinical_text, "LEXICON_PATH", edited)
+    edited.write_bytes(lexicon.LEXICONS["en"].read_bytes() + b"# one word more\n")
+    monkeypatch.setitem(lexicon.LEXICONS, "en", edited)
     assert extractor_hash() != before
 
 

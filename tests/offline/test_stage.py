@@ -28,9 +28,20 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, progress_line, run_stage
+from mmclip_dist.offline.stage import (
+    JOURNAL,
+    QUARANTINE,
+    Stage,
+    _fitting,
+    _joined,
+    _memory_of,
+    _workers,
+    connect,
+    progress_line,
+    run_stage,
+)
 from tests.conftest import wait_for, write_sidecar
-from tests.offline.failing_maker import build_failing
+from tests.offline.failing_maker import build_failing, build_large
 
 pytestmark = pytest.mark.slow
 
@@ -378,3 +389,31 @@ def test_progress_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first == {"unit": "shards", "done": 1, "total": 4, "per_s": 0.0, "left_s": None}
     assert (second["done"], second["total"]) == (3, 4) and second["per_s"] > 0 and second["left_s"] >= 0
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_asks_for_the_memory_that_its_models_take(sets, cluster, tmp_path, monkeypatch, capsys) -> None:
+    stage = Stage("entities", sets.paired, str(tmp_path), "large", partial(build_large, 400_000_000), measured=True)
+    need = _memory_of(stage)
+    assert 1.25 * 400e6 <= need < 1.25 * 400e6 + 500e6
+    asked: list[int] = []
+
+    def workers(stage: Stage, memory: int):
+        asked.append(memory)
+        return _workers(stage, memory)
+
+    monkeypatch.setattr("mmclip_dist.offline.stage._workers", workers)
+    monkeypatch.setattr("mmclip_dist.offline.stage._nodes_memory", lambda: [need // 2, need + need // 2])
+    run(stage)
+    assert "1 of 2 workers run: each takes" in capsys.readouterr().out
+    assert need * 0.9 < asked[0] < need * 1.1
+    with pytest.raises(ValueError, match="a worker cannot start: no such model here"):
+        _memory_of(replace(stage, build=partial(build_failing, "no start", "")))
+
+
+def test_workers_fit_the_nodes() -> None:
+    assert _fitting(4, [3, 8, 13]) == 5
+    with pytest.raises(ValueError, match=r"a worker takes 4.0 GiB and the largest node lends 3.0 GiB: choose a smaller model"):
+        _fitting(4 << 30, [3 << 30, 2 << 30])

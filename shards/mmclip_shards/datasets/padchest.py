@@ -18,6 +18,7 @@ _USELESS = ("exclude", "suboptimal study")
     access="request form",
     source="https://bimcv.cipf.es/bimcv-projects/padchest/",
     unlisted_absent=True,
+    language="es",
 )
 def padchest(raw: RawPath) -> Iterator[Record | Skipped]:
     """PadChest: 160,861 radiographs of 67,625 patients, Spanish reports (stemmed), 193 labels.

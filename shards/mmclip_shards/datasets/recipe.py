@@ -51,7 +51,7 @@ class Recipe:
     keyed hashes are stored in their place. unlisted_absent: the records' labels are lists of what is present; a label that
     another record has and this one has not is absent. same_images: recipes that share images with this one. needs: module
     that its images or tables need, and the extra that has it. patients: name of the collection that numbers its patients, where
-    another recipe reads the same one; by default the recipe's own name.
+    another recipe reads the same one; by default the recipe's own name. language: of its reports (ISO 639-1).
     """
 
     read: Read
@@ -65,6 +65,7 @@ class Recipe:
     same_images: tuple[str, ...] = ()
     needs: tuple[str, str] | None = None
     patients: str | None = None
+    language: str = "en"
 
     def numbering(self, name: str) -> str | None:
         """Whose numbers its patients have, for `hash_patient`. Your own files (no licence) share one: only you know which of them
@@ -87,6 +88,7 @@ def recipe(
     same_images: tuple[str, ...] = (),
     needs: tuple[str, str] | None = None,
     patients: str | None = None,
+    language: str = "en",
 ) -> Callable[[Read], Recipe]:
     """Turn a function that yields `Record`s into a `Recipe`; the first line of its docstring is the title."""
 
@@ -94,6 +96,7 @@ def recipe(
         title = (inspect.getdoc(read) or "").partition("\n")[0]
         return Recipe(
             read, title, licence, access, source, official, private_paths, unlisted_absent, same_images, needs, patients,
+            language,
         )  # fmt: skip
 
     return make
