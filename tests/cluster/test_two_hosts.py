@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.run.marks import EXIT_CODE
 from mmclip_dist.run.metrics import read_metrics
 from tests.cluster.conftest import COMMON, LOST_S, Cluster, ended
@@ -93,10 +94,40 @@ def test_pods_without_ssh_stop_together_and_go_on_bit_for_bit_at_zero_2(
     stopped = [ended(first), ended(second)]
     assert [each.returncode for each in stopped] == [EXIT_CODE] * 2, stopped
     assert 6 <= last_step(run) < steps
-    again = [ended(each) for each in pods()]
-    assert [each.returncode for each in again] == [0, 0], again
+    run_training([*sets.overrides(run), *COMMON, f"optim.steps={steps}", "zero_stage=2"], tmp_path)  # with the sets on a disk
     assert [row["step"] for row in read_metrics(run)] == list(range(1, steps + 1))
     check_weights_of_one_host(run, sets, tmp_path, steps, stage=2)
+
+
+def test_hosts_with_disks_of_their_own_go_on_after_one_is_lost_bit_for_bit_at_zero_3(
+    cluster: Cluster, sets: Sets, tmp_path: Path
+) -> None:
+    run, steps = tmp_path / "run", 24
+    run.mkdir()
+    own_disk = ["mount", "-t", "tmpfs", "tmpfs", str(run)]
+    store = f"{cluster.url}/{tmp_path.name}"
+    own = ("checkpoint.host_local=true", f"checkpoint.url={store}")
+    overrides = cluster.overrides(run, f"optim.steps={steps}", "zero_stage=3", *own)
+    command = ("launch", "deepspeed", "quickstart", *overrides, "--hostfile", "hosts")
+    subprocess.run([*cluster.made.enter("host-b"), *own_disk], check=True)
+    broken = cluster.start(*command)
+    wait_for(lambda: broken.poll() is not None or last_step(run) >= 10)
+    assert broken.poll() is None, ended(broken).output[-4000:]
+    code = [cluster.made.sees(host, run) / "code" for host in ("host-a", "host-b")]
+    assert not code[0].samefile(code[1]) and len({path.name for folder in code for path in folder.iterdir()}) == 1
+    cluster.made.end("host-b")  # and its disk is gone
+    output = ended(broken).output
+    assert broken.returncode != 0 and 10 <= last_step(run) < steps, output[-4000:]
+
+    cluster.made.add("host-b", 2)
+    subprocess.run([*cluster.made.enter("host-b"), *own_disk], check=True)
+    resumed = cluster.run(*command)
+    assert resumed.returncode == 0 and last_step(run) == steps, resumed.output[-4000:]
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, steps + 1))
+    saved = [checkpoint_path(cluster.made.sees(host, run), steps) for host in ("host-a", "host-b")]
+    parts = [{path.name for path in folder.iterdir()} for folder in saved]
+    assert "random-00000.pt" in parts[0] - parts[1] and "random-00001.pt" in parts[1] - parts[0]
+    check_weights_of_one_host(run, sets, tmp_path, steps, stage=3)
 
 
 def test_doctor_looks_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
