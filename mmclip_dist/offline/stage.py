@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -86,6 +86,9 @@ class _Worker:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.make = stage, stage.build()
         self.readers = [ShardReader(url, load_manifest(url)) for url in (stage.base, stage.entities) if url]
+
+    def ready(self) -> None:
+        """Answers once the models are loaded."""
 
     def process(self, number: int) -> Made:
         bad: list[tuple[str, str]] = []
@@ -182,38 +185,74 @@ def _workers(stage: Stage) -> Iterator[Callable[[], Any]]:
         yield new_worker
 
 
+class _Pool:
+    """Workers, and the shards that wait for one. A shard is given only to a worker that is up: a cluster that has lost a machine
+    has no room for another worker, and the shard would wait for ever."""
+
+    def __init__(self, new_worker: Callable[[], Any], waiting: Iterable[int]) -> None:
+        self.waiting, self.idle = deque(waiting), list[Any]()
+        self._new_worker = new_worker
+        self._running: dict[Any, tuple[int | None, Any]] = {}
+
+    def begin(self) -> None:
+        """Start a worker."""
+        worker = self._new_worker()
+        self._running[worker.ready.remote()] = (None, worker)
+
+    def give(self, worker: Any) -> None:
+        """Give a worker the next shard."""
+        if self.waiting:
+            number = self.waiting.popleft()
+            self._running[worker.process.remote(number)] = (number, worker)
+        else:
+            self.idle.append(worker)
+
+    def wait(self) -> tuple[Any, int | None, Any]:
+        """The next result, its shard (None: the worker has started), and the worker."""
+        (finished,), _ = ray.wait(list(self._running), num_returns=1)
+        return finished, *self._running.pop(finished)
+
+    def take_back(self, number: int | None, worker: Any | None) -> None:
+        """After a failure. number: a shard to try again; worker: None if it is dead."""
+        if number is not None:
+            self.waiting.appendleft(number)
+        worker = self.idle.pop() if worker is None and self.idle else worker
+        if worker is not None:
+            self.give(worker)
+        elif self.waiting:
+            self.begin()
+
+
 def _make_missing(
     stage: Stage, wanted: dict[str, str], done: dict[int, Made], new_worker: Callable[[], Any], workers: int,
     report: Callable[[int, int], None], most_bad: int,
 ) -> None:  # fmt: skip
     paths = list(wanted)
-    waiting = deque(number for number in range(len(paths)) if number not in done)
-    failures: Counter[int] = Counter()
+    pool = _Pool(new_worker, [number for number in range(len(paths)) if number not in done])
+    failures: Counter[int | None] = Counter()
     lost: dict[str, str] = {}  # path of a shard -> what happened to it
-    running: dict[Any, tuple[int, Any]] = {}
-
-    def start(worker: Any) -> None:
-        if waiting:
-            number = waiting.popleft()
-            running[worker.process.remote(number)] = (number, worker)
-
-    for _ in range(min(workers, len(waiting))):
-        start(new_worker())
+    for _ in range(min(workers, len(pool.waiting))):
+        pool.begin()
     publish_at = time.monotonic() + _PUBLISH_EVERY_S
-    while running and len(lost) <= _LOST_AT_MOST:
-        (finished,), _ = ray.wait(list(running), num_returns=1)
-        number, worker = running.pop(finished)
+    while len(done) + len(lost) < len(paths) and len(lost) <= _LOST_AT_MOST:
+        finished, number, worker = pool.wait()
         try:
-            done[number] = ray.get(finished)
+            made = ray.get(finished)
         except ray.exceptions.RayError as error:
             failures[number] += 1
-            if final := _final(error, failures[number]):
+            final = _final(error, failures[number])
+            if final and number is None:
+                raise OSError(f"a worker cannot start: it {final}") from None
+            if final and number is not None:
                 lost[paths[number]] = final
-            else:
-                waiting.appendleft(number)
-            start(new_worker() if isinstance(error, ray.exceptions.RayActorError) and waiting else worker)
+            dead = isinstance(error, ray.exceptions.RayActorError)
+            pool.take_back(None if final else number, None if dead else worker)
             continue
-        start(worker)
+        pool.give(worker)
+        if number is None:
+            del failures[None]
+            continue
+        done[number] = made
         if (began := time.monotonic()) > publish_at:
             _write_journal(stage, wanted, done)
             ended = time.monotonic()

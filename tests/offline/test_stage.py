@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from mmclip_dist.data.join import JoinedSet
 from mmclip_dist.model.build import build_model
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, connect, progress_line, run_stage
+from mmclip_dist.offline.stage import JOURNAL, QUARANTINE, Stage, _joined, _Pool, connect, progress_line, run_stage
 from tests.conftest import wait_for, write_sidecar
 from tests.offline.failing_maker import build_failing
 
@@ -158,6 +159,26 @@ def test_a_stage_goes_on_as_long_as_there_is_progress(sets, cluster: None, tmp_p
     manifest, seen = run(failing(sets, tmp_path / "out", fault), workers=1)
     assert manifest.samples == load_manifest(sets.paired).samples and seen[-1][0] == seen[-1][1] == len(manifest.shards) >= 2
     JoinedSet(Source(url=sets.paired, entities=str(tmp_path / "out")))
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_for_which_there_is_no_room_holds_up_no_shard(sets, cluster: None, tmp_path: Path) -> None:
+    workers = int(ray.cluster_resources()["CPU"]) + 1
+    assert workers <= len(load_manifest(sets.paired).shards), "each worker would have a shard"
+    manifest, _ = run(failing(sets, tmp_path / "out", "none"), workers=workers)
+    assert manifest.samples == load_manifest(sets.paired).samples
+
+
+def test_the_shard_of_a_dead_worker_goes_to_an_idle_one() -> None:
+    """There may be no room for a new one; tests/cluster takes a machine away."""
+    made = [Mock(name=f"worker {number}") for number in range(3)]
+    pool = _Pool(iter(made).__next__, [7])
+    pool.begin()
+    pool.give(made[0])
+    pool.give(made[1])
+    pool.take_back(7, None)
+    made[1].process.remote.assert_called_once_with(7)
+    assert not pool.idle and not made[2].ready.remote.called
 
 
 def with_bad_documents(url: str, to: Path, bad: int) -> str:
