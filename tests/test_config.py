@@ -173,5 +173,5 @@ def test_an_account_in_a_url_is_no_password() -> None:
 
 
 def test_disks_of_the_hosts_own_need_a_store() -> None:
-    with pytest.raises(ValueError, match="host_local=true needs checkpoint.url: .* checkpoint.url=s3://BUCKET/RUN"):
+    with pytest.raises(ValueError, match=r"host_local=true needs checkpoint\.url: .*=s3://BUCKET/RUN"):
         load_config("quickstart", ["checkpoint.host_local=true"])
