@@ -1,4 +1,4 @@
-"""The offline stages on a Ray cluster of two hosts: the bytes of one machine, also after the worker host is cut off on the way."""
+"""The offline stages on a Ray cluster of two hosts: the bytes of one machine, also after the worker host is cut off."""
 
 from __future__ import annotations
 
