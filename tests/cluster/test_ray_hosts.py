@@ -61,7 +61,7 @@ class RayHosts:
     def broken(self, out: Path, *words: str) -> Finished:
         """A job whose worker host is cut off once some shards are made."""
         job = self.submit(*words, "--out", str(out))
-        wait_for(lambda: job.poll() is not None or len(list(out.glob("*.tar"))) >= 12)
+        wait_for(lambda: job.poll() is not None or len(list(out.glob("*.tar"))) >= 12, 240)
         self.cluster.made.cut("host-b")
         made, began = len(list(out.glob("*.tar"))), time.monotonic()
         assert job.poll() is None and made < SHARDS, ended(job).output[-3000:]
