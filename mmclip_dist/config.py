@@ -280,7 +280,17 @@ class Checkpoint(Section):
     asynchronous: bool = False  # write in the background, from a copy of the state in host memory
     url: str | None = None  # keep a copy there (s3://BUCKET/RUN); an empty run folder fetches the newest
     start_from: str | None = None  # a checkpoint, a run or a checkpoint.url to continue: weights, optimizer and step
+    host_local: bool = False  # run_dir is a disk of each host's own; only the checkpoints at `url` are whole
     trusted: bool = False  # load state files that may run any code; true only if you know who wrote them
+
+    @model_validator(mode="after")
+    def _store(self) -> Self:
+        if self.host_local and self.url is None:
+            raise ValueError(
+                "checkpoint.host_local=true needs checkpoint.url: a host's own disk has only a part of each checkpoint, so all "
+                "hosts put theirs into a store, checkpoint.url=s3://BUCKET/RUN"
+            )
+        return self
 
 
 class Offload(Section):
@@ -447,7 +457,8 @@ OPERATIONAL = frozenset({
     "run_dir", "zero_stage", "offload", "threads", "log_every", "log_gradients", "data.workers", "data.prefetch",
     "data.max_bad_fraction", "data.reading", "model.checkpoint_activations", "model.compile", "loss.impl", "optim.stop_at",
     "optim.micro_batch", "checkpoint.every", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.keep_best",
-    "checkpoint.asynchronous", "checkpoint.url", "checkpoint.trusted", "health", "track", "evaluation",
+    "checkpoint.asynchronous", "checkpoint.url", "checkpoint.host_local", "checkpoint.trusted", "health", "track",
+    "evaluation",
 })  # fmt: skip
 """Keys, and sections with all their keys, that say how a run is carried out and not what it computes: the weights after a step
 are the same up to rounding. They may change when a run goes on; all other keys may not."""

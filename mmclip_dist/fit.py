@@ -18,21 +18,23 @@ from mmclip_kernels import check_impl
 from transformers import PreTrainedTokenizerBase
 
 from mmclip_dist.checkpoint.folder import Meta
-from mmclip_dist.config import Config, Loss
+from mmclip_dist.checkpoint.host_local import bring_here
+from mmclip_dist.config import Checkpoint, Config, Loss
 from mmclip_dist.data.seen import Seen
 from mmclip_dist.data.training import TrainingData
 from mmclip_dist.engine import watchdog
-from mmclip_dist.engine.collective import agreed, first_rank_does
+from mmclip_dist.engine.collective import agreed
 from mmclip_dist.engine.deepspeed_engine import build_engine, deepspeed_json, set_learning_rate
 from mmclip_dist.engine.feed import Feed
 from mmclip_dist.engine.gradient_cache import forward_backward, weighted_sum
 from mmclip_dist.engine.heartbeat import beating
+from mmclip_dist.launcher import first_of_machine
 from mmclip_dist.model.build import Trainable
 from mmclip_dist.model.classifier import Weights
 from mmclip_dist.run.folder import describe, locked
 from mmclip_dist.run.guard import Guard
 from mmclip_dist.run.log import open_log
-from mmclip_dist.run.shared import check_shared
+from mmclip_dist.run.shared import check_own, check_shared
 from mmclip_dist.run.stop import StopRequest
 
 
@@ -84,9 +86,11 @@ def fit(config: Config, stop: StopRequest, place: Place, opened: Callable[[ExitS
 
     run_dir = Path(config.run_dir)
     with beating(config.health.lost_s), ExitStack() as held:
+        if config.checkpoint.host_local:
+            check_own(run_dir)
         with agreed():
             work, ds_json = _begun(config, stop, place, opened, held)
-        check_shared(run_dir)
+        _check_folders(run_dir, config.checkpoint)
         engine = build_engine(work.model.to(device), config, ds_json)
         checkpoints = Checkpoints(run_dir, engine, work.tokenizer, config, work.seen())
         step = checkpoints.resume(work.data.trained_on)
@@ -132,7 +136,7 @@ def fit(config: Config, stop: StopRequest, place: Place, opened: Callable[[ExitS
         guard.finish()
         checkpoints.finish()
         if stopped:
-            first_rank_does(lambda: stop.leave_mark(step), "leaving the mark of a stop")
+            checkpoints.once_a_folder(lambda: stop.leave_mark(step), "leaving the mark of a stop")
         return not stopped
 
 
@@ -144,11 +148,21 @@ def _begun(
     check_impl(config.loss.impl, place.device)
     ds_json = deepspeed_json(config, place.world, gpu=place.device.type == "cuda")
     work = opened(held)
-    if place.rank == 0:
+    if place.rank == 0 or (config.checkpoint.host_local and first_of_machine()):
         held.enter_context(locked(Path(config.run_dir)))
-        describe(Path(config.run_dir), config, place.world, ds_json, work.data.identity)
         stop.forget_file()
+    if place.rank == 0:
+        describe(Path(config.run_dir), config, place.world, ds_json, work.data.identity)
     return work, ds_json
+
+
+def _check_folders(run_dir: Path, settings: Checkpoint) -> None:
+    """All ranks see one run folder; or each host has its own, and in it the newest checkpoint of the store. Collective."""
+    if settings.host_local:
+        check_shared(str(settings.url), "checkpoint.url")
+        bring_here(run_dir, settings)
+    else:
+        check_shared(str(run_dir), "run_dir")
 
 
 def announce(config: Config, device: torch.device, data: TrainingData, step: int) -> None:

@@ -32,7 +32,7 @@ from mmclip_dist.engine.collective import AgreedError, AgreedFailure, agreed, br
 from mmclip_dist.engine.deepspeed_engine import start_distributed
 from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.fit import Place, Work, fit
-from mmclip_dist.launcher import ranks_of_machine
+from mmclip_dist.launcher import first_of_machine, ranks_of_machine
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.orphans import exit_if_deaf, exit_with_launcher
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
@@ -119,18 +119,18 @@ def tell(error: Exception, *, ending: bool) -> int:
     """
     code = errors.exit_code(error)
     joined = dist.is_initialized()
-    first_of_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = first_of_machine()
     trace = traceback.format_exc() if code is None else ""
     if joined and isinstance(error, AgreedError | AgreedFailure):
         speaks, where = dist.get_rank() == 0, ""
     elif joined and broken(error):
         outlived = _outlives_others(ending)  # the rank that failed was on another machine
-        speaks, trace = first_of_machine and outlived, ""
+        speaks, trace = first and outlived, ""
         where = f"{place()}, because another rank or its machine ended"
     elif joined:
         speaks, where = True, place()
     else:
-        speaks = first_of_machine or code is None or _outlives_others(ending)
+        speaks = first or code is None or _outlives_others(ending)
         alone = int(os.environ.get("WORLD_SIZE", "1")) == ranks_of_machine()
         where = "" if alone else socket.gethostname()
     if speaks:

@@ -88,10 +88,9 @@ def main(arguments: list[str]) -> int:
         JoinedSet.read = failing  # type: ignore[method-assign]
     if fault == "told uploads":
         mirror.upload = told(mirror.upload)
-    if fault == "another folder":
-        shared._SEEN_S = 0.5
-        if os.environ["RANK"] == "1":
-            arguments = [f"{word}-elsewhere" if word.startswith("run_dir=") else word for word in arguments]
+    if fault in ("another folder", "own disks") and os.environ["RANK"] == "1":  # as the only rank of another machine
+        shared._SEEN_S, os.environ["LOCAL_RANK"] = 0.5, "0"
+        arguments = [f"{word}-elsewhere" if word.startswith("run_dir=") else word for word in arguments]
     if fault.startswith("out of memory"):  # at step 5 on rank 1, while every loader process of two a rank waits for its store
         (run_dir,) = [word.removeprefix("run_dir=") for word in arguments if word.startswith("run_dir=")]
         set_rate, steps, reads, read = fit.set_learning_rate, count(1), count(1), JoinedSet.read

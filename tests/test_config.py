@@ -170,3 +170,8 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(override: str) -> None:
 def test_an_account_in_a_url_is_no_password() -> None:
     url = "abfs://container@account.dfs.core.windows.net/run"
     assert load_config("quickstart", [f"checkpoint.url={url}"]).checkpoint.url == url
+
+
+def test_disks_of_the_hosts_own_need_a_store() -> None:
+    with pytest.raises(ValueError, match=r"host_local=true needs checkpoint\.url: .*=s3://BUCKET/RUN"):
+        load_config("quickstart", ["checkpoint.host_local=true"])

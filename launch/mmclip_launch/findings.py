@@ -170,7 +170,7 @@ def judge_disks(host: str, facts: Facts) -> Iterator[Finding]:
     if run:
         disks.append(("run_dir", run, "free some, or set run_dir to another folder"))
         if run["seen"] is False:
-            mend = "set run_dir to a folder that all hosts share"
+            mend = "set run_dir to a folder that all hosts share, or checkpoint.host_local=true"
             yield error("run_dir", host, f"{run['path']} is not the folder that this machine sees", mend)
         elif run["fault"]:
             mend = "mend its rights or free some disk, or name another folder"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import os
 import secrets
 import shlex
 import shutil
+import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +53,14 @@ def freeze(run_dir: Path) -> Path:
         except OSError:  # another submission was faster
             shutil.rmtree(new)
     return folder
+
+
+def archive(folder: Path) -> str:
+    """What a folder holds, as text: a compressed tar in base64 (`mmclip_launch.unpack`)."""
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w:gz") as tar:
+        tar.add(folder, arcname=".")
+    return base64.b64encode(held.getvalue()).decode()
 
 
 def variables(folder: Path) -> dict[str, str]:

@@ -15,16 +15,17 @@ from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
-from mmclip_launch.doctor import local_hosts, look
+from mmclip_launch.doctor import local_hosts, look, program
 from mmclip_launch.findings import counted, errors
-from mmclip_launch.frozen import freeze, frozen_at, record, shown, variables
-from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text
+from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
+from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text, run_everywhere
 from mmclip_launch.kubernetes import APPLY, apply, rendered
 from mmclip_launch.kubernetes import job as job_objects
 from mmclip_launch.probe import gpus
 from mmclip_launch.processes import environment
 from mmclip_launch.templates import template
 
+SEND_S = 30.0
 _SUBMITTED = "launch"  # a folder of the run: hostfile and variables, as submitted
 
 
@@ -101,17 +102,29 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     if dry:
         print(deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    found, _ = look(hosts, job.run_dir, by_ssh=[host.name for host in hosts] != [LOCAL])
+    by_ssh, own_disks = [host.name for host in hosts] != [LOCAL], job.config.checkpoint.host_local
+    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks)
     for finding in found:
         if finding.level in ("error", "warning"):
             print(finding, file=sys.stderr, flush=True)
     if wrong := errors(found):
         raise Mendable(f"nothing was started: {counted(len(wrong), 'fault')} of the hosts, above")
-    command = deepspeed_command(job, hosts, freeze(job.run_dir))
+    code = freeze(job.run_dir)
+    if by_ssh and own_disks:
+        send(code, hosts)
+    command = deepspeed_command(job, hosts, code)
     command.write(job.run_dir, "deepspeed")
     print(f"$ {shlex.join(command.words)}", flush=True)
     environ = environment(command.variables)
     os.execvpe(command.words[0], command.words, environ)
+
+
+def send(code: Path, hosts: Sequence[Host]) -> None:
+    """Put the copy of the code on the disks of all hosts, at the same path. Mendable if a host does not take it."""
+    request = {"folder": str(code), "archive": archive(code)}
+    answers = run_everywhere(hosts, program("unpack"), {host.name: request for host in hosts}, SEND_S, by_ssh=True)
+    if faults := [f"{name}: {answer.fault}" for name, answer in answers.items() if answer.value is None]:
+        raise Mendable(f"the code could not be put into {code} on {'; '.join(faults)}")
 
 
 def slurm_command(
@@ -137,6 +150,8 @@ def submit_slurm(
 ) -> int:
     """Queue the run -> sbatch's exit code. Slurm keeps its own copy of the script, and the job uses a copy of the code."""
     job.config.check_world(nodes * gpus)
+    if job.config.checkpoint.host_local:
+        raise ValueError("checkpoint.host_local=true: Slurm's nodes take the code from run_dir, so they have to share it")
     command = slurm_command(job, frozen_at(job.run_dir), nodes=nodes, gpus=gpus, options=options, sweep=sweep)
     if dry:
         print(command)

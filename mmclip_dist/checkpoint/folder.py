@@ -8,14 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+import shutil
+import sys
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from mmclip_shards.storage import write_atomic
+
+from mmclip_dist.config import Checkpoint
 
 _NAME = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGED_WEIGHTS, CONFIG, META = "model.safetensors", "ema.safetensors", "config.yaml", "meta.json"
@@ -175,6 +180,23 @@ def to_keep(scores: Mapping[int, float | None], *, newest: int, every: int | Non
     periodic = {step for step in steps if every and step % every == 0}
     scored = sorted(((score, step) for step, score in scores.items() if score is not None), reverse=True)
     return {*steps[-newest:], *periodic, *(step for _, step in scored[:best])}
+
+
+def set_aside(checkpoint: Path, reason: str) -> None:
+    """Give a checkpoint another name, so that it neither counts as one to keep nor is looked at again; say so."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.torn")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    say(f"passing over {checkpoint}, which {reason}; it is now {aside.name}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def kept_by(settings: Checkpoint) -> Callable[[Mapping[int, float | None]], set[int]]:
+    """The function from {step: score} to the steps to keep."""
+    return partial(to_keep, newest=settings.keep, every=settings.keep_every, best=settings.keep_best)
 
 
 def scores_of(checkpoints: Collection[Path]) -> dict[int, float | None]:

@@ -29,6 +29,7 @@ from mmclip_dist.checkpoint.folder import (
     checkpoint_name,
     checkpoint_path,
     checkpoints_of,
+    entry_of,
     fault,
     parse_manifest,
     parse_meta,
@@ -54,15 +55,15 @@ def retract(url: str, step: int) -> None:
 def mirror(
     run_dir: Path, url: str, keep: Callable[[dict[int, float | None]], set[int]], uploaded: int | None = None
 ) -> None:
-    """Upload the checkpoints that `url` lacks, and delete those there that `keep({step: score})` does not name. OSError if the
-    store fails; the next call goes on.
+    """Upload the checkpoints that `url` lacks, but no torn ones and no parts of one, and delete those there that
+    `keep({step: score})` does not name. OSError if the store fails; the next call goes on.
 
     uploaded: the step whose files are there already, so that only its manifest is missing.
     """
     there = _whole_steps(url)
     for checkpoint in checkpoints_of(run_dir):
         step = step_of(checkpoint.name)
-        if step is not None and step not in there:
+        if step is not None and step not in there and (step == uploaded or fault(checkpoint) is None):
             if step != uploaded:
                 upload_files(checkpoint, url, list(parse_manifest((checkpoint / MANIFEST).read_bytes())))
             upload(checkpoint / MANIFEST, join(join(url, checkpoint.name), MANIFEST))
@@ -103,7 +104,7 @@ def local_checkpoint(checkpoint: str) -> Iterator[Path]:
 
 
 def _fetch(source: str, run_dir: Path, say: Callable[[str], None]) -> Path | None:
-    """Copy one checkpoint and verify it; None if it is torn."""
+    """Copy one checkpoint and verify it; None if it is torn. Files of it that are here already are not copied again."""
     step = step_of(source.rpartition("/")[2])
     assert step is not None, source
     final = checkpoint_path(run_dir, step)
@@ -111,7 +112,12 @@ def _fetch(source: str, run_dir: Path, say: Callable[[str], None]) -> Path | Non
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         data = read_bytes(join(source, MANIFEST))
-        _together(download, [(join(source, file), temporary / file) for file in parse_manifest(data)])
+        if fault(final) is None and (final / MANIFEST).read_bytes() == data:
+            return final
+        files = parse_manifest(data)
+        here = {file for file, entry in files.items() if (final / file).is_file() and entry_of(final / file) == entry}
+        _together(_take_over, [(final / file, temporary / file) for file in here])
+        _together(download, [(join(source, file), temporary / file) for file in files.keys() - here])
     except (FileNotFoundError, ValueError) as error:
         say(f"passing over {source}, which is torn: {error}")
         return None
@@ -121,8 +127,14 @@ def _fetch(source: str, run_dir: Path, say: Callable[[str], None]) -> Path | Non
         say(f"passing over {source}, which is torn: {torn}")
         shutil.rmtree(temporary)
         return None
+    shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     return final
+
+
+def _take_over(own: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.hardlink_to(own)
 
 
 def _whole_steps(url: str) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmclip_shards.storage import exists, local_path
+from mmclip_shards.storage import exists, join, local_path
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,16 +26,20 @@ from transformers import PreTrainedTokenizerBase
 from mmclip_dist.checkpoint import conversion
 from mmclip_dist.checkpoint.folder import (
     CONFIG,
+    MANIFEST,
     WEIGHTS,
     Entry,
     Meta,
+    checkpoint_name,
     checkpoint_path,
     checkpoints_of,
     fault,
+    kept_by,
     read_meta,
     resolve_checkpoint,
+    say,
     scores_of,
-    to_keep,
+    set_aside,
     write_manifest,
 )  # fmt: skip
 from mmclip_dist.checkpoint.mirror import fetch_checkpoint, fetch_newest, mirror, retract, upload_files
@@ -46,9 +50,10 @@ from mmclip_dist.config import Checkpoint as Settings
 from mmclip_dist.config import Config
 from mmclip_dist.data.seen import SEEN, Seen
 from mmclip_dist.engine import deepspeed_inside, watchdog
-from mmclip_dist.engine.collective import agreed, first_rank_does, gathered, sums
+from mmclip_dist.engine.collective import AgreedFailure, agreed, first_rank_does, gathered, hosts_do, sums
 from mmclip_dist.engine.random_state import random_state, set_random_state
 from mmclip_dist.engine.weights import averaged_weights, full_weights
+from mmclip_dist.launcher import first_of_machine
 
 _RANDOM = "random-{rank:05d}.pt"
 _FETCHED = ".start_from"  # in the run folder: the copy of a checkpoint.start_from that is a URL
@@ -70,6 +75,10 @@ class Checkpoints:
         self._under_way: tuple[Meta, Path, float] | None = None  # what, where, since when
         self._uploader = CheckpointWriter(asynchronous=config.checkpoint.url is not None)
         self._uploading: int | None = None  # step of the checkpoint whose files the ranks upload, each its own
+        self._published: int | None = None  # step of the newest one
+        own = config.checkpoint.host_local
+        self._keeps_folder = first_of_machine() if own else dist.get_rank() == 0
+        self.once_a_folder = hosts_do if own else first_rank_does
 
     # -- Saving -------------------------------------------------------------------------------------------------------
 
@@ -80,12 +89,12 @@ class Checkpoints:
 
     def save(self, meta: Meta) -> None:
         """Save the state of all ranks, or, if asynchronous, begin to. Publishing it removes checkpoints that need not stay."""
-        self.finish()
+        self._settle()
         watchdog.beat("saving a checkpoint")
         began = time.monotonic()
         folder = _temporary(checkpoint_path(self.run_dir, meta.step), "writing")
         with agreed():
-            if dist.get_rank() == 0:
+            if self._keeps_folder:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
         self.engine.save_checkpoint(
@@ -126,7 +135,8 @@ class Checkpoints:
         self._under_way = None
         rows = {str(path.relative_to(folder)): entry for path, entry in files.items()}
         told = gathered((rows, failed))
-        first_rank_does(lambda: self._publish(meta, folder, told), "publishing a checkpoint")
+        self.once_a_folder(lambda: self._publish(meta, folder, told), "publishing a checkpoint")
+        self._published = meta.step
         if dist.get_rank() == 0:
             print(f"step {meta.step}  checkpoint written and read back in {time.monotonic() - began:.1f} s", flush=True)
         if (url := self.config.checkpoint.url) is not None:
@@ -140,7 +150,7 @@ class Checkpoints:
                 raise OSError(reasons[0])
             files = {name: entry for rows, _ in told for name, entry in rows.items()}
             elsewhere = [name for name in files if not (folder / name).exists()]
-            if elsewhere:
+            if elsewhere and not self.config.checkpoint.host_local:
                 raise OSError(f"{elsewhere[0]} was written on another machine; set run_dir to a folder that all of them share")
             write_manifest(folder, files)
             for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
@@ -193,6 +203,20 @@ class Checkpoints:
             time.sleep(0.1)
 
     def finish(self) -> None:
+        """Finish files, publication and upload. AgreedFailure if hosts have disks of their own and the last checkpoint is not
+        whole in the store: it is whole nowhere."""
+        self._settle()
+        if not self.config.checkpoint.host_local or (step := self._published) is None:
+            return
+
+        def check() -> None:
+            copy = join(str(self.config.checkpoint.url), checkpoint_name(step))
+            if not exists(join(copy, MANIFEST)):
+                raise OSError(f"the checkpoint of step {step} did not reach {copy} (see above): the same command goes on")
+
+        first_rank_does(check, "looking for the last checkpoint in the store")
+
+    def _settle(self) -> None:
         """Finish files, publication and upload. A later save may then remove what was uploaded."""
         self.publish()
         if self._uploading is not None:
@@ -207,7 +231,9 @@ class Checkpoints:
 
         trained_on: sha256 of the base shards that this run reads.
         """
-        found = first_rank_does(partial(newest_whole, self.run_dir, self.config.checkpoint), "looking for a checkpoint")
+        found = self.once_a_folder(partial(newest_whole, self.run_dir, self.config.checkpoint), "looking for a checkpoint")
+        if len(names := {path and path.name for path in gathered(found)}) > 1:
+            raise AgreedFailure(f"the machines would go on from different checkpoints, {names}: start the run again")
         if found is None:
             return 0
         with agreed():
@@ -236,7 +262,7 @@ class Checkpoints:
         if meta.world_size == dist.get_world_size() and states.exists():
             set_random_state(load_state(states, trusted=self.config.checkpoint.trusted))
         dist.barrier()
-        if dist.get_rank() == 0:
+        if self._keeps_folder:
             shutil.rmtree(self.run_dir / _FETCHED, ignore_errors=True)
         return meta.step
 
@@ -248,16 +274,11 @@ class Checkpoints:
                 f"{ranks} at zero_stage={stage}", flush=True,
             )  # fmt: skip
         scratch = _temporary(checkpoint_path(self.run_dir, meta.step), "converting")
-        converted = first_rank_does(lambda: conversion.convert(found, scratch), "converting a checkpoint")
+        converted = self.once_a_folder(lambda: conversion.convert(found, scratch), "converting a checkpoint")
         if not conversion.load_converted(self.engine, converted):
             raise ValueError(f"DeepSpeed could not load {converted}, converted from {found}")
-        if dist.get_rank() == 0:
+        if self._keeps_folder:
             shutil.rmtree(scratch)
-
-
-def kept_by(settings: Settings) -> Any:
-    """The function from {step: score} to the steps to keep."""
-    return partial(to_keep, newest=settings.keep, every=settings.keep_every, best=settings.keep_best)
 
 
 def _temporary(final: Path, doing: str) -> Path:
@@ -281,30 +302,23 @@ def newest_whole(run_dir: Path, settings: Settings) -> Path | None:
         torn = fault(checkpoint)
         if torn is None:
             return checkpoint
-        aside = checkpoint.with_name(f"{checkpoint.name}.torn")
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
-        _say(f"passing over {checkpoint}, which is torn: {torn}; it is now {aside.name}")
+        set_aside(checkpoint, f"is torn: {torn}")
     if settings.url is not None and exists(settings.url):
-        fetched = fetch_newest(settings.url, run_dir, _say)
+        fetched = fetch_newest(settings.url, run_dir, say)
         if fetched is not None:
-            _say(f"going on from a copy of {settings.url}: {fetched}")
+            say(f"going on from a copy of {settings.url}: {fetched}")
             return fetched
     if settings.start_from is None:
         return None
     path = local_path(settings.start_from)
     if path is None:  # beside this run's own checkpoints, and for as long as it takes to load it
         shutil.rmtree(run_dir / _FETCHED, ignore_errors=True)
-        return fetch_checkpoint(settings.start_from, run_dir / _FETCHED, _say)
+        return fetch_checkpoint(settings.start_from, run_dir / _FETCHED, say)
     start = resolve_checkpoint(str(path))
     torn = fault(start)
     if torn is not None:
         raise ValueError(f"checkpoint.start_from={settings.start_from}: {start} is torn: {torn}; name an older one")
     return start
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def check_data(checkpoint: Path, meta: Meta, trained_on: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmclip_dist.engine import watchdog
 from mmclip_dist.errors import FAILED, Mendable, exit_code
+from mmclip_dist.launcher import first_of_machine
 
 T = TypeVar("T")
 _POLL_S = 0.02, 1.0  # seconds between two questions whether rank 0 is ready: at first, at last
@@ -102,7 +103,38 @@ def first_rank_does(action: Callable[[], T], doing: str) -> T:
 
     However long it takes, no collective call times out: the ranks ask again and again whether rank 0 is ready.
     """
-    done: list[tuple[Any, Refusal | None]] = []
+    done = _started(action, doing) if dist.get_rank() == 0 else []
+
+    def ask() -> Any:
+        answer: list[Any] = [done[0] if done else None]
+        dist.broadcast_object_list(answer)
+        return answer[0]
+
+    result, refused = _asked_until_ready(ask, doing)
+    raise_shared([("", refused)])
+    found: T = result
+    return found
+
+
+def hosts_do(action: Callable[[], T], doing: str) -> T:
+    """As `first_rank_does`, on the first rank of every machine; a machine's ranks get the result of its own."""
+    first = first_of_machine()
+    done = _started(action, doing) if first else []
+
+    def ask() -> Any:
+        told = gathered((place(), first, done[0] if done else None))
+        firsts = [(number, where, end) for number, (where, first, end) in enumerate(told) if first]
+        return firsts if all(end is not None for *_, end in firsts) else None
+
+    firsts = _asked_until_ready(ask, doing)
+    raise_shared([(where, refused) for _, where, (_, refused) in firsts])
+    found: T = [result for number, _, (result, _) in firsts if number <= dist.get_rank()][-1]  # ranks are numbered by machine
+    return found
+
+
+def _started(action: Callable[[], T], doing: str) -> list[tuple[T | None, Refusal | None]]:
+    """Begin action() in a thread -> a list that gets one entry, its result and what it refused, when it ends."""
+    done: list[tuple[T | None, Refusal | None]] = []
 
     def work() -> None:
         try:
@@ -113,19 +145,17 @@ def first_rank_does(action: Callable[[], T], doing: str) -> T:
             done.append((None, Refusal(f"{place()}: {error!r}", FAILED)))
             raise
 
-    thread = threading.Thread(target=work, name=doing, daemon=True)
-    if dist.get_rank() == 0:
-        thread.start()
+    threading.Thread(target=work, name=doing, daemon=True).start()
+    return done
+
+
+def _asked_until_ready(ask: Callable[[], Any], doing: str) -> Any:
+    """Call ask(), a collective call, until it returns something else than None."""
     pause = _POLL_S[0]
     while True:
-        answer: list[Any] = [done[0] if done else None]
-        dist.broadcast_object_list(answer)
+        answer = ask()
         watchdog.beat(doing)
-        if answer[0] is not None:
-            break
+        if answer is not None:
+            return answer
         time.sleep(pause)
         pause = min(2 * pause, _POLL_S[1])
-    result, refused = answer[0]
-    raise_shared([("", refused)])
-    found: T = result
-    return found

@@ -8,7 +8,6 @@ So `stopped.json` in the run folder tells as well.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.engine.collective import sums
+from mmclip_dist.launcher import first_of_machine
 from mmclip_dist.run.marks import EXIT_CODE, STOP_FILE, STOPPED
 
 _LOOK_S = 1.0  # seconds between two looks for the file: every machine asks the shared file system
@@ -31,7 +31,7 @@ class StopRequest:
         self._reason: str | None = None
         self._looked = 0.0
         # Only one process of a machine looks for the file.
-        self._looks = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._looks = first_of_machine()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._heard)
 

@@ -17,6 +17,7 @@ from mmclip_dist.checkpoint.folder import (
     checkpoints_of,
     entry_of,
     fault,
+    kept_by,
     parse_manifest,
     read_meta,
     scores_of,
@@ -24,7 +25,7 @@ from mmclip_dist.checkpoint.folder import (
     write_manifest,
 )  # fmt: skip
 from mmclip_dist.checkpoint.mirror import fetch_newest, local_checkpoint, mirror
-from mmclip_dist.checkpoint.store import kept_by, newest_whole
+from mmclip_dist.checkpoint.store import newest_whole
 from mmclip_dist.config import Checkpoint
 
 

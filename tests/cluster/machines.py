@@ -122,6 +122,10 @@ class Machines:
         """What stands before a command that shall run on the machine."""
         return ["nsenter", "-t", str(self.pids[name]), "--net", "--uts", "--mount", "--ipc", "--pid", "--"]
 
+    def sees(self, name: str, path: Path) -> Path:
+        """A path of the machine, as this process sees it: a machine may have mounted a disk of its own there."""
+        return Path(f"/proc/{self.pids[name]}/root") / path.relative_to("/")
+
     def inside(self, name: str, *commands: str) -> None:
         """Run commands that see the network of the machine, and else what this process sees."""
         for command in commands:

@@ -3,82 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
-import sys
 import time
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
+from mmclip_dist.checkpoint.folder import checkpoint_path
+from mmclip_dist.run.marks import EXIT_CODE
 from mmclip_dist.run.metrics import read_metrics
-from tests.cluster.machines import Machines, machines, missing, store
+from tests.cluster.conftest import COMMON, LOST_S, Cluster, ended
 from tests.conftest import Sets, wait_for
-from tests.launched import Finished, final_weights, last_step, run_training
+from tests.launched import final_weights, last_step, run_training
 
 pytestmark = pytest.mark.slow
 
 STEPS = 32
-LOST_S = 6
-RUN = (f"optim.steps={STEPS}", "checkpoint.every=4", "log_every=1", "optim.lr=0.1", "data.workers=1", "zero_stage=1")
 ALIVE_S = 20  # ssh gives a silent host up
 
 
-@dataclass
-class Cluster:
-    """Two hosts, and a folder from which runs are started. overrides: of a run on sets in the store."""
-
-    made: Machines
-    folder: Path
-    sources: str
-    tokenizer: list[str]
-
-    def overrides(self, run: Path) -> list[str]:
-        return [*self.tokenizer, f"run_dir={run}", f"data.sources={self.sources}", *RUN, f"health.lost_s={LOST_S}"]
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """`mmclip ...` on the first host."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-        return subprocess.Popen(
-            [*self.made.enter("host-a"), "env", "-C", str(self.folder), sys.executable, "-m", "mmclip_launch.cli", *words],
-            env=environment | {"DS_ACCELERATOR": "cpu"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def run(self, *words: str, timeout: float = 240) -> Finished:
-        process = self.start(*words)
-        output, _ = process.communicate(timeout=timeout)
-        return Finished(process.returncode, output)
-
-
-@pytest.fixture(scope="module")
-def cluster(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if why := missing():
-        warnings.warn(f"training across hosts is NOT TESTED: {why}", stacklevel=1)
-        pytest.skip(f"training across hosts is NOT TESTED: {why}")
-    folder = tmp_path_factory.mktemp("cluster")
-    with machines(folder / "machines", "host-a", "host-b") as made, store(made, sets.folder) as (url, variables):
-        work = folder / "work"
-        work.mkdir()
-        (work / "hosts").write_text("host-a slots=1\nhost-b slots=1\n")
-        keys = [f"{name.lower()} = {variables.pop(name)}" for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")]
-        (work / "credentials").write_text("\n".join(["[default]", *keys]))
-        passed = variables | {"AWS_SHARED_CREDENTIALS_FILE": str(work / "credentials"), "DS_ACCELERATOR": "cpu"}
-        (work / ".deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in passed.items()))
-        plain = sets.overrides("unused")
-        sources = next(word for word in plain if word.startswith("data.sources="))
-        kept = [word for word in plain if not word.startswith(("data.sources=", "run_dir="))]
-        yield Cluster(made, work, sources.partition("=")[2].replace(str(sets.folder), url), kept)
+def check_weights_of_one_host(run: Path, sets: Sets, folder: Path, steps: int, stage: int) -> None:
+    """The run's last weights are, bit for bit, those of two ranks of one host that nothing interrupts."""
+    plain = [*sets.overrides(folder / "unbroken"), *COMMON, f"optim.steps={steps}", f"zero_stage={stage}"]
+    run_training(plain, folder)
+    assert final_weights(run, steps) == final_weights(folder / "unbroken", steps)
 
 
 def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_bit(
     cluster: Cluster, sets: Sets, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = ("launch", "deepspeed", "quickstart", *cluster.overrides(run), "--hostfile", "hosts")
+    overrides = cluster.overrides(run, f"optim.steps={STEPS}", "zero_stage=1")
+    command = ("launch", "deepspeed", "quickstart", *overrides, "--hostfile", "hosts")
     broken = cluster.start(*command)
     wait_for(lambda: broken.poll() is not None or last_step(run) >= 6)
     if broken.poll() is not None:
@@ -112,13 +70,68 @@ def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_b
     written = [path for path in run.rglob("*") if path.is_file() and "code" not in path.relative_to(run).parts]
     assert not [path for path in written if b"not-a-secret" in path.read_bytes()]
 
-    run_training([*sets.overrides(tmp_path / "unbroken"), *RUN], tmp_path)
-    assert final_weights(run, STEPS) == final_weights(tmp_path / "unbroken", STEPS)
+    check_weights_of_one_host(run, sets, tmp_path, STEPS, stage=1)
+
+
+def test_pods_without_ssh_stop_together_and_go_on_bit_for_bit_at_zero_2(
+    cluster: Cluster, sets: Sets, tmp_path: Path
+) -> None:
+    """Each host starts its own ranks, as `templates/job.yaml` does; SIGTERM reaches one of them, as when its node is drained."""
+    run, steps = tmp_path / "run", 24
+    words = ["quickstart", *cluster.overrides(run, f"optim.steps={steps}", "zero_stage=2")]
+
+    def pods() -> list[subprocess.Popen[str]]:
+        pod = cluster.variables | {"NODES": "2", "FIRST": "host-a", "GPUS": "1", "RUN_DIR": str(run)}
+        return [
+            cluster.start(*words, host=host, module="mmclip_launch.node", variables=pod | {"NODE": str(number)})
+            for number, host in enumerate(("host-a", "host-b"))
+        ]
+
+    first, second = pods()
+    wait_for(lambda: second.poll() is not None or last_step(run) >= 6)
+    for process in psutil.Process(second.pid).children():  # of nsenter
+        process.send_signal(signal.SIGTERM)
+    stopped = [ended(first), ended(second)]
+    assert [each.returncode for each in stopped] == [EXIT_CODE] * 2, stopped
+    assert 6 <= last_step(run) < steps
+    run_training([*sets.overrides(run), *COMMON, f"optim.steps={steps}", "zero_stage=2"], tmp_path)  # with the sets on a disk
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, steps + 1))
+    check_weights_of_one_host(run, sets, tmp_path, steps, stage=2)
+
+
+def test_hosts_with_disks_of_their_own_go_on_after_one_is_lost_bit_for_bit_at_zero_3(
+    cluster: Cluster, sets: Sets, tmp_path: Path
+) -> None:
+    run, steps = tmp_path / "run", 24
+    run.mkdir()
+    own_disk = ["mount", "-t", "tmpfs", "tmpfs", str(run)]
+    store = f"{cluster.url}/{tmp_path.name}"
+    own = ("checkpoint.host_local=true", f"checkpoint.url={store}")
+    overrides = cluster.overrides(run, f"optim.steps={steps}", "zero_stage=3", *own)
+    command = ("launch", "deepspeed", "quickstart", *overrides, "--hostfile", "hosts")
+    subprocess.run([*cluster.made.enter("host-b"), *own_disk], check=True)
+    broken = cluster.start(*command)
+    wait_for(lambda: broken.poll() is not None or last_step(run) >= 10)
+    assert broken.poll() is None, ended(broken).output[-4000:]
+    code = [cluster.made.sees(host, run) / "code" for host in ("host-a", "host-b")]
+    assert not code[0].samefile(code[1]) and len({path.name for folder in code for path in folder.iterdir()}) == 1
+    cluster.made.end("host-b")  # and its disk is gone
+    output = ended(broken).output
+    assert broken.returncode != 0 and 10 <= last_step(run) < steps, output[-4000:]
+
+    cluster.made.add("host-b", 2)
+    subprocess.run([*cluster.made.enter("host-b"), *own_disk], check=True)
+    resumed = cluster.run(*command)
+    assert resumed.returncode == 0 and last_step(run) == steps, resumed.output[-4000:]
+    assert [row["step"] for row in read_metrics(run)] == list(range(1, steps + 1))
+    saved = [checkpoint_path(cluster.made.sees(host, run), steps) for host in ("host-a", "host-b")]
+    parts = [{path.name for path in folder.iterdir()} for folder in saved]
+    assert "random-00000.pt" in parts[0] - parts[1] and "random-00001.pt" in parts[1] - parts[0]
+    check_weights_of_one_host(run, sets, tmp_path, steps, stage=3)
 
 
 def test_doctor_looks_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
-    url = json.loads(cluster.sources)[0]["url"]
-    words = ("doctor", "--hostfile", "hosts", "--data", url, "--run-dir", str(tmp_path / "run"))
+    words = ("doctor", "--hostfile", "hosts", "--data", f"{cluster.url}/paired/train", "--run-dir", str(tmp_path / "run"))
     found = cluster.run(*words, "--json")
     findings = json.loads(found.output)
     assert found.returncode == 0, found.output
@@ -138,7 +151,7 @@ def test_a_host_with_a_small_disk_of_its_own_instead_of_the_run_folder_is_named(
     small = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)]
     subprocess.run([*cluster.made.enter("host-b"), *small], check=True)
     began = time.monotonic()
-    refused = cluster.run("launch", "deepspeed", "quickstart", *cluster.overrides(run), "--hostfile", "hosts")
+    refused = cluster.run("launch", "deepspeed", "quickstart", *cluster.overrides(run, "optim.steps=4"), "--hostfile", "hosts")
     print(f"refused after {time.monotonic() - began:.0f} s:\n{refused.output}")
     assert refused.returncode == 2 and time.monotonic() - began < 30
     assert f"error: run_dir: host-b: {run} is not the folder that this machine sees" in refused.output

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mmclip_launch import frozen, submit
 from mmclip_launch.findings import Finding
-from mmclip_launch.frozen import freeze, frozen_at, variables
+from mmclip_launch.frozen import archive, freeze, frozen_at, variables
 from mmclip_launch.hosts import LOCAL, Host
 from mmclip_launch.submit import (
     Job,
@@ -23,6 +23,7 @@ from mmclip_launch.submit import (
     start_deepspeed,
     submit_kubernetes,
 )
+from mmclip_launch.unpack import unpack
 
 from mmclip_dist.errors import Mendable
 
@@ -111,6 +112,21 @@ def test_what_is_started_is_recorded(job: Job, tmp_path: Path, monkeypatch: pyte
 def test_ranks_that_do_not_fit_are_refused_before_anything_is_asked(job: Job) -> None:
     with pytest.raises(ValueError, match="cannot be spread over 4096 ranks"):
         start_deepspeed(job, (Host("node-1", 4096),), dry=True)
+
+
+def test_a_copy_of_the_code_arrives_whole_on_another_disk(tmp_path: Path) -> None:
+    code = freeze(tmp_path / "run")
+    there = tmp_path / "elsewhere" / code.name
+    for _ in range(2):
+        unpack(there, archive(code))
+    files = [{str(path.relative_to(at)): path.read_bytes() for path in at.rglob("*.py")} for at in (code, there)]
+    assert files[0] == files[1] and list(there.parent.iterdir()) == [there]
+
+
+def test_slurm_refuses_run_folders_of_the_hosts_own(tmp_path: Path) -> None:
+    own = ("checkpoint.host_local=true", "checkpoint.url=s3://bucket/run")
+    with pytest.raises(ValueError, match="Slurm's nodes take the code from run_dir"):
+        submit.submit_slurm(job_of("quickstart", [f"run_dir={tmp_path}", *SETS, *own]), nodes=2, gpus=8, dry=True)
 
 
 def test_what_is_edited_later_does_not_reach_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,14 @@ def test_a_stage_goes_on_as_long_as_there_is_progress(sets, cluster: None, tmp_p
     JoinedSet(Source(url=sets.paired, entities=str(tmp_path / "out")))
 
 
+@pytest.mark.timeout(60)
+def test_a_worker_for_which_there_is_no_room_holds_up_no_shard(sets, cluster: None, tmp_path: Path) -> None:
+    workers = int(ray.cluster_resources()["CPU"]) + 1
+    assert workers <= len(load_manifest(sets.paired).shards), "each worker would have a shard"
+    manifest, _ = run(failing(sets, tmp_path / "out", "none"), workers=workers)
+    assert manifest.samples == load_manifest(sets.paired).samples
+
+
 def with_bad_documents(url: str, to: Path, bad: int) -> str:
     """The set again, with some samples whose JSON is cut."""
     found = load_manifest(url)
