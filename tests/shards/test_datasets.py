@@ -126,10 +126,12 @@ def test_jsonl(tmp_path: Path) -> None:
     rows = [
         {"image": "i/a.png", "patient": "1", "report": "Clear.", "labels": {"Edema": 1, "Mass": None}, "view": "PA"},
         {"image": "i/b.png", "patient": "2", "sections": {"impression": "Edema."}, "split": "valid", "key": "b",
-         "boxes": [{"label": "Mass", "x": 1, "y": 2, "width": 3, "height": 4}]},
+         "boxes": [{"label": "Mass", "x": 1, "y": 2, "width": 3, "height": 4}], "age": "045Y"},
+        *({"image": f"i/{age}.png", "patient": "3", "age": age} for age in (58, 58.0, float("nan"), 414.0, None)),
     ]  # fmt: skip
     write(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, rows)) + "\n\n"})
-    first, second = read("jsonl", tmp_path)
+    first, second, *others = read("jsonl", tmp_path)
+    assert [record.age for record in (first, second, *others)] == [None, 45, 58, 58, None, None, None]
     assert (first.image, first.report, first.labels, first.view) == (
         tmp_path / "i/a.png", "Clear.", {"Edema": 1, "Mass": None}, "PA",
     )  # fmt: skip
