@@ -49,7 +49,7 @@ RATIOS = (
     ("pack, 2 processes", "2 packs side by side"),
 )  # fmt: skip
 WARM = 0.2  # share of a set before which the start of processes counts, and after which the steady rate is taken
-LARGE, SMALL, LOOKED_AT = 400_000, 4_000, 1_500
+TABLES, LOOKED_AT = (1_000, 100_000, 400_000), 900  # rows; samples after which the memory is looked at
 PADCHEST = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
 
 
@@ -228,9 +228,9 @@ def read_padchest(raw: Path) -> dict[str, Any]:
 
 
 def memory(folder: Path, _: Path | None) -> dict[str, Any]:
-    """Peaks of the packing process and of its two workers, in tables of two sizes; each image is one of eight small files."""
+    """Peaks of the packing process and of its two workers, in tables of three sizes; each image is one of eight small files."""
     found = {}
-    for rows in (SMALL, LARGE):
+    for rows in TABLES:
         raw = folder / f"table-{rows}"
         raw.mkdir()
         for number in range(FILES):
@@ -260,7 +260,7 @@ def pack_some(raw: Path) -> dict[str, Any]:
     with contextlib.suppress(EnoughError):
         pack(
             records, raw / "set", dataset="bench", splits={"train": 1.0}, config_hash="bench", patient_key=b"k",
-            samples_per_shard=500, workers=2, progress=look,
+            samples_per_shard=250, workers=2, progress=look,
         )  # fmt: skip
     return {**found, "packing_mib": peak_mib()}
 
