@@ -220,9 +220,14 @@ def _shorten(image: Image.Image, height: int, extent: float) -> Image.Image:
     """
     fours = -(-image.width // 4)
     padded = image if image.width == 4 * fours else image.crop((0, 0, 4 * fours, image.height))
-    pixels = Image.frombytes("CMYK", (fours, image.height), padded.tobytes())
-    pixels = pixels.resize((fours, height), Image.Resampling.LANCZOS, box=(0, 0, fours, extent))
-    return Image.frombytes("L", (4 * fours, height), pixels.tobytes()).crop((0, 0, image.width, height))
+    pixels = _view(padded, "CMYK", fours).resize((fours, height), Image.Resampling.LANCZOS, box=(0, 0, fours, extent))
+    found = _view(pixels, "L", 4 * fours)
+    return found if padded is image else found.crop((0, 0, image.width, height))
+
+
+def _view(image: Image.Image, mode: str, width: int) -> Image.Image:
+    """The bytes of an image as one of another mode and width."""
+    return Image.frombuffer(mode, (width, image.height), image.tobytes(), "raw", mode, 0, 1)
 
 
 def _encode(image: Image.Image, suffix: str, quality: int) -> bytes:
