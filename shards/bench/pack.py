@@ -88,7 +88,7 @@ def rate(count: int, run: Callable[[Callable[[int, int], None]], object]) -> dic
 def throughput(folder: Path, _: Path | None) -> dict[str, Any]:
     """Rates of one process, of two, and of two packs that know nothing of each other (what the machine gives), in turns."""
     found: dict[str, Any] = {}
-    for name, size, count in (("2544 x 3056", MIMIC, 120), ("1024 x 1024", NIH, 600)):
+    for name, size, count in (("2544 x 3056", MIMIC, 80), ("1024 x 1024", NIH, 400)):
         records = make_records(folder, size, count)
         turns = [
             {
