@@ -101,6 +101,7 @@ def throughput(folder: Path, _: Path | None) -> dict[str, Any]:
         ]
         found[name] = {
             "images": count,
+            "turns": TURNS,
             **{arm: {part: middle(turn[arm][part] for turn in turns) for part in PARTS_OF_RATE} for arm in turns[0]},
             "times": {
                 f"{arm} / {base}": {part: middle(turn[arm][part] / turn[base][part] for turn in turns) for part in PARTS_OF_RATE}
@@ -313,6 +314,10 @@ def main() -> None:
     (chosen.out / "pack.md").write_text(table(found))
 
 
+def head(*names: str) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
 def table(found: dict[str, Any]) -> str:
     parts = found["parts"]
     lines = [
@@ -320,23 +325,21 @@ def table(found: dict[str, Any]) -> str:
         f"`{found['command']}`, {found['date']}, {found['cores']} cores; "
         + ", ".join(f"{name} {text}" for name, text in found["versions"].items()) + ".", "",
     ]  # fmt: skip
-    if "throughput" in parts:
+    if rates := parts.get("throughput"):
+        first = next(iter(rates.values()))
+        arms, ratios = [arm for arm in first if isinstance(first[arm], dict) and arm != "times"], list(first["times"])
         lines += [
             f"Drawn JPEGs to {SHORT_SIDE} pixels and JPEG {AS_PUBLISHED.quality}, images/s: of all, with the start of processes; "
             f"and after the first {WARM:.0%}. webdataset is its `ShardWriter` and Pillow doing the same decoding, filter and "
-            f"encoding in one process, without hashes, index, manifest and journal. Medians of {TURNS} turns.", "",
-            "| images | webdataset | pack, 1 process | pack, 2 processes | 2 packs side by side |", "|---" * 5 + "|",
+            f"encoding in one process, without hashes, index, manifest and journal. Medians; turns: {first['turns']}.", "",
+            *head("images", *arms),
+            *(f"| {name} | " + " | ".join(f"{row[arm]['whole']:g}; {row[arm]['steady']:g}" for arm in arms) + " |"
+              for name, row in rates.items()),
+            "", "How many times the other. Two packs of one process, side by side, are what the machine gives.", "",
+            *head("images", *ratios),
+            *(f"| {name} | " + " | ".join(f"{times['whole']:.2f}; {times['steady']:.2f}" for times in row["times"].values()) + " |"
+              for name, row in rates.items()),
         ]  # fmt: skip
-        for name, row in parts["throughput"].items():
-            arms = ("webdataset", "pack, 1 process", "pack, 2 processes", "2 packs side by side")
-            lines.append(f"| {name} | " + " | ".join(f"{row[arm]['whole']:g}; {row[arm]['steady']:g}" for arm in arms) + " |")
-        lines += [
-            "", "How many times the other (medians). Two packs of one process, side by side, are what the machine gives.", "",
-            "| images | " + " | ".join(f"{arm} / {base}" for arm, base in RATIOS) + " |", "|---" * (1 + len(RATIOS)) + "|",
-        ]  # fmt: skip
-        for name, row in parts["throughput"].items():
-            times = [row["times"][f"{arm} / {base}"] for arm, base in RATIOS]
-            lines.append(f"| {name} | " + " | ".join(f"{each['whole']:.2f}; {each['steady']:.2f}" for each in times) + " |")
     if one := parts.get("one image"):
         lines += ["", (
             f"A JPEG of {MIMIC[0]:,} x {MIMIC[1]:,} pixels, {one['bytes'] / 1e6:.1f} MB: "
