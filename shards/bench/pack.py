@@ -337,7 +337,7 @@ def table(found: dict[str, Any]) -> str:
               for name, row in rates.items()),
             "", "How many times the other. Two packs of one process, side by side, are what the machine gives.", "",
             *head("images", *ratios),
-            *(f"| {name} | " + " | ".join(f"{times['whole']:.2f}; {times['steady']:.2f}" for times in row["times"].values()) + " |"
+            *(f"| {name} | " + " | ".join(f"{each['whole']:.2f}; {each['steady']:.2f}" for each in row["times"].values()) + " |"
               for name, row in rates.items()),
         ]  # fmt: skip
     if one := parts.get("one image"):
