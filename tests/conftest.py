@@ -210,7 +210,7 @@ def tokenizer(sets: Sets) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     if not (REAL_DATA / "covid_cxr" / "pairs.csv").is_file():
-        pytest.skip(f"no real radiographs at {REAL_DATA}: set MMCLIP_REAL_DATA to test on them")
+        pytest.skip(f"REAL RADIOGRAPHS ARE NOT TESTED: there are none in {REAL_DATA}; set MMCLIP_REAL_DATA to their folder")
     return REAL_DATA
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from mmclip_launch.quickstart import Job, check
 from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
 from mmclip_shards.reader import iterate
+from mmclip_shards.stats import collect_stats
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -319,7 +320,8 @@ def test_training_without_launcher_says_how_to_start_it() -> None:
 def test_packing_the_real_tables(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(
         "pack", "csv", "--table", str(real_data / "covid_cxr/pairs.csv"), "--images", str(real_data / "covid_cxr"),
-        "--image-column", "image", "--text-column", "clinical_notes", "--patient-column", "patientid", str(tmp_path / "covid"),
+        "--image-column", "image", "--text-column", "clinical_notes", "--patient-column", "patientid", "--age-column", "age",
+        str(tmp_path / "covid"),
     )[0] == 0  # fmt: skip
     assert call(
         "pack", "csv", "--table", str(real_data / "nih_cxr1000/labels.csv"), "--images", str(real_data / "nih_cxr1000"),
@@ -331,4 +333,8 @@ def test_packing_the_real_tables(real_data: Path, tmp_path: Path, capsys: pytest
         for name in ("covid", "nih")
     }
     assert sum(m.samples for m in total["covid"]) == 296 and sum(m.samples for m in total["nih"]) == 1000
+    assert call("stats", str(tmp_path / "covid"), "--html", str(tmp_path / "card.html"))[0] == 0
+    ages = collect_stats(str(tmp_path / "covid")).splits
+    assert sum(split.samples - split.without_age for split in ages) == 281 and all(split.ages for split in ages)
+    assert "holds no ages" not in (tmp_path / "card.html").read_text()
     assert len(total["nih"][0].labels) == 14 and total["covid"][0].labels == ()

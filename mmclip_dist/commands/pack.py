@@ -161,9 +161,12 @@ def pack_csv(
     image_column: Annotated[str, typer.Option(help="Column of the image's path.")],
     patient_column: Annotated[str, typer.Option(help="Column of the patient's id; only a keyed hash is stored.")],
     text_column: Annotated[str | None, typer.Option(help="Column of the report; by default images are unpaired.")] = None,
+    findings_column: Annotated[str | None, typer.Option(help="Column of a report's findings, in place of --text-column.")] = None,
+    impression_column: Annotated[str | None, typer.Option(help="Column of its impression, which follows the findings.")] = None,
     labels_column: Annotated[str | None, typer.Option(help="Column of the findings that are present.")] = None,
     labels_separator: Annotated[str, typer.Option(help="Separator of findings in one cell.")] = "|",
     view_column: Annotated[str | None, typer.Option(help="Column of the view (PA, AP, ...).")] = None,
+    age_column: Annotated[str | None, typer.Option(help="Column of the age in years (58, 58.0, 058Y).")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column of the split, instead of --splits.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
     empty_reports: Annotated[str, typer.Option(help="A row without text: error, drop or unpaired.")] = "error",
@@ -195,8 +198,9 @@ def pack_csv(
     from mmclip_shards.split import parse_splits, patient_key
 
     options = dict(
-        image_column=image_column, patient_column=patient_column, text_column=text_column, labels_column=labels_column,
-        labels_separator=labels_separator, view_column=view_column, split_column=split_column, key_column=key_column,
+        image_column=image_column, patient_column=patient_column, text_column=text_column, findings_column=findings_column,
+        impression_column=impression_column, labels_column=labels_column, labels_separator=labels_separator,
+        view_column=view_column, age_column=age_column, split_column=split_column, key_column=key_column,
         empty_reports=empty_reports,
     )  # fmt: skip
     rendering = _rendering(image_format, quality, window, clahe)

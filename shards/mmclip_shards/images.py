@@ -204,7 +204,30 @@ def _reduce(found: _Picture, short_side: int) -> Image.Image:
     if shorter <= short_side:
         return found.pixels
     width, height = (max(1, round(side * short_side / shorter)) for side in found.size)
-    return found.pixels.resize((width, height), Image.Resampling.LANCZOS, box=(0, 0, *found.extent))
+    turned = Image.Transpose.TRANSPOSE
+    if found.extent == found.size:  # the sides in the order of Pillow's own `resize`, which gives these very bytes
+        narrow = _shorten(found.pixels.transpose(turned), width, found.extent[0]).transpose(turned)
+        return _shorten(narrow, height, found.extent[1])
+    low = _shorten(found.pixels, height, found.extent[1])  # less is turned, and the bytes are new in any case
+    return _shorten(low.transpose(turned), width, found.extent[0]).transpose(turned)
+
+
+def _shorten(image: Image.Image, height: int, extent: float) -> Image.Image:
+    """The first `extent` rows of an image of mode "L" -> `height` rows, by Lanczos' filter.
+
+    Pillow filters a pixel of four bands in little more time than one of a single band, and fastest along columns: four
+    neighbours in a row pass for one pixel.
+    """
+    fours = -(-image.width // 4)
+    padded = image if image.width == 4 * fours else image.crop((0, 0, 4 * fours, image.height))
+    pixels = _view(padded, "CMYK", fours).resize((fours, height), Image.Resampling.LANCZOS, box=(0, 0, fours, extent))
+    found = _view(pixels, "L", 4 * fours)
+    return found if padded is image else found.crop((0, 0, image.width, height))
+
+
+def _view(image: Image.Image, mode: str, width: int) -> Image.Image:
+    """The bytes of an image as one of another mode and width."""
+    return Image.frombuffer(mode, (width, image.height), image.tobytes(), "raw", mode, 0, 1)
 
 
 def _encode(image: Image.Image, suffix: str, quality: int) -> bytes:

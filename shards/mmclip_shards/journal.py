@@ -173,7 +173,8 @@ class Unfinished:
         self._pending, self._bad = [], []
         self._marks.reset()
         self._begun = self._seen
-        self._collect(self._ahead)
+        # A split that is at its end is in the journal before the next one begins: a kill then costs no shard of it.
+        self._collect(self._ahead if self._seen < self._size else 0)
 
     def _collect(self, left: int) -> None:
         """Wait until at most `left` shards are on their way; the journal lists them in order."""

@@ -74,9 +74,10 @@ def pack(
     are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
     workers: processes of this machine, or a cluster's (`mmclip_dist.offline.packing.RayWorkers`); the bytes depend on neither.
 
-    Packing again skips finished splits. After an error or a kill it goes on after the last finished shard, and the bytes are
-    those of a pack in one go; from the first shard on whose images have changed, shards are made again. All but the content
-    of the images is checked before anything is written. ValueError for all that the caller can mend.
+    Packing again skips finished splits. After an error or a kill it goes on after the last finished shard (with several workers,
+    one more was perhaps on its way), and the bytes are those of a pack in one go; from the first shard on whose images have
+    changed, shards are made again. All but the content of the images is checked before anything is written. ValueError for all
+    that the caller can mend.
     """
     for name, value in (("short_side", short_side), ("samples_per_shard", samples_per_shard), ("workers", workers)):
         if isinstance(value, int) and value < 1:

@@ -8,7 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
@@ -25,7 +25,7 @@ from mmclip_shards.rawpath import RemotePath, ahead
 from mmclip_shards.schema import Record, canonical_json, sample_document
 from mmclip_shards.split import hash_patient
 from mmclip_shards.storage import Url
-from mmclip_shards.writer import Sample
+from mmclip_shards.writer import Sample, write_shard
 
 _WINDOW_PER_WORKER = 8  # records; of portions, two
 _PORTION = 16  # records of remote images that a worker gets at a time: the first of them has nobody before it to be read under
@@ -92,12 +92,16 @@ class Workers(Protocol):
         """Begin to publish a shard of samples that `prepare` gave -> a function that waits for the end (`write_shard`)."""
 
 
-@dataclass(frozen=True)
 class Processes:
-    """Worker processes of this machine; one is the caller itself."""
+    """Worker processes of this machine; one is the caller itself.
 
-    count: int
-    ahead: int = 0
+    If there are more, a thread publishes each shard while they make the next one: they would else stand still for half a second
+    a shard of 1,000 samples on a local disk, and longer on an object store.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.ahead = count, int(count > 1)
+        self._publisher: ThreadPoolExecutor | None = None
 
     def prepare(
         self, jobs: Iterator[Job], make: SampleMaker, samples_per_shard: int
@@ -108,6 +112,7 @@ class Processes:
             return
         # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
         pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), end_with_parent)
+        self._publisher = ThreadPoolExecutor(1, "mmclip-publish")
         window: deque[tuple[list[Job], Future[list[Prepared]]]] = deque()
         try:
             for some in chain(_portions(jobs), [None] * self.count * _WINDOW_PER_WORKER):
@@ -122,10 +127,13 @@ class Processes:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+            self._publisher.shutdown()  # a shard that is on its way when a pack stops is there before the next pack looks
 
     def write(self, url: Url, number: int, samples: list[Sample]) -> Callable[[], Shard]:
         """See `Workers`."""
-        return write_at_once(url, number, samples)
+        if self._publisher is None:
+            return write_at_once(url, number, samples)
+        return self._publisher.submit(write_shard, url, number, samples).result
 
 
 def _portions(jobs: Iterator[Job]) -> Iterator[list[Job]]:

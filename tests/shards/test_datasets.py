@@ -116,6 +116,10 @@ def test_jsonl(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (second.key, second.report, second.impression, second.boxes) == ("b", "Edema.", "Edema.", (Box("Mass", 1, 2, 3, 4),))
     assert [record.split for record in read("jsonl", tmp_path, "official")] == ["val"]
+    ages = ("045Y", 58, 58.0, float("nan"), 414.0, None)
+    rows = [json.dumps({"image": f"i/{age}.png", "patient": "3", "age": age}) for age in ages]
+    write(tmp_path, {"a.jsonl": "\n".join(rows)})
+    assert [record.age for record in read("jsonl", tmp_path)] == [45, 58, 58, None, None, None]
 
 
 @pytest.mark.parametrize(

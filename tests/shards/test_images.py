@@ -169,6 +169,15 @@ def test_the_short_side_is_reduced_and_never_enlarged(size: tuple[int, int], exp
         assert abs(int(pixels(prepared).mean()) - 90) <= 1
 
 
+@pytest.mark.parametrize("size", [(64, 91), (65, 30), (131, 66), (30, 67), (513, 1000)])
+def test_a_reduction_is_pillows_own_filter_to_the_bit(size: tuple[int, int]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    for short_side in (1, 7, 29):
+        prepared = prepare_image(array, short_side)
+        wanted = Image.fromarray(array).resize((prepared.width, prepared.height), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(pixels(prepared), np.asarray(wanted))
+
+
 def test_boxes_follow_the_image() -> None:
     prepared = prepare_image(np.zeros((1024, 2048), np.uint8), 512, [Box("Mass", 100, 200, 50, 20)])
     assert prepared.boxes == (Box("Mass", 50, 100, 25, 10),)

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmclip_shards import storage
 from mmclip_shards.images import Rendering, decode_image
+from mmclip_shards.journal import Done, read_journal
 from mmclip_shards.manifest import load_manifest, save_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.reader import iterate
@@ -260,15 +261,44 @@ def test_a_killed_pack_goes_on_after_its_last_finished_shard_and_the_bytes_are_t
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     before = changed_times(tmp_path / "set")
-    finished = [name for name in before if name.endswith(".tar")]
-    assert len(finished) == 4 and not [name for name in before if name.endswith("manifest.json")]
+    journals = {split: journal(tmp_path / "set" / split) for split in HALVES}
+    finished = [f"{split}/{done.shard.path}" for split, rows in journals.items() for done in rows]
+    # Of several workers, the fourth shard may be on its way still.
+    assert len(finished) == (4 if workers == 1 else 3) and not [name for name in before if name.endswith("manifest.json")]
+    left = 12 - sum(done.records for rows in journals.values() for done in rows)
     (tmp_path / "set" / "train" / ".000000.tar.0123456789ab.tmp").write_bytes(b"half")
     totals = set()
     pack_to(tmp_path / "set", of, progress=lambda done, total: totals.add(total))
     assert files_in(tmp_path / "set") == files_in(tmp_path / "whole")
     after = changed_times(tmp_path / "set")
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
-    assert totals == {2}, "images of finished shards were decoded again"
+    assert totals == {left}, "images of finished shards were decoded again"
+
+
+def journal(folder: Path) -> list[Done]:
+    """The finished shards of an unfinished split."""
+    path = folder / "pack.jsonl"
+    return read_journal(str(folder), json.loads(path.read_text().splitlines()[0])["config_hash"]) if path.exists() else []
+
+
+def test_shards_that_cannot_be_published_beside_the_workers_stop_the_pack_and_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_to(tmp_path / "whole")
+    write = storage.write_atomic
+
+    def failing(url: str, data: bytes) -> None:
+        if url.endswith("000001.tar"):
+            raise OSError("the disk is full")
+        write(url, data)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(storage, "write_atomic", failing)
+        with pytest.raises(OSError, match="full"):
+            pack_to(tmp_path / "set", workers=2)
+    assert not list((tmp_path / "set").glob("*/manifest.json"))
+    pack_to(tmp_path / "set", workers=2)
+    assert files_in(tmp_path / "set") == files_in(tmp_path / "whole")
 
 
 def test_a_pack_that_fails_at_any_write_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -51,6 +50,34 @@ def test_rows_become_records(tmp_path: Path) -> None:
     assert (second.image, second.report) == (tmp_path / "images" / "b.png", "Big heart.")
     assert second.labels == {"Edema": 0, "Mass": 0}
     assert splits_of([first, second]) == {"a": "train", "b": "val"}
+
+
+def test_ages_are_years_as_recipes_read_them_and_what_is_none_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = "image,patient,age\n"
+    options = {"text_column": None, "age_column": "age"}
+    found = read(tmp_path, "a.png,1,034Y\nb.png,2,45.0\nc.png,3,\nsub/a.png,4,45\n", header, **options)
+    assert [record.age for record in found] == [34, 45, None, 45] and not caplog.records
+    found = read(tmp_path, "a.png,SECRET,58\nb.png,2,414\nc.png,3,F\n", header, **options)
+    assert [record.age for record in found] == [58, None, None]
+    assert "2 of 3 cells of 'age'" in caplog.text and "the first is of row 3" in caplog.text and "414" not in caplog.text
+    with pytest.raises(ValueError, match=r"no row of 'age' holds an age in years .*: check --age-column"):
+        read(tmp_path, "a.png,1,F\nb.png,2,M\n", header, **options)
+    assert [record.age for record in read(tmp_path, "a.png,1,\n", header, **options)] == [None]
+
+
+def test_findings_and_impression_are_joined_to_the_report(tmp_path: Path) -> None:
+    header = "image,patient,found,says\n"
+    options = {"text_column": None, "findings_column": "found", "impression_column": "says"}
+    rows = "a.png,1,Big heart.,Cardiomegaly.\nb.png,2,,No acute disease.\n"
+    first, second = read(tmp_path, rows, header, **options)
+    assert (first.report, first.findings, first.impression) == ("Big heart.\nCardiomegaly.", "Big heart.", "Cardiomegaly.")
+    assert (second.report, second.findings, second.impression) == ("No acute disease.", None, "No acute disease.")
+    with pytest.raises(ValueError, match=r"1 of 3 rows .* have an empty 'found' and 'says', the first is row 4"):
+        read(tmp_path, rows + "c.png,3,,\n", header, **options)
+    with pytest.raises(ValueError, match="name one or the other"):
+        read(tmp_path, rows, header, **{**options, "text_column": "says"})
 
 
 def test_byte_order_mark_tabs_and_other_separators(tmp_path: Path) -> None:
@@ -179,13 +206,16 @@ def test_the_hash_covers_table_and_options(tmp_path: Path) -> None:
     table = make(tmp_path, "a.png,1,x,,\n")
     first = table_hash(table, **COLUMNS)
     assert first == table_hash(table, **COLUMNS, labels_separator="|", view_column=None)
+    # That of packs from before there were columns for ages and sections: they go on.
+    assert first == "41db9ae2a5df87972de7bc4b14a8ff23b6379ea255ea0fb5d2946ae4774a503c"
     hashes = {
         first,
         table_hash(table, **COLUMNS, key_column="patient"),
         table_hash(table, **COLUMNS, empty_reports="drop"),
+        table_hash(table, **COLUMNS, age_column="patient"),
     }
     make(tmp_path, "a.png,1,y,,\n")
-    assert len(hashes | {table_hash(table, **COLUMNS)}) == 4
+    assert len(hashes | {table_hash(table, **COLUMNS)}) == 5
     with pytest.raises(TypeError):
         table_hash(table, **COLUMNS, unknown="x")
 
@@ -198,17 +228,8 @@ def test_records_without_a_split_cannot_be_packed_by_it(tmp_path: Path) -> None:
 # ---- the real tables
 
 
-def real_data(name: str) -> Path:
-    root = Path(os.environ.get("MMCLIP_REAL_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
-    if not (root / name).is_dir():
-        pytest.skip(
-            f"REAL DATA NOT TESTED: there is no {root / name}; set MMCLIP_REAL_DATA to the folder that holds {name}"
-        )
-    return root / name
-
-
-def test_covid_cxr_as_it_is(tmp_path: Path) -> None:
-    folder = real_data("covid_cxr")
+def test_covid_cxr_as_it_is(real_data: Path, tmp_path: Path) -> None:
+    folder = real_data / "covid_cxr"
     columns = {"image_column": "image", "patient_column": "patientid", "text_column": "clinical_notes"}
     found = read_table(folder / "pairs.csv", folder / "images", view_column="view", **columns)  # type: ignore[arg-type]
     assert len(found) == 296
@@ -226,8 +247,8 @@ def test_covid_cxr_as_it_is(tmp_path: Path) -> None:
             assert (image.mode, min(image.size)) == ("L", 64)
 
 
-def test_nih_cxr1000_as_it_is() -> None:
-    folder = real_data("nih_cxr1000")
+def test_nih_cxr1000_as_it_is(real_data: Path) -> None:
+    folder = real_data / "nih_cxr1000"
     found = read_table(
         folder / "labels.csv",
         folder / "images",

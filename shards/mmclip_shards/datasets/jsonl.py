@@ -7,6 +7,7 @@ from typing import Any
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import recipe
+from mmclip_shards.datasets.upstream import read_age
 from mmclip_shards.document import legal_labels
 from mmclip_shards.rawpath import RawPath, matching
 from mmclip_shards.schema import Box, Record
@@ -18,7 +19,7 @@ def jsonl(raw: RawPath) -> Iterator[Record]:
 
     `image` (a path below RAW) and `patient` must be there; `report`, `labels` (`{"Edema": 1}`: 1 present, 0 absent, -1
     uncertain, null not mentioned), `view`, `boxes` (`[{"label", "x", "y", "width", "height"}]` in pixels of the image),
-    `sections` (`{"findings": ...}`), `age` (whole years), `key` and `split` may be. `--split official`
+    `sections` (`{"findings": ...}`), `age` (years: `58`, `58.0`, `"058Y"`), `key` and `split` may be. `--split official`
     takes the `split` field. Other fields are refused: a misspelt one would be lost.
     """
     files = matching(raw, "*.jsonl")
@@ -71,5 +72,5 @@ def record_of(row: Any, raw: RawPath, where: str) -> Record:
         boxes=found,
         split=split_name(row["split"]) if row.get("split") else None,
         sections=sections,
-        age=row.get("age"),
+        age=read_age(str(age)) if isinstance(age := row.get("age"), str | float) else age,
     )

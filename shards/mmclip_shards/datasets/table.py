@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar, get_args, overload
 
 from mmclip_shards.datasets.rows import Row, Rows
+from mmclip_shards.datasets.sections import join_sections
+from mmclip_shards.datasets.upstream import read_age
 from mmclip_shards.rawpath import LOOKED_FOR, RawPath, evenly, raw_path
 from mmclip_shards.schema import Record, canonical_json, make_key
 from mmclip_shards.split import check_patients_stay
@@ -27,6 +29,9 @@ NORMAL_LABELS = frozenset({"no finding", "no findings", "normal"})
 """Cells of the labels column that mean every disease is absent."""
 
 
+_LATER = frozenset({"findings_column", "impression_column", "age_column"})
+
+
 def read_table(
     table: Url,
     images: Url,
@@ -36,7 +41,10 @@ def read_table(
     text_column: str | None = None,
     labels_column: str | None = None,
     labels_separator: str = "|",
+    findings_column: str | None = None,
+    impression_column: str | None = None,
     view_column: str | None = None,
+    age_column: str | None = None,
     split_column: str | None = None,
     key_column: str | None = None,
     empty_reports: EmptyReports = "error",
@@ -46,10 +54,12 @@ def read_table(
     Both may be URLs. A row is read when its record is asked for, so reports are not held; ValueError if the table was changed
     meanwhile (of a remote one, a copy in TMPDIR is read).
 
-    image_column: path below `images`; it may start with that folder's own name. labels_column: names of the present
-    diseases. A disease that is not listed is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all
-    unknown. key_column: text for the key; by default the image's file name, or its whole path if two file names are equal.
-    empty_reports: for a row without text, "error" stops, "drop" leaves it out, "unpaired" keeps its image without a report.
+    image_column: path below `images`; it may start with that folder's own name. findings_column, impression_column: sections that
+    are joined to the report, in place of text_column. labels_column: names of the present diseases. A disease that is not listed
+    is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all unknown. age_column: years, read by
+    `upstream.read_age`; cells that are no age are warned of. key_column: text for the key; by default the image's file name, or
+    its whole path if two file names are equal. empty_reports: for a row without text, "error" stops, "drop" leaves it out,
+    "unpaired" keeps its image without a report.
     A missing image is only warned of, unless all are missing: `pack` decides how many may be left out. Of remote images 20 are
     looked for.
 
@@ -58,30 +68,41 @@ def read_table(
     table, images = raw_path(table), raw_path(images)
     if empty_reports not in get_args(EmptyReports):
         raise ValueError(f"empty_reports is {empty_reports!r}; use one of {', '.join(get_args(EmptyReports))}")
-    wanted = [image_column, patient_column, text_column, labels_column, view_column, split_column, key_column]
+    sections = {"findings": findings_column, "impression": impression_column}
+    section_columns = {name: column for name, column in sections.items() if column is not None}
+    if text_column is not None and section_columns:
+        raise ValueError("the report is a text column, or findings and impression columns that are joined: name one or the other")
+    texts = [text_column] if text_column is not None else list(section_columns.values())
+    wanted = [image_column, patient_column, *texts, labels_column, view_column, age_column, split_column, key_column]
     rows = Rows(table, [column for column in wanted if column is not None])
-    if text_column is not None:
-        rows = _settle_empty_reports(rows, text_column, empty_reports)
+    if texts:
+        rows = _settle_empty_reports(rows, texts, empty_reports)
     if not rows:
         raise ValueError(f"{table} has no rows to pack")
     _check_cells(rows, [column for column in (image_column, patient_column, split_column, key_column) if column], image_column)
     key_of = _keys(rows, image_column, key_column)
     path_of = _find_images(rows, image_column, images)
     absent: dict[str, int | None] = dict.fromkeys(_label_names(rows, labels_column, labels_separator), 0)
+    if age_column is not None:
+        _check_ages(rows, age_column)
     if split_column is not None:
         check_patients_stay((f"row {number}", row[patient_column], row[split_column]) for number, row in rows)
 
     def record(numbered: Row) -> Record:
         number, row = numbered
+        found = {name: row[column] for name, column in section_columns.items() if row[column]}
         return Record(
             key=key_of(row),
             image=path_of(number, row),
             patient=row[patient_column],
             source=str(PurePosixPath(row[image_column])),
-            report=row[text_column] if text_column is not None else "",
+            report=row[text_column] if text_column is not None else join_sections(found),
+            findings=found.get("findings"),
+            impression=found.get("impression"),
             labels=_labels(row[labels_column], absent, labels_separator) if labels_column is not None else {},
             view=(row[view_column] or None) if view_column is not None else None,
             split=row[split_column] if split_column is not None else None,
+            age=read_age(row[age_column]) if age_column is not None else None,
         )
 
     return Records(rows, record)
@@ -90,11 +111,16 @@ def read_table(
 def table_hash(table: Url, **options: object) -> str:
     """The config_hash of `read_table(table, images, **options)`: sha256 over the table's bytes and all options.
 
-    It does not read the images. If you change an image but not the table, pack into a new folder.
+    It does not read the images: if you change one but not the table, pack into a new folder. Options that came later count only
+    where they are given, so that older sets keep their hash.
     """
     bound = inspect.signature(read_table).bind(table, "", **options)
     bound.apply_defaults()
-    settings = {name: value for name, value in bound.arguments.items() if name not in ("table", "images")}
+    settings = {
+        name: value
+        for name, value in bound.arguments.items()
+        if name not in ("table", "images") and not (name in _LATER and value is None)
+    }
     return hashlib.sha256(canonical_json(settings) + _read_bytes(raw_path(table))).hexdigest()
 
 
@@ -150,11 +176,12 @@ def _read_bytes(table: RawPath) -> bytes:
         raise ValueError(f"there is no table {table}") from error
 
 
-def _settle_empty_reports(rows: Rows, column: str, empty_reports: EmptyReports) -> Rows:
-    empty = [number for number, row in rows if not row[column]]
+def _settle_empty_reports(rows: Rows, columns: list[str], empty_reports: EmptyReports) -> Rows:
+    empty = [number for number, row in rows if not any(map(row.__getitem__, columns))]
     if not empty:
         return rows
-    found = f"{len(empty)} of {len(rows)} rows of {rows.table} have an empty {column!r}, the first is row {empty[0]}"
+    named = " and ".join(map(repr, columns))
+    found = f"{len(empty)} of {len(rows)} rows of {rows.table} have an empty {named}, the first is row {empty[0]}"
     if empty_reports == "error":
         raise ValueError(f"{found}: fill them in, or choose --empty-reports drop or --empty-reports unpaired")
     if empty_reports == "drop":
@@ -182,6 +209,18 @@ def _check_cells(rows: Rows, filled: list[str], image_column: str) -> None:
             )
     if outside:
         raise ValueError(f"{rows.table}: row {outside[0]} names an image outside the image folder: use paths below it")
+
+
+def _check_ages(rows: Rows, column: str) -> None:
+    """ValueError if no cell of the column is an age; a warning for those that are none."""
+    filled = [(number, read_age(row[column]) is None) for number, row in rows if row[column]]
+    wrong = [number for number, no_age in filled if no_age]
+    if filled and len(wrong) == len(filled):
+        raise ValueError(f"{rows.table}: no row of {column!r} holds an age in years (58, 58.0 or 058Y): check --age-column")
+    if wrong:
+        logger.warning("%d of %d cells of %r in %s are no age, the first is of row %d: packed without one",
+            len(wrong), len(filled), column, rows.table, wrong[0],
+        )  # fmt: skip
 
 
 def _find_images(rows: Rows, column: str, images: RawPath) -> Callable[[int, Mapping[str, str]], RawPath]:
