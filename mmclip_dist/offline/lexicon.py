@@ -11,6 +11,7 @@ import itertools
 import re
 import sys
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
@@ -131,7 +132,9 @@ def blank_pipeline(language: str) -> Language:
     from spacy.symbols import ORTH
 
     nlp = spacy.blank(language)
-    tokenizer: Any = combined_rule_tokenizer(nlp) if language == "en" else nlp.tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a doubtful set in one of scispaCy's expressions
+        tokenizer: Any = combined_rule_tokenizer(nlp) if language == "en" else nlp.tokenizer
     # spaCy's English keeps "Mass." as one token, for Massachusetts: a mass at the end of a sentence would be missed.
     tokenizer.rules = {word: rule for word, rule in tokenizer.rules.items() if word != "Mass."}
     infixes = tokenizer.infix_finditer.__self__.pattern
