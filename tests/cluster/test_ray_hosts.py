@@ -15,7 +15,7 @@ from mmclip_shards.datasets.synthetic.set import pack_synthetic
 
 from mmclip_dist.offline.attention import attention_stage
 from mmclip_dist.offline.entities import entities_stage
-from mmclip_dist.offline.stage import Stage, _Worker
+from mmclip_dist.offline.stage import Stage, Worker
 from tests.cluster.conftest import Cluster, ended
 from tests.conftest import wait_for
 from tests.launched import Finished
@@ -95,7 +95,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 def in_one_process(stage: Stage) -> dict[str, bytes]:
     """The files of a stage without Ray."""
-    worker = _Worker(stage)
+    worker = Worker(stage)
     for number in range(SHARDS):
         worker.process(number)
     return files_in(Path(stage.out))
