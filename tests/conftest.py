@@ -64,7 +64,7 @@ def wait_for(condition: Callable[[], bool], timeout: float = 120.0) -> None:
 
 
 LONGEST_FIRST = (
-    "cluster/test_two_hosts.py", "cluster/test_ray_hosts.py",
+    "cluster/test_two_hosts.py", "cluster/test_ray_hosts.py", "cluster/test_slurm.py",
     "test_end_to_end.py", "test_broken_runs.py", "engine/test_optimizer.py", "test_training.py", "test_faults.py",
     "offline/test_stage.py", "plan/test_layouts.py", "shards/test_object_store.py",
 )  # fmt: skip

@@ -20,7 +20,9 @@ def unpack(folder: Path, archive: str) -> None:
         return
     new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.writing")
     with tarfile.open(fileobj=io.BytesIO(base64.b64decode(archive))) as tar:
-        tar.extractall(new, filter="data")
+        # Python 3.11 has this filter from 3.11.4 on, and hosts may have an older one. The archive is our own.
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(new)
     new.rename(folder)
 
 

@@ -46,7 +46,7 @@ def test_another_hosts_folder_of_the_same_name_is_not_the_run_folder(
     found, _ = doctor.look(HERE, tmp_path / "run", by_ssh=False)
     assert [str(each) for each in found if each.check == "run_dir"] == [
         f"error: run_dir: {LOCAL}: {tmp_path / 'other'} is not the folder that this machine sees: set run_dir to a folder that "
-        "all hosts share"
+        "all hosts share, or checkpoint.host_local=true"
     ]
 
 

