@@ -1,4 +1,5 @@
-"""Miniatures of published trees, one for each recipe: a few rows of each table, with the traps that the real files set."""
+"""Miniatures of published trees, one for each recipe: a few rows of each table, with the traps that the real files set.
+`call` packs."""
 
 from __future__ import annotations
 
@@ -9,8 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from mmclip_shards.datasets.chexpert import FINDINGS
 from PIL import Image
+
+from mmclip_dist import cli
 
 
 def write(raw: Path, files: Mapping[str, str]) -> Path:
@@ -361,3 +365,14 @@ MINIATURES: dict[str, Callable[[Path], Path]] = {
     "siim-acr": siim_acr, "vindr-cxr": vindr_cxr,
 }  # fmt: skip
 """Recipe -> what writes its miniature into a folder."""
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    """`mmclip pack ...` in this process -> exit code, standard output, standard error."""
+    monkeypatch.setattr("sys.argv", ["mmclip", "pack", *arguments])
+    try:
+        code = cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    told = capsys.readouterr()
+    return code, told.out, told.err

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Cluster, ended
-from tests.cluster.test_two_hosts import check_weights_of_one_host
+from tests.cluster.conftest import Cluster, check_weights_of_one_host, ended
 from tests.conftest import Sets, wait_for
 from tests.launched import last_step
 

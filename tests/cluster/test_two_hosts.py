@@ -14,21 +14,14 @@ import pytest
 from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.run.marks import EXIT_CODE
 from mmclip_dist.run.metrics import read_metrics
-from tests.cluster.conftest import COMMON, LOST_S, Cluster, ended
+from tests.cluster.conftest import COMMON, LOST_S, Cluster, check_weights_of_one_host, ended
 from tests.conftest import Sets, wait_for
-from tests.launched import final_weights, last_step, run_training
+from tests.launched import last_step, run_training
 
 pytestmark = pytest.mark.slow
 
 STEPS = 32
 ALIVE_S = 20  # ssh gives a silent host up
-
-
-def check_weights_of_one_host(run: Path, sets: Sets, folder: Path, steps: int, stage: int) -> None:
-    """The run's last weights are, bit for bit, those of two ranks of one host that nothing interrupts."""
-    plain = [*sets.overrides(folder / "unbroken"), *COMMON, f"optim.steps={steps}", f"zero_stage={stage}"]
-    run_training(plain, folder)
-    assert final_weights(run, steps) == final_weights(folder / "unbroken", steps)
 
 
 def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_bit(

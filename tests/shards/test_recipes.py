@@ -23,7 +23,7 @@ from mmclip_shards.reader import iterate
 from mmclip_shards.schema import Box
 from PIL import Image
 
-from mmclip_dist import cli
+from tests.miniatures import call
 
 KEY = b"k" * 32
 
@@ -206,16 +206,6 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, name in enumerate("abcd"):
         image(tmp_path / "raw" / "images" / f"{name}.png", number)
     return tmp_path
-
-
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["mmclip", "pack", *arguments])
-    try:
-        code = cli.main()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 def test_a_file_of_ones_own_packs_with_its_terms_first(

@@ -31,8 +31,7 @@ from mmclip_shards.testing.fault_proxy import Fault, FaultProxy, Request
 from mmclip_shards.testing.s3_server import S3Server
 from PIL import Image
 
-from mmclip_dist import cli
-from tests.miniatures import MINIATURES, dicom_file, write
+from tests.miniatures import MINIATURES, call, dicom_file, write
 from tests.object_store import client_environment
 
 KEY = b"k" * 32
@@ -140,16 +139,6 @@ def test_a_tree_of_a_web_server_that_lists_its_folders(tmp_path: Path) -> None:
 
 
 # -- the command --------------------------------------------------------------------------------------------------------------
-
-
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["mmclip", "pack", *arguments])
-    try:
-        code = cli.main()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 def table_set(folder: Path, count: int = 30) -> Path:
