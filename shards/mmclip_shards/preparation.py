@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import pickle
+import signal
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from itertools import groupby, islice
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +32,7 @@ from mmclip_shards.split import hash_patient
 from mmclip_shards.storage import Url
 from mmclip_shards.writer import Sample, write_shard
 
-_WINDOW_PER_WORKER = 8  # records; of portions, two
+_PORTIONS_PER_WORKER = 8  # asked for and not yet used
 _PORTION = 16  # records of remote images that a worker gets at a time: the first of them has nobody before it to be read under
 _READ_AHEAD = 8  # remote images that a worker asks for at a time: enough for 10 ms an image and 50 ms an answer
 
@@ -111,22 +116,30 @@ class Processes:
             yield from make.all_of(jobs)
             return
         # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
-        pool = ProcessPoolExecutor(self.count, multiprocessing.get_context("spawn"), end_with_parent)
+        context = multiprocessing.get_context("spawn")
         self._publisher = ThreadPoolExecutor(1, "mmclip-publish")
-        window: deque[tuple[list[Job], Future[list[Prepared]]]] = deque()
+        crew: list[_Worker] = []
+        window: deque[tuple[list[Job], _Worker]] = deque()
+        portions = _portions(jobs)
         try:
-            for some in chain(_portions(jobs), [None] * self.count * _WINDOW_PER_WORKER):
-                if some is not None:
-                    window.append((some, pool.submit(_make_all, make, some)))
-                if window and (some is None or len(window) >= self.count * (_WINDOW_PER_WORKER // len(some) or 2)):
-                    first, future = window.popleft()
-                    yield from ((job, *made) for job, made in zip(first, future.result(), strict=True))
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a packing worker died, most likely for lack of memory: pack with fewer workers; finished shards are kept"
-            ) from error
+            crew += (_Worker(context, make) for _ in range(self.count))
+            while True:
+                while len(window) < self.count * _PORTIONS_PER_WORKER and (some := next(portions, None)):
+                    worker = min(crew, key=lambda one: one.owes)
+                    worker.ask(some)
+                    window.append((some, worker))
+                if not window:
+                    return
+                first, worker = window.popleft()
+                while not worker.answers:
+                    ready = wait([one.connection for one in crew])
+                    for one in crew:
+                        if one.connection in ready:
+                            one.hear()
+                yield from ((job, *made) for job, made in zip(first, worker.answer(), strict=True))
         finally:
-            pool.shutdown(cancel_futures=True)
+            for worker in crew:
+                worker.end()
             self._publisher.shutdown()  # a shard that is on its way when a pack stops is there before the next pack looks
 
     def write(self, url: Url, number: int, samples: list[Sample]) -> Callable[[], Shard]:
@@ -136,15 +149,91 @@ class Processes:
         return self._publisher.submit(write_shard, url, number, samples).result
 
 
+class _Worker:
+    """A process that answers each portion of jobs that it is asked for, in order."""
+
+    def __init__(self, context: SpawnContext, make: SampleMaker) -> None:
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, make), daemon=True)
+        self._process.start()
+        theirs.close()  # else its end would not be noticed here
+        self.owes = 0
+        self.answers: deque[list[Prepared] | Exception] = deque()
+
+    def ask(self, jobs: list[Job]) -> None:
+        """Hand over a portion. ValueError if the process died."""
+        try:
+            self.connection.send(jobs)
+        except ConnectionError as error:
+            raise _died() from error
+        self.owes += 1
+
+    def hear(self) -> None:
+        """Receive an answer. ValueError if the process died."""
+        try:
+            self.answers.append(self.connection.recv())
+        except (EOFError, ConnectionError) as error:
+            raise _died() from error
+        self.owes -= 1
+
+    def answer(self) -> list[Prepared]:
+        """The oldest answer that was received; what the process raised is raised here."""
+        answer = self.answers.popleft()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        """It writes nothing, so that it can end at once."""
+        self._process.terminate()
+        self._process.join()
+        self.connection.close()
+
+
+def _died() -> ValueError:
+    return ValueError("a packing worker died, most likely for lack of memory: pack with fewer workers; finished shards are kept")
+
+
+def _work(connection: Connection, make: SampleMaker) -> None:
+    """The life of a `_Worker`'s process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the packing process, which ends this one
+    end_with_parent()
+    # A thread sends: an answer is larger than what a pipe holds, and the next image need not wait until the other side reads.
+    answers: SimpleQueue[list[Prepared] | Exception] = SimpleQueue()
+
+    def send() -> None:
+        while True:
+            connection.send(answers.get())
+
+    threading.Thread(target=send, daemon=True).start()
+    while True:
+        try:
+            jobs = connection.recv()
+        except EOFError:
+            return
+        try:
+            answers.put([(mark, made) for _, mark, made in make.all_of(jobs)])
+        except Exception as error:
+            answers.put(_sendable(error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error with its traceback as a note, or one that tells of it if pickle cannot make it again."""
+    error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - it was made here
+    except Exception:
+        told = RuntimeError(repr(error))
+        told.__notes__ = error.__notes__
+        return told
+    return error
+
+
 def _portions(jobs: Iterator[Job]) -> Iterator[list[Job]]:
     """What a worker gets at a time: one record, or some whose images are remote, so that it can read ahead."""
     for remote, alike in groupby(jobs, key=lambda job: isinstance(job[1].image, RemotePath)):
         while some := list(islice(alike, _PORTION if remote else 1)):
             yield some
-
-
-def _make_all(make: SampleMaker, jobs: list[Job]) -> list[Prepared]:
-    return [(mark, made) for _, mark, made in make.all_of(jobs)]
 
 
 def end_with_parent() -> None:

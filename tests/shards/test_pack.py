@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -279,6 +280,62 @@ def journal(folder: Path) -> list[Done]:
     """The finished shards of an unfinished split."""
     path = folder / "pack.jsonl"
     return read_journal(str(folder), json.loads(path.read_text().splitlines()[0])["config_hash"]) if path.exists() else []
+
+
+class UnsendableError(Exception):
+    """Made of two parts, so that pickle cannot make it again."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+class Drawn:
+    """An image that a worker makes: noise, or what ends it."""
+
+    def __init__(self, ends: str = "") -> None:
+        self.ends = ends
+
+    def __call__(self) -> tuple[np.ndarray, tuple[Box, ...]]:
+        if self.ends == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.ends == "raises":
+            raise TypeError("no such drawing")
+        if self.ends == "raises what cannot be sent":
+            raise UnsendableError("no such", "drawing")
+        return np.random.default_rng(0).integers(0, 255, (1500, 1500), np.uint8), ()
+
+
+@pytest.mark.parametrize(
+    ("ends", "error", "told"),
+    [
+        ("killed", ValueError, "a packing worker died.*fewer workers"),
+        ("raises", TypeError, "no such drawing"),
+        ("raises what cannot be sent", RuntimeError, "UnsendableError.*no such drawing"),
+    ],
+)
+def test_how_a_worker_ends_is_told_and_the_pack_goes_on_from_there(
+    tmp_path: Path, ends: str, error: type[Exception], told: str
+) -> None:
+    of = sorted((replace(record, image=Drawn()) for record in records(24)), key=lambda record: record.key)
+    broken = [*of[:-1], replace(of[-1], image=Drawn(ends))]
+    with pytest.raises(error, match=told) as raised:
+        pack_to(tmp_path / "set", broken, splits={"train": 1.0}, workers=2)
+    if ends == "raises":
+        assert "in __call__" in "".join(raised.value.__notes__), "the worker's own traceback"
+    assert not multiprocessing.active_children()
+    assert journal(tmp_path / "set" / "train"), "finished shards were not kept"
+    pack_to(tmp_path / "set", of, splits={"train": 1.0}, workers=2)
+    pack_to(tmp_path / "whole", of, splits={"train": 1.0})
+    assert files_in(tmp_path / "set") == files_in(tmp_path / "whole")
+
+
+def test_images_larger_than_what_a_pipe_holds_pass_both_ways(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (12, 1500, 1500), np.uint8)
+    of = [replace(record, image=image) for record, image in zip(records(), noise, strict=True)]
+    for workers in (1, 3):
+        pack_to(tmp_path / str(workers), of, short_side=1500, workers=workers)
+    assert files_in(tmp_path / "1") == files_in(tmp_path / "3")
+    assert min(len(data) for name, data in files_in(tmp_path / "1").items() if name.endswith(".tar")) > 2**20
 
 
 def test_shards_that_cannot_be_published_beside_the_workers_stop_the_pack_and_are_made_again(
