@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -155,7 +156,13 @@ class _Worker:
     def __init__(self, context: SpawnContext, make: SampleMaker) -> None:
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_work, args=(theirs, make), daemon=True)
-        self._process.start()
+        # Ctrl-C is for the packing process, which ends this one: it gets no signal of its own, not even while it starts.
+        resource_tracker.ensure_running()  # which would else let the signal through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()  # else its end would not be noticed here
         self.owes = 0
         self.answers: deque[list[Prepared] | Exception] = deque()
@@ -196,7 +203,6 @@ def _died() -> ValueError:
 
 def _work(connection: Connection, make: SampleMaker) -> None:
     """The life of a `_Worker`'s process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the packing process, which ends this one
     end_with_parent()
     # A thread sends: an answer is larger than what a pipe holds, and the next image need not wait until the other side reads.
     answers: SimpleQueue[list[Prepared] | Exception] = SimpleQueue()

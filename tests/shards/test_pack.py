@@ -298,6 +298,8 @@ class Drawn:
     def __call__(self) -> tuple[np.ndarray, tuple[Box, ...]]:
         if self.ends == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.ends == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
         if self.ends == "raises":
             raise TypeError("no such drawing")
         if self.ends == "raises what cannot be sent":
@@ -327,6 +329,26 @@ def test_how_a_worker_ends_is_told_and_the_pack_goes_on_from_there(
     pack_to(tmp_path / "set", of, splits={"train": 1.0}, workers=2)
     pack_to(tmp_path / "whole", of, splits={"train": 1.0})
     assert files_in(tmp_path / "set") == files_in(tmp_path / "whole")
+
+
+INTERRUPTED = """
+import sys
+from dataclasses import replace
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[1])
+    from test_pack import Drawn, pack_to, records
+    pack_to(sys.argv[2], [replace(record, image=Drawn("interrupted")) for record in records()], workers=2)
+"""
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_packing_process_and_no_worker(tmp_path: Path) -> None:
+    # In a process of its own: the helper that multiprocessing starts beside the first worker lets the signal through.
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    command = [sys.executable, tmp_path / "interrupted.py", Path(__file__).parent, tmp_path / "set"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert sum(load_manifest(tmp_path / "set" / split).samples for split in HALVES) == 12
 
 
 def test_images_larger_than_what_a_pipe_holds_pass_both_ways(tmp_path: Path) -> None:
