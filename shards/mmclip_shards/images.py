@@ -113,21 +113,25 @@ def prepare_image(
     JPEG stays JPEG (quality 95); PNG, DICOM and arrays [height, width] become PNG, unless `rendering` says else. No image is
     enlarged. No metadata is kept: it can name the patient. ValueError that names the file when it cannot be used.
     """
-    from mmclip_shards.dicom import decode_dicom, is_dicom  # it imports this module
+    from mmclip_shards.dicom import is_dicom, read_dicom  # needed for DICOM alone
 
     if short_side < 1:
         raise ValueError(f"short_side is {short_side}; it must be at least 1 pixel")
     if not isinstance(image, np.ndarray) and is_dicom(image):
-        found = _whole(decode_dicom(image, rendering.window), "png")
+        decoded, given = read_dicom(image, rendering.window)
+        found = _whole(decoded, "png")
     else:
         found = _decode(image, short_side, rendering.window)
+        given = found.size
     pixels = _reduce(found, short_side)
     if rendering.clahe:
         pixels = Image.fromarray(equalise(np.asarray(pixels)))
     suffix = found.suffix if rendering.format == "source" else rendering.format.removesuffix("-lossless")
     if suffix == "webp" and max(pixels.size) > _WEBP_SIDE:
-        raise ValueError(f"{_name(image)} is {max(pixels.size)} pixels long, and WebP ends at {_WEBP_SIDE:,}: pack as png")
-    scale_x, scale_y = pixels.width / found.size[0], pixels.height / found.size[1]
+        raise ValueError(
+            f"{_name(image)} is {max(pixels.size)} pixels long, and WebP ends at {_WEBP_SIDE:,}: pack as png"
+        )
+    scale_x, scale_y = pixels.width / given[0], pixels.height / given[1]
     return PreparedImage(
         data=_encode(pixels, suffix, rendering.quality),
         suffix=suffix,
