@@ -63,11 +63,15 @@ def check_weights_of_one_host(run: Path, sets: Sets, folder: Path, steps: int, s
     assert final_weights(run, steps) == final_weights(folder / "unbroken", steps)
 
 
-@pytest.fixture(scope="session")
-def cluster(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def skip_if_missing() -> None:
     if why := missing():
         warnings.warn(f"work across hosts is NOT TESTED: {why}", stacklevel=1)
         pytest.skip(f"work across hosts is NOT TESTED: {why}")
+
+
+@pytest.fixture(scope="session")
+def cluster(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    skip_if_missing()
     folder = tmp_path_factory.mktemp("cluster")
     with machines(folder / "machines", "host-a", "host-b") as made, store(made, sets.folder) as (url, variables):
         work = folder / "work"
