@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -183,21 +186,56 @@ def write_sidecar(base: str, out: str, kind: str, make: Callable[[dict[str, byte
     )  # fmt: skip
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A new folder that `make` fills, once for all processes of this session. Those that ask later wait for it."""
+    base = factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    folder, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # a process was killed in the middle
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
-    folder = tmp_path_factory.mktemp("sets")
-    pack_synthetic(
-        str(folder / "paired"), 80, seed=1, size=40, splits={"train": 0.7, "test": 0.3}, samples_per_shard=16
-    )
-    pack_synthetic(
-        str(folder / "unpaired"), 24, seed=1, size=40, splits={"train": 1.0}, unpaired=True, samples_per_shard=16
-    )
+    """No test changes them."""
+    return Sets(once(tmp_path_factory, "sets", _make_sets))
+
+
+def _make_sets(folder: Path) -> None:
+    splits = {"paired": {"train": 0.7, "test": 0.3}, "unpaired": {"train": 1.0}}
+    for name, count in (("paired", 80), ("unpaired", 24)):
+        pack_synthetic(
+            str(folder / name), count, seed=1, size=40, splits=splits[name], unpaired=name == "unpaired", samples_per_shard=16
+        )
     made = Sets(folder)
     write_sidecar(made.paired, made.sidecar("entities"), "entities", _entities)
     write_sidecar(made.paired, made.sidecar("attention"), "attention", _attention)
     write_sidecar(made.unpaired, made.sidecar("attention", "unpaired"), "attention", _attention)
     save_tokenizer(tokenizer_of_sets([made.paired, made.unpaired], 600), folder / "tokenizer")
-    return made
+
+
+STEPS = 36
+LONG = (f"optim.steps={STEPS}", "checkpoint.every=4", "log_every=1", "optim.lr=0.1", "checkpoint.keep=20", "data.workers=1")
+"""A run that tests interrupt, and of which `unbroken` is the same without."""
+
+
+@pytest.fixture(scope="session")
+def unbroken(sets: Sets, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """ZeRO stage -> the run folder of two ranks that nothing interrupts (`LONG`), with every checkpoint and log row. No test
+    changes it: a run with optim.stop_at is compared to the checkpoint of that step."""
+    from tests.launched import run_training
+
+    def train(stage: int, folder: Path) -> None:
+        run_training([*sets.overrides(folder / "run"), *LONG, f"zero_stage={stage}"], folder)
+
+    return lambda stage: once(tmp_path_factory, f"unbroken-{stage}", partial(train, stage)) / "run"
 
 
 @pytest.fixture(scope="session")

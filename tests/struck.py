@@ -21,8 +21,6 @@ from tests.conftest import wait_for
 from tests.launched import Finished, last_step
 from tests.ranks import Ranks
 
-STEPS = 36
-TRAIN = (f"optim.steps={STEPS}", "checkpoint.every=4", "log_every=1", "optim.lr=0.1", "checkpoint.keep=20", "data.workers=1")
 SAVE_S = 25  # from a request to a whole checkpoint
 END_S = 90  # until all processes are gone; on a busy machine an interpreter takes its time to end
 OF_THE_LAUNCHER = ("stop SIGTERM", "kill launcher")

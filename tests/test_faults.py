@@ -11,8 +11,9 @@ import psutil
 import pytest
 
 from mmclip_dist.checkpoint.folder import checkpoint_path, fault
+from tests.conftest import LONG
 from tests.launched import final_weights
-from tests.struck import TRAIN, Job
+from tests.struck import Job
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ def test_the_error_of_any_rank_is_told_once_with_rank_and_host(
     sets, tmp_path: Path, fault: str, workers: int, launched: bool, code: int, told: str
 ) -> None:
     run = tmp_path / "run"
-    job = Job(run, [*sets.overrides(run), *TRAIN, f"data.workers={workers}"], fault, launched=launched)
+    job = Job(run, [*sets.overrides(run), *LONG, f"data.workers={workers}"], fault, launched=launched)
     assert job.wait() == code, job.log[-3000:]
     assert job.errors == [told.format(host=socket.gethostname())], job.log[-3000:]
     assert ("Traceback" in job.log) == (fault == "bug"), job.log[-3000:]
@@ -42,7 +43,7 @@ def test_the_error_of_any_rank_is_told_once_with_rank_and_host(
 def test_a_job_with_loader_processes_ends_within_seconds_of_an_uncaught_exception(sets, tmp_path: Path, fault: str) -> None:
     """The launcher gives processes that outlive SIGTERM half a minute, and they give themselves a whole one."""
     run = tmp_path / "run"
-    job = Job(run, [*sets.overrides(run), *TRAIN, "data.workers=2"], fault, launched=True)
+    job = Job(run, [*sets.overrides(run), *LONG, "data.workers=2"], fault, launched=True)
     job.until("struck")
     family = job.family
     assert job.wait() == 1, job.log[-3000:]
@@ -54,7 +55,7 @@ def test_a_job_with_loader_processes_ends_within_seconds_of_an_uncaught_exceptio
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = Job(run, [*sets.overrides(run), *TRAIN], "full disk")
+    job = Job(run, [*sets.overrides(run), *LONG], "full disk")
     assert job.wait() == 2, job.log[-3000:]
     log, (line,) = job.log, job.errors
     assert "the checkpoint of step 8 could not be written: [Errno 27] File too large" in line
@@ -65,7 +66,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(sets, tmp_path: Path) -> Non
 
 def test_an_infinite_loss_of_one_rank_skips_steps_on_both_and_ends_the_run(sets, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = Job(run, [*sets.overrides(run), *TRAIN, "health.max_bad_steps=5"], "bad loss")
+    job = Job(run, [*sets.overrides(run), *LONG, "health.max_bad_steps=5"], "bad loss")
     assert job.wait() == 2, job.log[-3000:]
     log, (line,) = job.log, job.errors
     assert "not finite in 5 steps in a row, up to step 9" in line and "Traceback" not in log

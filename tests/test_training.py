@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ from mmclip_dist.checkpoint.model_files import load_model
 from mmclip_dist.data.seen import SEEN, Seen, load_seen
 from mmclip_dist.evaluate.zeroshot import zero_shot
 from mmclip_dist.run.metrics import EVALUATIONS, read_metrics
-from tests.conftest import TRAIN, wait_for
+from tests.conftest import LONG, STEPS, TRAIN, wait_for
 from tests.launched import final_weights, last_step, launch_training, losses, run_training
 from tests.ranks import Ranks
 
@@ -33,56 +34,53 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def unbroken(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(sets, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run; tests/test_end_to_end.py and tests/test_broken_runs.py have runs under the real launcher."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
     run_training([*sets.overrides(run), *TRAIN], run.with_name("ranks"))
     return run
 
 
-def test_resume_equals_no_interruption_bit_for_bit(sets, unbroken: Path, tmp_path: Path) -> None:
+def test_resume_equals_no_interruption_bit_for_bit(sets, finished: Path, tmp_path: Path) -> None:
     """The run's newest checkpoints are gone, as after a crash; it goes on from an older one and ends the same."""
     run = tmp_path / "run"
-    shutil.copytree(unbroken, run)
+    shutil.copytree(finished, run)
     for step in (8, 12):
         shutil.rmtree(checkpoint_path(run, step))
     (run / "checkpoints" / ".step-00000008.writing").mkdir()  # and a save was torn
     run_training([*sets.overrides(run), *TRAIN], tmp_path)
-    assert final_weights(run) == final_weights(unbroken)
-    assert losses(run) == losses(unbroken)
+    assert final_weights(run) == final_weights(finished)
+    assert losses(run) == losses(finished)
 
 
 @pytest.mark.timeout(3600)
-def test_killed_again_and_again_it_ends_in_the_same_weights(sets, tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_in_the_same_weights(sets, unbroken: Callable[[int], Path], tmp_path: Path) -> None:
     """SIGKILL of all ranks at random steps; MMCLIP_KILLS sets how often (20 were tried, see RESULTS.md)."""
-    kills = int(os.environ.get("MMCLIP_KILLS", "1"))
-    steps = 20 * kills
-    often = ["checkpoint.every=4", "log_every=1", "optim.lr=0.1", f"optim.steps={steps}"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    run_training([*sets.overrides(whole), *often], tmp_path / "logs")
-    for step in sorted(random.Random(kills).sample(range(2, steps), kills)):
-        job = Ranks(train.main, [["quickstart", *sets.overrides(run), *often]], ranks=2, folder=tmp_path / "logs")
+    kills, run, whole = int(os.environ.get("MMCLIP_KILLS", "1")), tmp_path / "run", unbroken(1)
+    overrides = [*sets.overrides(run), *LONG]
+    for step in sorted(random.Random(kills).sample(range(2, STEPS), kills)):
+        job = Ranks(train.main, [["quickstart", *overrides]], ranks=2, folder=tmp_path / "logs")
         wait_for(lambda job=job, step=step: job.poll() is not None or last_step(run) >= step)
         job.kill()
         assert last_step(run) >= step
-    run_training([*sets.overrides(run), *often], tmp_path / "logs")
-    assert final_weights(run, steps) == final_weights(whole, steps)
+    run_training(overrides, tmp_path / "logs")
+    assert final_weights(run, STEPS) == final_weights(whole, STEPS)
     assert losses(run) == losses(whole)
 
 
-def test_two_ranks_equal_one(sets, unbroken: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(sets, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_training([*sets.overrides(run), *TRAIN], tmp_path, ranks=1)
-    for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
+    for ours, theirs in zip(losses(run), losses(finished), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
 
 
-def test_loss_curves_of_both_kernels_are_the_same(sets, unbroken: Path, tmp_path: Path) -> None:
+def test_loss_curves_of_both_kernels_are_the_same(sets, finished: Path, tmp_path: Path) -> None:
     """loss.impl=triton, interpreted where there is no card: 12 steps at a high learning rate, which would amplify any error."""
     run = tmp_path / "run"
     found = run_training([*sets.overrides(run), *TRAIN, "loss.impl=triton"], tmp_path)
     assert found.output.count("kernels: triton on") == 1
-    for ours, theirs in zip(losses(run), losses(unbroken), strict=True):
+    for ours, theirs in zip(losses(run), losses(finished), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3), (ours, theirs)
 
 
@@ -108,17 +106,17 @@ def test_training_on_cpus_compiles_nothing_and_leaves_no_shared_memory(sets, tmp
     assert shared_memory() == before
 
 
-def test_zero3_trains_alike_and_writes_the_average(sets, unbroken: Path, tmp_path: Path) -> None:
+def test_zero3_trains_alike_and_writes_the_average(sets, finished: Path, tmp_path: Path) -> None:
     """The unbroken run is of stage 1; tests/engine/test_optimizer.py has every stage against plain torch."""
     run = tmp_path / "run"
     run_training([*sets.overrides(run), *TRAIN, "zero_stage=3", "optim.ema=0.9", "optim.stop_at=4"], tmp_path)
     assert [row["step"] for row in losses(run)] == [1, 2, 4]
-    for ours, theirs in zip(losses(run), losses(unbroken)[:3], strict=True):
+    for ours, theirs in zip(losses(run), losses(finished)[:3], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     (last, *_), (average, *_) = (load_model(checkpoint_path(run, 4), average=which) for which in (False, True))
     assert not torch.equal(last.image_head.weight, average.image_head.weight)
     with pytest.raises(ValueError, match=r"train with optim\.ema"):
-        load_model(checkpoint_path(unbroken, 4), average=True)
+        load_model(checkpoint_path(finished, 4), average=True)
 
 
 def test_evaluation_during_training_is_that_of_the_checkpoint(sets, tmp_path: Path) -> None:
@@ -162,12 +160,12 @@ def test_split_mode_trains_in_bf16(sets, tmp_path: Path) -> None:
         (["evaluation.sets=[TRAINED]"], "was trained on"),
         (["data.streams=512", "optim.global_batch=512"], "samples cannot fill data.streams=512"),
         (["data.sources=[{url: /nowhere, entities: /nowhere}]"], "/nowhere"),
-        (["checkpoint.start_from=UNBROKEN"], "is of step 12, and this run ends at step 12: nothing would be trained"),
+        (["checkpoint.start_from=FINISHED"], "is of step 12, and this run ends at step 12: nothing would be trained"),
     ],
 )
-def test_bad_input_is_one_line_and_code_2(sets, unbroken: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
-    overrides = [override.replace("TRAINED", sets.paired).replace("UNBROKEN", str(unbroken)) for override in overrides]
-    run = tmp_path / "run" if any("start_from" in override for override in overrides) else unbroken
+def test_bad_input_is_one_line_and_code_2(sets, finished: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    overrides = [override.replace("TRAINED", sets.paired).replace("FINISHED", str(finished)) for override in overrides]
+    run = tmp_path / "run" if any("start_from" in override for override in overrides) else finished
     found = run_training([*sets.overrides(run), *TRAIN, *overrides], tmp_path, check=False)
     assert found.returncode == 2, found.output[-2000:]
     assert len(found.errors) == 1 and message in found.errors[0], found.errors
@@ -181,16 +179,16 @@ def test_bad_input_under_the_launcher_is_one_line_and_code_2(sets, tmp_path: Pat
     assert len(found.errors) == 1 and "did you mean model.image.depth" in found.errors[0], found.errors
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(sets, unbroken: Path, tmp_path: Path) -> None:
-    before = final_weights(unbroken)
-    found = run_training([*sets.overrides(unbroken), *TRAIN], tmp_path)
-    assert "nothing left to train: step 12 of 12 is done" in found.output and final_weights(unbroken) == before
+def test_a_finished_run_started_again_says_so_and_changes_nothing(sets, finished: Path, tmp_path: Path) -> None:
+    before = final_weights(finished)
+    found = run_training([*sets.overrides(finished), *TRAIN], tmp_path)
+    assert "nothing left to train: step 12 of 12 is done" in found.output and final_weights(finished) == before
 
 
-def test_after_running_out_of_memory_a_run_goes_on_with_the_readmes_remedies(sets, unbroken: Path, tmp_path: Path) -> None:
+def test_after_running_out_of_memory_a_run_goes_on_with_the_readmes_remedies(sets, finished: Path, tmp_path: Path) -> None:
     """Smaller parts, recomputed activations, another stage, offload, more loader processes: up to rounding the same weights."""
     run = tmp_path / "run"
-    shutil.copytree(unbroken, run)
+    shutil.copytree(finished, run)
     for step in (8, 12):
         shutil.rmtree(checkpoint_path(run, step))
     remedies = [
@@ -200,9 +198,9 @@ def test_after_running_out_of_memory_a_run_goes_on_with_the_readmes_remedies(set
     run_training([*sets.overrides(run), *TRAIN, *remedies], tmp_path)
     (row,) = read_metrics(run, "changes.jsonl")
     assert row["after_step"] == 12 and row["changed"]["optim.micro_batch"] == [None, 2] and "run_dir" in row["changed"]
-    for ours, theirs in zip(losses(run)[-1:], losses(unbroken)[-1:], strict=True):
+    for ours, theirs in zip(losses(run)[-1:], losses(finished)[-1:], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
-    ours, theirs = (load_file(checkpoint_path(folder, 12) / "model.safetensors") for folder in (run, unbroken))
+    ours, theirs = (load_file(checkpoint_path(folder, 12) / "model.safetensors") for folder in (run, finished))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -66,18 +67,28 @@ def doctor(
     from dataclasses import asdict
 
     from mmclip_launch.doctor import examine, local_hosts
-    from mmclip_launch.findings import errors
-    from mmclip_launch.hosts import read_hostfile
+    from mmclip_launch.findings import Finding, error, errors
+    from mmclip_launch.hosts import over_ssh, read_hostfile
     from mmclip_launch.ray_cluster import judge_cluster
 
-    hosts = read_hostfile(hostfile) if hostfile else local_hosts()
-    found = examine(hosts, run_dir, data, by_ssh=hostfile is not None)
-    found += judge_cluster(address) if address else []
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2))
-    else:
-        for finding in found:
-            print(finding)
+    found: list[Finding] = []
+
+    def tell(findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            found.append(finding)
+            if not as_json:
+                print(finding, flush=True)  # now: the next may take long
+
+    try:
+        hosts = read_hostfile(hostfile) if hostfile else local_hosts()
+        tell(examine(hosts, run_dir, data, by_ssh=over_ssh(hosts)))
+        tell(judge_cluster(address) if address else ())
+    except (ValueError, OSError) as fault:
+        found.append(error("arguments", "", str(fault), ""))
+        raise
+    finally:
+        if as_json:
+            print(json.dumps([asdict(finding) for finding in found], indent=2))
     if errors(found):
         raise typer.Exit(1)
 

@@ -83,21 +83,23 @@ def local_hosts() -> tuple[Host, ...]:
     return (Host(LOCAL, len(gpus() or ()) or _CPU_RANKS),)
 
 
-def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by_ssh: bool) -> list[Finding]:
-    """Everything: what the hosts say, how fast each reads `data` (SET/train), how fast they add up gradients together."""
+def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by_ssh: bool) -> Iterator[Finding]:
+    """Everything, as it is found: what the hosts say, how fast each reads `data` (SET/train), how fast they add up gradients
+    together."""
     found, known = look(hosts, run_dir, by_ssh=by_ssh)
+    yield from found
     here = [host for host in hosts if host.name in known]
     if data is None:
-        found.append(unchecked("storage", "", "no set was named", "name one: --data SET/train"))
+        yield unchecked("storage", "", "no set was named", "name one: --data SET/train")
     elif here:
         request = {"url": data, "seconds": _READING_S}
         answers = run_everywhere(here, program("reading"), {host.name: request for host in here}, READ_S, by_ssh=by_ssh)
-        found += judge_reading(data, answers)
-    if len(here) < len(hosts) or len({facts["packages"]["torch"] for facts in known.values()}) > 1:
-        found.append(unchecked("all-reduce", "", "not all hosts can take part", "mend the errors first"))
+        yield from judge_reading(data, answers)
+    versions = {facts["packages"]["torch"] for facts in known.values()}
+    if len(here) < len(hosts) or len(versions) > 1 or None in versions:
+        yield unchecked("all-reduce", "", "not all hosts can take part", "mend the errors first")
     else:
-        found += measure_all_reduce(hosts, known, by_ssh=by_ssh)
-    return found
+        yield from measure_all_reduce(hosts, known, by_ssh=by_ssh)
 
 
 def measure_all_reduce(hosts: Sequence[Host], known: Mapping[str, Facts], *, by_ssh: bool) -> list[Finding]:

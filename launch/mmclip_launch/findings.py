@@ -23,6 +23,7 @@ PACKAGES = (
     "nvidia-nccl-cu12", "nvidia-nccl-cu13",
 )  # fmt: skip
 """Distributions that have to be of one version on all hosts."""
+_NEEDED = ("torch", "deepspeed", "transformers")  # of these; others come with another store, card or command
 
 _GIB = 2**30
 _DISK, _DISK_TIGHT = 1 * _GIB, 20 * _GIB
@@ -175,6 +176,9 @@ def judge_disks(host: str, facts: Facts) -> Iterator[Finding]:
         elif run["fault"]:
             mend = "mend its rights or free some disk, or name another folder"
             yield error("run_dir", host, f"{run['path']} cannot be written to: {run['fault']}", mend)
+    if temporary["fault"]:
+        told = f"temporary files: {temporary['path']} cannot be written to: {temporary['fault']}"
+        yield error("disk", host, told, disks.pop(0)[-1])
     for what, disk, mend in disks:
         if "free" not in disk:  # the folder is not there, and that was said
             continue
@@ -237,7 +241,7 @@ def judge_clock(host: str, there: float, sent: float, received: float) -> Iterat
 
 
 def judge_agreement(hosts: Sequence[Host], known: Mapping[str, Facts]) -> Iterator[Finding]:
-    """Versions, code, cards, drivers, variables and slots. The hosts that differ from the most are named."""
+    """Versions, code, cards, drivers, variables and slots: the hosts that differ from the most are named. And which are one."""
     install = "install the same environment on all hosts: pip install -c constraints.txt"
 
     def of(*path: str) -> dict[str, Any]:
@@ -249,6 +253,9 @@ def judge_agreement(hosts: Sequence[Host], known: Mapping[str, Facts]) -> Iterat
     versions = [*differing(error, "versions", "Python", of("python"), install)]
     for package in PACKAGES:
         versions += differing(error, "versions", package, of("packages", package), install)
+    for package in _NEEDED:
+        if not any(of("packages", package).values()):
+            versions.append(error("versions", "", f"{package} is not installed", install))
     same_code = "bring the same commit to all hosts, or use a folder that they share"
     versions += differing(error, "versions", "our code is", of("code"), same_code)
     yield from versions
@@ -274,6 +281,11 @@ def judge_agreement(hosts: Sequence[Host], known: Mapping[str, Facts]) -> Iterat
         yield from differing(
             warning, "GPUs", "driver", {host: card["driver"] for host, card in kinds.items()}, "install the same driver"
         )
+    machines: dict[tuple[str, ...], str] = {}
+    for host, facts in known.items():
+        first = machines.setdefault((facts["name"], *facts["addresses"]), host)
+        if first != host:  # two launchers would start there, and their ranks take the same cards
+            yield error("hostfile", host, f"it is the same machine as {first}", "delete one of the two lines")
     mend = "use the same number of GPUs on all hosts: ranks wait for each other at every step"
     yield from differing(warning, "hostfile", "slots", {host.name: host.slots for host in hosts}, mend)
     yield from differing(error, "fabric", "variables", of("variables"), "set the same ones everywhere: .deepspeed_env")

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmclip_shards.textfiles import read_text
+
 LOCAL = "localhost"
 ANSWER = "MMCLIP-ANSWER "
 """How the line begins that holds a program's answer: shells of other hosts may print more."""
@@ -39,8 +41,11 @@ class Host:
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
     """The hosts of a file, in its order: lines `NAME slots=N`. ValueError with number and mend of the first wrong line."""
+    mend = "write lines `NAME slots=N`, such as `node-1 slots=8`"
+    if not path.is_file():
+        raise ValueError(f"{path} is no hostfile: it is not there, or is a folder; {mend} into a file, and name that")
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path, mend).splitlines(), 1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
@@ -54,8 +59,13 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
             raise ValueError(f"{where}: {name} stands there twice: delete one line")
         hosts[name] = Host(name, slots)
     if not hosts:
-        raise ValueError(f"{path} names no host: add lines `NAME slots=N`, such as `node-1 slots=8`")
+        raise ValueError(f"{path} names no host: {mend}")
     return tuple(hosts.values())
+
+
+def over_ssh(hosts: Sequence[Host]) -> bool:
+    """Whether ssh leads to the hosts. Not if the only one is this machine."""
+    return [host.name for host in hosts] != [LOCAL]
 
 
 def first_hosts(hosts: tuple[Host, ...] | None, count: int | None) -> tuple[Host, ...] | None:

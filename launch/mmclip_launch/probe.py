@@ -47,7 +47,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "shared_memory": space("/dev/shm"),
-        "temporary": {"path": tempfile.gettempdir(), **(space(tempfile.gettempdir()) or {})},
+        "temporary": temporary(),
         "run_dir": run_folder(request["run_dir"], request["mark"]) if request["run_dir"] else None,
         "fabric": fabric(),
         "links": links(),
@@ -133,15 +133,10 @@ def space(folder: str) -> dict[str, int | None] | None:
 def run_folder(folder: str, mark: str | None) -> dict[str, Any]:
     """Whether the run can write there, and whether it is the sender's folder: its file `mark` shows up."""
     answer: dict[str, Any] = {"path": folder, "fault": None, "seen": None}
-    try:
-        if mark is None:  # else the sender has made it, where all hosts see it
+    if mark is None:  # else the sender has made it, where all hosts see it
+        with suppress(OSError):  # writing there tells it
             Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(2**20))  # a full disk, or a quota, is told when something is written
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        answer["fault"] = error.strerror or str(error)
+    answer["fault"] = fault_of_writing(folder)
     if mark is not None:
         deadline = time.monotonic() + _SEEN_S
         while not (seen := Path(folder, mark).exists()) and time.monotonic() < deadline:
@@ -150,6 +145,24 @@ def run_folder(folder: str, mark: str | None) -> dict[str, Any]:
             time.sleep(0.2)
         answer["seen"] = seen
     return answer | (space(folder) or {})
+
+
+def temporary() -> dict[str, Any]:
+    """The folder of temporary files that the variables name. Python itself passes over one that is full and takes another."""
+    folder = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "/tmp")
+    return {"path": folder, "fault": fault_of_writing(folder), **(space(folder) or {})}
+
+
+def fault_of_writing(folder: str) -> str | None:
+    """Why no file of 1 MiB can be written there; None if one can. A full disk, or a quota, is told only then."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def fabric() -> list[dict[str, Any]]:

@@ -98,13 +98,13 @@ def follow(client: Any, address: str, name: str) -> int:
     import aiohttp
 
     later = f"follow it: ray job logs {name} --follow --address {address}; stop it: ray job stop {name} --address {address}"
-    print(f"submitted as {name}", file=sys.stderr, flush=True)
 
     async def print_output() -> None:
         async for text in client.tail_job_logs(name):
             print(text, end="", flush=True)
 
     try:
+        print(f"submitted as {name}", file=sys.stderr, flush=True)  # here: whoever reads it may press Ctrl-C at once
         asyncio.run(print_output())
         while (job := client.get_job_info(name)).status not in _ENDED:
             time.sleep(_POLL_S)

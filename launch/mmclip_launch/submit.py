@@ -18,7 +18,7 @@ from mmclip_dist.errors import Mendable
 from mmclip_launch.doctor import local_hosts, look, program
 from mmclip_launch.findings import counted, errors
 from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
-from mmclip_launch.hosts import ALIVE, LOCAL, Host, deepspeed_env, hostfile_text, run_everywhere
+from mmclip_launch.hosts import ALIVE, Host, deepspeed_env, hostfile_text, over_ssh, run_everywhere
 from mmclip_launch.kubernetes import APPLY, apply, rendered
 from mmclip_launch.kubernetes import job as job_objects
 from mmclip_launch.probe import gpus
@@ -78,7 +78,7 @@ def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
     """DeepSpeed's launcher on these hosts, by pdsh over ssh; without ssh if the only one is this machine."""
     words = ["deepspeed", "--hostfile", str(job.run_dir / _SUBMITTED / "hostfile")]
     files = {job.run_dir / _SUBMITTED / "hostfile": hostfile_text(hosts)}
-    if [host.name for host in hosts] == [LOCAL]:
+    if not over_ssh(hosts):
         words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
         added = variables(code) | ({} if gpus() else {"DS_ACCELERATOR": "cpu"})
     else:
@@ -102,7 +102,7 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     if dry:
         print(deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    by_ssh, own_disks = [host.name for host in hosts] != [LOCAL], job.config.checkpoint.host_local
+    by_ssh, own_disks = over_ssh(hosts), job.config.checkpoint.host_local
     found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks)
     for finding in found:
         if finding.level in ("error", "warning"):

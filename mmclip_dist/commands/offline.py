@@ -16,6 +16,9 @@ Address = Annotated[
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Progress as one JSON object a line.")]
+LostS = Annotated[
+    float, typer.Option(min=1, help="Seconds to wait for another host, once all are lost that had room for a worker.")
+]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable samples that may get empty rows; 0: none.")]
 
 
@@ -27,6 +30,7 @@ def entities(
     linker: Annotated[str | None, typer.Option(help="scispaCy's knowledge base for concepts: umls, mesh, ...")] = None,
     workers: Workers = 2,
     max_bad_fraction: MaxBad = 1e-3,
+    lost_s: LostS = 600,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +42,7 @@ def entities(
     stage = entities_stage(base, out or join(base, "entities"), model, language or language_of(base), linker)
     with cluster(address):
         report = progress_line("shards", as_json=as_json)
-        manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)
+        manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction, lost_s=lost_s)
     print(f"{stage.out}: entities of {manifest.samples} samples")
 
 
@@ -72,6 +76,7 @@ def attention(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
     max_bad_fraction: MaxBad = 1e-3,
+    lost_s: LostS = 600,
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
@@ -83,7 +88,7 @@ def attention(
     stage = attention_stage(base, out, checkpoint, entities, gpus, cpus=cpus, precision=precision, batch=batch)
     with cluster(address):
         report = progress_line("shards", as_json=as_json)
-        manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction)
+        manifest = run_stage(stage, workers=workers, report=report, max_bad_fraction=max_bad_fraction, lost_s=lost_s)
     print(f"{stage.out}: attention scores of {manifest.samples} samples")
 
 

@@ -50,6 +50,7 @@ samples itself, and may read ahead."""
 
 JOURNAL, QUARANTINE = "journal.json", "quarantine.jsonl"
 MAX_BAD_FRACTION = 1e-3
+LOST_S = 600.0  # autoscalers start a machine in less
 _MEND = "delete it, and every shard is made again"
 _PUBLISH_EVERY_S = 2.0
 _PUBLISH_SHARE = 0.02  # of the driver's time at most: a journal grows with the shards that it names
@@ -121,15 +122,17 @@ def _joined(parts: tuple[Sample, ...]) -> Sample:
 
 
 def run_stage(
-    stage: Stage, *, workers: int, report: Callable[[int, int], None], max_bad_fraction: float = MAX_BAD_FRACTION
-) -> Manifest:
+    stage: Stage, *, workers: int, report: Callable[[int, int], None], max_bad_fraction: float = MAX_BAD_FRACTION,
+    lost_s: float = LOST_S,
+) -> Manifest:  # fmt: skip
     """Make all missing sidecar shards with at most `workers` processes, then the manifest.
 
     Workers that the cluster has no room for wait for it, so that an autoscaler sees them; they take part when nodes come.
     report(done, total) in shards. max_bad_fraction: share of the samples that may be unreadable (two may always be, unless it is
     0); they are listed in quarantine.jsonl. ValueError above it, if `out` holds sidecars of another configuration, finished or
     not, or if the entities were made from other shards. OSError that names them if shards are damaged, or workers fail or die
-    again and again at them; all others are made then, unless more than ten fail.
+    again and again at them; all others are made then, unless more than ten fail. OSError that names the hosts if all that had
+    room for a worker are lost, and no other one comes for `lost_s` seconds.
     """
     base = load_manifest(stage.base)
     if base.kind != "base":
@@ -155,7 +158,8 @@ def run_stage(
         print(f"{fit} of {workers} workers run: each takes {memory / _GIB:.1f} GiB", flush=True)
         workers = fit
     with _workers(stage, memory) as new_worker:
-        _make_missing(stage, wanted, done, new_worker, workers, report, most)
+        crew = Crew(new_worker, workers, stage.cpus, stage.gpus, lost_s)
+        _make_missing(stage, wanted, done, crew, report, most)
     manifest = Manifest(
         kind=stage.kind, dataset=base.dataset, split=base.split, config_hash=stage.config_hash, base=wanted,
         checkpoint=stage.checkpoint, shards=tuple(done[number].shard for number in range(len(base.shards))),
@@ -235,12 +239,10 @@ def _fitting(memory: int, nodes: list[int]) -> int:
 
 
 def _make_missing(
-    stage: Stage, wanted: dict[str, str], done: dict[int, Made], new_worker: Callable[[], Any], workers: int,
-    report: Callable[[int, int], None], most_bad: int,
-) -> None:  # fmt: skip
+    stage: Stage, wanted: dict[str, str], done: dict[int, Made], crew: Crew, report: Callable[[int, int], None], most_bad: int
+) -> None:
     paths = list(wanted)
     waiting = deque(number for number in range(len(paths)) if number not in done)
-    crew = Crew(new_worker, workers, f"{stage.cpus} CPUs and {stage.gpus:g} GPUs")
     failures: Counter[int | None] = Counter()  # None: of workers that had no shard yet
     lost: dict[str, str] = {}  # path of a shard -> what happened to it
     publish_at = time.monotonic() + _PUBLISH_EVERY_S

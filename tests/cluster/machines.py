@@ -1,7 +1,7 @@
 """Several machines on this one: namespaces with their own name, processes, network and sshd, on one Ethernet switch.
 
 They share this machine's files, as hosts with a shared file system do. `Machines.cut` takes one off the network, `Machines.end`
-switches it off. Nothing outside the namespaces changes, and all ends with the process that made them.
+switches it off. Nothing outside the namespaces changes, and all ends with the process that made them, also if that is killed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ mount --bind "$SSH" /etc/ssh
 mount --bind "$FOLDER/hosts" /etc/hosts
 ip link set lo up
 touch "$FOLDER/$NAME.up"
-until ip address show dev eth0 2>/dev/null | grep -q "inet "; do sleep 0.05; done
+until ip address show dev eth0 2>/dev/null | grep -q "inet "; do
+  read -r -t 0.05
+  [ $? -gt 128 ] || exit # the input has ended, and with it the process that made this machine: the switch stays in this loop
+done
 /usr/sbin/sshd -f /etc/ssh/sshd_config -E "$FOLDER/$NAME.sshd.log"
 touch "$FOLDER/$NAME.ready"
 cat # until the process that made this machine ends

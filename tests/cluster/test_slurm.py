@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import Cluster, check_weights_of_one_host, ended
-from tests.conftest import Sets, wait_for
-from tests.launched import last_step
+from tests.cluster.conftest import Cluster, ended
+from tests.conftest import wait_for
+from tests.launched import final_weights, last_step
 
 pytestmark = pytest.mark.slow
 
@@ -96,10 +96,10 @@ def state(slurm: Slurm, job: str) -> str:
 
 
 def test_a_job_that_is_preempted_is_queued_again_and_goes_on_bit_for_bit(
-    cluster: Cluster, slurm: Slurm, sets: Sets, tmp_path: Path
+    cluster: Cluster, slurm: Slurm, unbroken: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = submit(cluster, "quickstart", *cluster.overrides(run, f"optim.steps={STEPS}", "zero_stage=1"))
+    job = submit(cluster, "quickstart", *cluster.overrides(run, f"optim.stop_at={STEPS}", "zero_stage=1"))
     said = cluster.folder / f"slurm-{job}.out"
     wait_for(lambda: state(slurm, job) not in ("PENDING", "RUNNING") or last_step(run) >= 5)
     slurm("scancel", "--signal=USR1", "--batch", job)  # as at the time limit
@@ -114,12 +114,12 @@ def test_a_job_that_is_preempted_is_queued_again_and_goes_on_bit_for_bit(
     assert state(slurm, job) == "COMPLETED" and last_step(run) == STEPS, text[-3000:]
     assert json.loads((run / "submitted.json").read_text())["target"] == "slurm"
     assert "not-a-secret" not in text
-    check_weights_of_one_host(run, sets, tmp_path, STEPS, stage=1)
+    assert final_weights(run, STEPS) == final_weights(unbroken(1), STEPS)
 
 
 def test_a_fault_of_the_user_is_not_queued_again(cluster: Cluster, slurm: Slurm, tmp_path: Path) -> None:
     """One that shows only where the job runs: launching has looked at the configuration."""
-    job = submit(cluster, "quickstart", *cluster.overrides(tmp_path / "run", "model.text.tokenizer=/not/there", "optim.steps=4"))
+    job = submit(cluster, "quickstart", *cluster.overrides(tmp_path / "run", "model.text.tokenizer=/not/there"))
     wait_for(lambda: state(slurm, job) not in ("PENDING", "RUNNING", "COMPLETING"))
     shown, said = slurm("scontrol", "show", "job", job), (cluster.folder / f"slurm-{job}.out").read_text()
     assert "JobState=FAILED" in shown and "ExitCode=2:0" in shown and "Restarts=0" in shown, shown

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,21 +15,20 @@ import pytest
 from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.run.marks import EXIT_CODE
 from mmclip_dist.run.metrics import read_metrics
-from tests.cluster.conftest import COMMON, LOST_S, Cluster, check_weights_of_one_host, ended
-from tests.conftest import Sets, wait_for
-from tests.launched import last_step, run_training
+from tests.cluster.conftest import COMMON, LOST_S, Cluster, ended
+from tests.conftest import STEPS, Sets, wait_for
+from tests.launched import final_weights, last_step, run_training
 
 pytestmark = pytest.mark.slow
 
-STEPS = 32
 ALIVE_S = 20  # ssh gives a silent host up
 
 
 def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_bit(
-    cluster: Cluster, sets: Sets, tmp_path: Path
+    cluster: Cluster, unbroken: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    overrides = cluster.overrides(run, f"optim.steps={STEPS}", "zero_stage=1")
+    overrides = cluster.overrides(run, "zero_stage=1")
     command = ("launch", "deepspeed", "quickstart", *overrides, "--hostfile", "hosts")
     broken = cluster.start(*command)
     wait_for(lambda: broken.poll() is not None or last_step(run) >= 6)
@@ -63,15 +63,15 @@ def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_b
     written = [path for path in run.rglob("*") if path.is_file() and "code" not in path.relative_to(run).parts]
     assert not [path for path in written if b"not-a-secret" in path.read_bytes()]
 
-    check_weights_of_one_host(run, sets, tmp_path, STEPS, stage=1)
+    assert final_weights(run, STEPS) == final_weights(unbroken(1), STEPS)
 
 
 def test_pods_without_ssh_stop_together_and_go_on_bit_for_bit_at_zero_2(
-    cluster: Cluster, sets: Sets, tmp_path: Path
+    cluster: Cluster, sets: Sets, unbroken: Callable[[int], Path], tmp_path: Path
 ) -> None:
     """Each host starts its own ranks, as `templates/job.yaml` does; SIGTERM reaches one of them, as when its node is drained."""
     run, steps = tmp_path / "run", 24
-    words = ["quickstart", *cluster.overrides(run, f"optim.steps={steps}", "zero_stage=2")]
+    words = ["quickstart", *cluster.overrides(run, f"optim.stop_at={steps}", "zero_stage=2")]
 
     def pods() -> list[subprocess.Popen[str]]:
         pod = cluster.variables | {"NODES": "2", "FIRST": "host-a", "GPUS": "1", "RUN_DIR": str(run)}
@@ -87,20 +87,20 @@ def test_pods_without_ssh_stop_together_and_go_on_bit_for_bit_at_zero_2(
     stopped = [ended(first), ended(second)]
     assert [each.returncode for each in stopped] == [EXIT_CODE] * 2, stopped
     assert 6 <= last_step(run) < steps
-    run_training([*sets.overrides(run), *COMMON, f"optim.steps={steps}", "zero_stage=2"], tmp_path)  # with the sets on a disk
+    run_training([*sets.overrides(run), *COMMON, f"optim.stop_at={steps}", "zero_stage=2"], tmp_path)  # with the sets on a disk
     assert [row["step"] for row in read_metrics(run)] == list(range(1, steps + 1))
-    check_weights_of_one_host(run, sets, tmp_path, steps, stage=2)
+    assert final_weights(run, steps) == final_weights(unbroken(2), steps)
 
 
 def test_hosts_with_disks_of_their_own_go_on_after_one_is_lost_bit_for_bit_at_zero_3(
-    cluster: Cluster, sets: Sets, tmp_path: Path
+    cluster: Cluster, unbroken: Callable[[int], Path], tmp_path: Path
 ) -> None:
     run, steps = tmp_path / "run", 24
     run.mkdir()
     own_disk = ["mount", "-t", "tmpfs", "tmpfs", str(run)]
     store = f"{cluster.url}/{tmp_path.name}"
     own = ("checkpoint.host_local=true", f"checkpoint.url={store}")
-    overrides = cluster.overrides(run, f"optim.steps={steps}", "zero_stage=3", *own)
+    overrides = cluster.overrides(run, f"optim.stop_at={steps}", "zero_stage=3", *own)
     command = ("launch", "deepspeed", "quickstart", *overrides, "--hostfile", "hosts")
     subprocess.run([*cluster.made.enter("host-b"), *own_disk], check=True)
     broken = cluster.start(*command)
@@ -120,7 +120,7 @@ def test_hosts_with_disks_of_their_own_go_on_after_one_is_lost_bit_for_bit_at_ze
     saved = [checkpoint_path(cluster.made.sees(host, run), steps) for host in ("host-a", "host-b")]
     parts = [{path.name for path in folder.iterdir()} for folder in saved]
     assert "random-00000.pt" in parts[0] - parts[1] and "random-00001.pt" in parts[1] - parts[0]
-    check_weights_of_one_host(run, sets, tmp_path, steps, stage=3)
+    assert final_weights(run, steps) == final_weights(unbroken(3), steps)
 
 
 def test_doctor_looks_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_host_with_a_small_disk_of_its_own_instead_of_the_run_folder_is_named(
     small = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)]
     subprocess.run([*cluster.made.enter("host-b"), *small], check=True)
     began = time.monotonic()
-    refused = cluster.run("launch", "deepspeed", "quickstart", *cluster.overrides(run, "optim.steps=4"), "--hostfile", "hosts")
+    refused = cluster.run("launch", "deepspeed", "quickstart", *cluster.overrides(run, "optim.stop_at=4"), "--hostfile", "hosts")
     print(f"refused after {time.monotonic() - began:.0f} s:\n{refused.output}")
     assert refused.returncode == 2 and time.monotonic() - began < 30
     assert f"error: run_dir: host-b: {run} is not the folder that this machine sees" in refused.output

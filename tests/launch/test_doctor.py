@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
+import socketserver
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,14 +66,14 @@ def seeing_another_folder(run: Any, other: Path) -> Any:
 
 @pytest.mark.slow
 def test_two_ranks_add_up_here_and_a_set_is_read(sets: Any) -> None:
-    found = doctor.examine(HERE, None, sets.paired, by_ssh=False)
+    found = list(doctor.examine(HERE, None, sets.paired, by_ssh=False))
     levels = {finding.check: finding.level for finding in found}
     assert levels["storage"] == "ok" and levels["all-reduce"] in ("ok", "warning"), found
 
 
 def test_a_set_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "measure_all_reduce", lambda *_, **__: [])
-    found = doctor.examine(HERE, None, str(tmp_path / "set"), by_ssh=False)
+    found = list(doctor.examine(HERE, None, str(tmp_path / "set"), by_ssh=False))
     (fault,) = [finding for finding in found if finding.check == "storage"]
     assert fault.level == "error" and str(tmp_path / "set") in fault.text
 
@@ -114,6 +117,60 @@ def test_errors_give_code_1_and_json_holds_every_finding(
     ran = CliRunner().invoke(app, ["doctor", "--hostfile", str(tmp_path / "hosts"), "--json"])
     assert ran.exit_code == code
     assert json.loads(ran.stdout) == [{"level": level, "check": "disk", "host": "a", "text": "text", "mend": "mend"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "told"),
+    [
+        ({"hosts": b"a slots=1\na slots=1\n"}, (), "hosts, line 2: a stands there twice: delete one line"),
+        ({"hosts": b"\xff\xfea"}, (), "hosts is not UTF-8 text (byte 0): write lines `NAME slots=N`"),
+        ({}, (), "hosts is no hostfile: "),
+        ({"hosts/inside": b""}, (), "hosts is no hostfile: "),
+        ({"hosts": b"a slots=1\n", ".deepspeed_env": b"PLACE\n"}, (), ".deepspeed_env, line 1: 'PLACE' is not NAME=VALUE"),
+    ],
+)
+def test_what_the_hosts_are_read_from_is_a_finding_of_the_json_too(
+    files: dict[str, bytes], words: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, text in files.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(text)
+    ran = subprocess.run(
+        [sys.executable, "-m", "mmclip_launch.cli", "doctor", "--hostfile", "hosts", "--json", *words],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    (finding,) = json.loads(ran.stdout)
+    assert ran.returncode == 2 and finding["level"] == "error" and told in finding["text"], ran
+    assert ran.stderr == f"error: {finding['text']}\n"
+
+
+def test_findings_are_told_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A fault of a host is on the screen before the slow parts begin."""
+    dead = Finding("error", "host", "a", "Connection timed out", "is it on?")
+    monkeypatch.setattr(doctor, "look", lambda *_, **__: ([dead], {"b": {"packages": {"torch": "1"}}}))
+
+    def read(*_: Any, **__: Any) -> Any:
+        assert str(dead) in capsys.readouterr().out
+        return {"b": Answer(Host("b", 1), {"fault": "slow"})}
+
+    monkeypatch.setattr(doctor, "run_everywhere", read)
+    monkeypatch.setattr("mmclip_launch.hosts.read_hostfile", lambda _: (Host("a", 1), Host("b", 1)))
+    with pytest.raises(SystemExit):
+        app(["doctor", "--hostfile", "hosts", "--data", "/set/train"])
+    assert "error: storage: b: /set/train cannot be read: slow" in capsys.readouterr().out
+
+
+def test_a_hostfile_of_this_machine_alone_needs_no_ssh_as_for_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(doctor, "examine", lambda *_, by_ssh: asked.append(by_ssh) or [])
+    for number, text in enumerate((f"{LOCAL} slots=2\n", f"{LOCAL} slots=2\nb slots=2\n", "a slots=2\n")):
+        (tmp_path / f"hosts{number}").write_text(text)
+        assert CliRunner().invoke(app, ["doctor", "--hostfile", str(tmp_path / f"hosts{number}")]).exit_code == 0
+    assert asked == [False, True, True]
 
 
 # -- Ray --------------------------------------------------------------------------------------------------------------
@@ -179,8 +236,61 @@ def test_a_cluster_with_another_python_is_refused(monkeypatch: pytest.MonkeyPatc
     assert str(finding).startswith(f"error: Ray: {address} runs Python 3.9.1, here is {here}: use Python 3.9")
 
 
+@contextmanager
+def answering(said: bytes) -> Iterator[int]:
+    """A port where something says that, whatever it is asked."""
+
+    class Say(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(4096)
+            self.request.sendall(said)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Say) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said", "told"),
+    [  # the port of Ray's own protocol, as its answer begins (HTTP/2); a store; https where there is none; a cut answer
+        ("http", b"\0\0\x18\x04\0\0\0\0\0", "does not speak HTTP: name Ray's job server: --address http://HOST:8265"),
+        ("http", b"-ERR unknown command\r\n", "does not speak HTTP: name Ray's job server: --address http://HOST:8265"),
+        ("https", b"HTTP/1.1 400 Bad Request\r\n\r\n", "WRONG_VERSION_NUMBER] wrong version number"),
+        ("http", b"HTTP/1.1 200 OK\r\nContent-Length: 900\r\n\r\n{", "is no Ray job server (code 200)"),
+        ("http", b"", "does not speak HTTP"),
+    ],
+)
+def test_a_port_of_something_else_is_told(scheme: str, said: bytes, told: str) -> None:
+    with answering(said) as port:
+        (finding,) = judge_cluster(f"{scheme}://127.0.0.1:{port}")
+    assert finding.level == "error" and told in str(finding), finding
+    assert (scheme == "https") == ("http://, not https://" in finding.mend)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://head:abc", "http://head:99999", "http://[::1", "http://he ad:1", "head:8265", "auto", "ray://h:1"]
+)
+def test_what_is_no_address_is_told(address: str) -> None:
+    (finding,) = judge_cluster(address)
+    assert str(finding) == f"error: Ray: {address} is no address of a job server: name it: --address http://HOST:8265"
+
+
+def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
+    (finding,) = judge_cluster("http://planted:planted@127.0.0.1:1")
+    assert finding.level == "error" and "planted" not in str(finding) and "RAY_AUTH_TOKEN_PATH" in finding.mend
+
+
+def test_a_token_that_cannot_be_read_or_sent_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    for text in (b"planted\nplanted", b"\xffplanted", "plänted†".encode()):
+        (tmp_path / "token").write_bytes(text)
+        (finding,) = judge_cluster("http://127.0.0.1:1")
+        assert finding.level == "error" and "token" in finding.text and "planted" not in str(finding), finding
+        assert "RAY_AUTH_TOKEN_PATH" in finding.mend
+
+
 def test_a_ray_cluster_that_is_away_is_told() -> None:
     (finding,) = judge_cluster("http://127.0.0.1:1")
     assert finding.level == "error" and "does not answer" in finding.text
-    (finding,) = judge_cluster("ray://127.0.0.1:10001")
-    assert finding.level == "error" and "name its job server: --address http://HOST:8265" in finding.mend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,16 @@ def facts() -> dict[str, Any]:
         "packages": dict.fromkeys(PACKAGES, "1.0"), "code": "abc", "gpus": [dict(CARD) for _ in range(8)], "nvcc": "/nvcc",
         "compiler": "/c++", "ninja": "/ninja", "files": [1024, 65536], "locked_memory": -1,
         "shared_memory": {"total": 64 * GIB, "free": 64 * GIB, "entries": 10**6},
-        "temporary": {"path": "/tmp", "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
+        "temporary": {"path": "/tmp", "fault": None, "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
         "run_dir": {"path": "/runs/one", "fault": None, "seen": True, "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
         "fabric": [{"device": f"mlx5_{number}", "state": "ACTIVE", "rate": 50e9} for number in range(8)], "links": {},
         "variables": {"NCCL_DEBUG": "WARN"}, "time": 0.0,
     }  # fmt: skip
+
+
+def known(*names: str) -> dict[str, dict[str, Any]]:
+    """Sound hosts of these names."""
+    return {name: changed(name=name) for name in names}
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -59,8 +65,8 @@ def wrong(findings: Any) -> list[Finding]:
 
 
 def test_nothing_is_wrong_with_a_sound_host() -> None:
-    known = {host.name: facts() for host in HOSTS}
-    assert not wrong([*judge_host(HOSTS[0], facts()), *judge_name("node-1", facts()), *judge_agreement(HOSTS, known)])
+    found = judge_agreement(HOSTS, known("node-1", "node-2", "node-3"))
+    assert not wrong([*judge_host(HOSTS[0], facts()), *judge_name("node-1", facts()), *found])
 
 
 @pytest.mark.parametrize(
@@ -103,15 +109,28 @@ def test_what_is_wrong_with_a_host_is_told_once_with_its_mend(change: dict[str, 
     ],
 )
 def test_the_host_that_differs_from_the_most_is_named(change: dict[str, Any], level: str, told: str) -> None:
-    known = {"node-1": changed(**change), "node-2": facts(), "node-3": facts()}
-    (finding,) = wrong(judge_agreement(HOSTS, known))
+    told_by = known("node-1", "node-2", "node-3") | {"node-1": changed(**change)}
+    (finding,) = wrong(judge_agreement(HOSTS, told_by))
     assert (finding.level, finding.host) == (level, "node-1") and told in str(finding)
 
 
 def test_an_odd_number_of_gpus_is_told() -> None:
     hosts = (Host("node-1", 8), Host("node-2", 7))
-    (finding,) = wrong(judge_agreement(hosts, {host.name: facts() for host in hosts}))
+    (finding,) = wrong(judge_agreement(hosts, known("node-1", "node-2")))
     assert str(finding).startswith("warning: hostfile: node-2: slots 7, but 8 on 1 host")
+
+
+def test_a_machine_that_stands_there_by_two_names_is_told() -> None:
+    """DeepSpeed would start two launchers there, whose ranks take the same cards."""
+    hosts = (Host("node-1", 8), Host("node-2", 8), Host("10.0.0.1", 8))
+    (finding,) = wrong(judge_agreement(hosts, known("node-1", "node-2") | {"10.0.0.1": facts()}))
+    assert str(finding) == "error: hostfile: 10.0.0.1: it is the same machine as node-1: delete one of the two lines"
+
+
+@pytest.mark.parametrize("package", ["torch", "deepspeed", "transformers"])
+def test_a_package_that_no_host_has_is_told(package: str) -> None:
+    (finding,) = wrong(judge_agreement(HOSTS[:1], {"node-1": changed(**{f"packages__{package}": None})}))
+    assert finding.level == "error" and f"{package} is not installed" in finding.text and "constraints.txt" in finding.mend
 
 
 def test_a_name_that_means_loopback_is_told_where_gloo_would_use_it() -> None:
@@ -183,9 +202,9 @@ def test_a_host_that_may_not_read_or_reads_slowly_is_named() -> None:
     ],
 )
 def test_the_bandwidth_is_held_against_the_narrowest_link(change: dict[str, Any], bytes_s: float, told: str) -> None:
-    known = {"node-1": facts(), "node-2": changed(**change)}
+    those = {"node-1": facts(), "node-2": changed(**change)}
     told_by = answers({"node-1": {"bytes_s": bytes_s, "latency_s": 3e-5}, "node-2": {}})
-    (finding,) = judge_all_reduce("nccl", HOSTS[:2], known, told_by)
+    (finding,) = judge_all_reduce("nccl", HOSTS[:2], those, told_by)
     assert str(finding).startswith(told)
 
 
@@ -237,6 +256,20 @@ def test_ports_of_the_fabric_and_links_are_read_from_sysfs(tmp_path: Path, monke
     monkeypatch.setattr(probe, "_LINKS", tmp_path / "net")
     assert probe.fabric() == [{"device": "mlx5_0", "state": "ACTIVE", "rate": 50e9}]
     assert probe.links() == {"eth0": 25e9 / 8}
+
+
+def test_a_folder_of_temporary_files_that_cannot_be_written_to_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python itself takes /var/tmp or the working folder then."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    found = probe.temporary()
+    assert found["path"] == str(tmp_path) and found["fault"] is None and found["free"] > 0 and not [*tmp_path.iterdir()]
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    (finding,) = wrong(judge_host(HOSTS[0], changed(temporary=probe.temporary())))
+    told = f"temporary files: {tmp_path / 'absent'} cannot be written to: No such file or directory: set TMPDIR to a larger disk"
+    assert finding.level == "error" and told in str(finding)
 
 
 def test_a_full_disk_and_a_folder_of_its_own_are_seen(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import uuid
+import venv
 from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,9 +29,11 @@ from mmclip_launch.ray_package import Files, fill, pinned
 from mmclip_launch.ray_submission import _client, entrypoint, follow, submit_ray
 from mmclip_shards import storage
 from mmclip_shards.manifest import load_manifest
+from mmclip_shards.reader import iterate
 from mmclip_shards.testing.s3_server import S3Server
 
 from mmclip_dist.errors import Mendable
+from tests import toy_model
 from tests.object_store import client_environment
 
 SECRET = "planted-key-of-this-laptop"
@@ -115,14 +120,32 @@ def test_nothing_is_sent_to_a_cluster_that_is_not_fit(
 # -- A real head --------------------------------------------------------------------------------------------------------
 
 
+def environment_of_a_node(folder: Path) -> Path:
+    """A virtual environment that sees the packages of ours -> its Python. Ray makes a copy of a node's environment for a job that
+    brings packages: of this one that costs a second, of ours minutes."""
+    venv.create(folder, symlinks=True)
+    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    (own / "ours.pth").write_text(sysconfig.get_path("purelib"))
+    python = folder / "bin" / "python"
+    (folder / "bin" / "ray").write_text(f"#!{python}\nfrom ray.scripts.scripts import main\nmain()\n")
+    (folder / "bin" / "ray").chmod(0o755)
+    return python
+
+
 @pytest.fixture(scope="module")
 def head(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Its nodes have the keys of the store and another working folder than whoever submits, and do not find our code."""
+    """Its nodes have the keys of the store and another working folder than whoever submits, and do not find our code. Their pip
+    installs from a folder that only they know."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch, client_environment(s3.environment()):
             patch.chdir(tmp_path_factory.mktemp("head"))
             patch.delenv("PYTHONPATH", raising=False)
             patch.setenv("ONLY_ON_THE_CLUSTER", "yes")
+            wheels = tmp_path_factory.mktemp("wheels")
+            toy_model.write_wheel(wheels, ("lung", "heart"))
+            patch.setenv("PIP_NO_INDEX", "1")
+            patch.setenv("PIP_FIND_LINKS", str(wheels))
+            patch.setattr(sys, "executable", str(environment_of_a_node(tmp_path_factory.mktemp("node") / "venv")))
             cluster = stack.enter_context(local_cluster(tmp_path_factory.mktemp("log") / "ray.log", cpus=1))
         yield cluster
 
@@ -170,8 +193,10 @@ def test_a_stage_from_a_laptop_to_a_cluster_and_ctrl_c_leaves_it_running(
             storage.write_atomic(f"{base}/{path.name}", path.read_bytes())
     (laptop / "marks").write_text(AS_SUBMITTED)
     (laptop / "submit.py").write_text(SUBMIT)
-    words = ["launch", "ray-job", "--address", reached.address, "--with", "recipes", "--exclude", "*.png", "--", "entities", base]
-    command = [sys.executable, "submit.py", *words, "--workers", "1"]
+    (laptop / "requirements.txt").write_text(f"{toy_model.NAME}=={toy_model.VERSION}\n")
+    files = ["--with", "recipes", "--exclude", "*.png", "--pip", "requirements.txt"]
+    stage = ["entities", base, "--model", toy_model.NAME, "--workers", "1"]
+    command = [sys.executable, "submit.py", "launch", "ray-job", "--address", reached.address, *files, "--", *stage]
     running = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert running.stderr is not None
     shown = ""
@@ -188,10 +213,13 @@ def test_a_stage_from_a_laptop_to_a_cluster_and_ctrl_c_leaves_it_running(
     out = capsys.readouterr().out
     assert "on the cluster: yes ['recipes/a.yaml', 'recipes/deep/b.yaml']" in out, out  # code and files as submitted
     with client_environment(s3.environment()):
-        assert load_manifest(f"{base}/entities").samples == load_manifest(sets.paired).samples
+        rows = [json.loads(members["entities.json"]) for _, members in iterate(f"{base}/entities")]
+    assert len(rows) == load_manifest(sets.paired).samples
+    # The model that the workers used is in the package that only pip has brought.
+    assert not find_spec(toy_model.NAME) and {each["label"] for row in rows for each in row} == {"ENTITY"}
 
     told = client.get_job_info(name)
-    assert told.entrypoint == shlex.join(["python", "-m", "mmclip_launch.cli", "entities", base, "--workers", "1"])
+    assert told.entrypoint == shlex.join(["python", "-m", "mmclip_launch.cli", *stage])
     assert told.metadata["mmclip-dist"] == version("mmclip-dist") and len(told.metadata["code"]) > 8
     everything = json.dumps([told.model_dump(mode="json") if hasattr(told, "model_dump") else told.dict()], default=str)
     for secret in (SECRET, s3.environment()["AWS_SECRET_ACCESS_KEY"], reached.env["RAY_AUTH_TOKEN"]):

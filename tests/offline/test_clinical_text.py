@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
 from mmclip_dist.offline import clinical_text, lexicon
 from mmclip_dist.offline.clinical_text import Entity, Extractor, as_json, build_extractor, extractor_hash
 from mmclip_dist.offline.context import cue_phrases
+from tests.toy_model import NAME, write_package
 
 LABELS = {"F": "FINDING", "A": "ANATOMY", "L": "LOCATION", "S": "SEVERITY", "D": "DEVICE"}
 MARK = re.compile(r"\[([^|\]]+)\|([FALSD])([-?~]?)\]")
@@ -314,23 +314,9 @@ def test_every_form_is_found_alone_and_before_punctuation(extract: Extractor) ->
 @pytest.fixture
 def toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An installed package of a model whose entities hold their negation, as noun phrases do."""
-    import spacy
-
-    name = "toy_radiology_model"
-    nlp = spacy.blank("en", meta={"name": "radiology_model", "version": "1.0"})
-    patterns = [{"label": "ENTITY", "pattern": text} for text in ("no effusion", "nodule", "mass")]
-    nlp.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"}).add_patterns(patterns)  # type: ignore[attr-defined]
-    package = tmp_path / name
-    package.mkdir()
-    nlp.to_disk(package / f"{name}-1.0")
-    (package / "meta.json").write_text(json.dumps({**nlp.meta, "lang": "toy", "name": "radiology_model"}))
-    loader = "from spacy.util import load_model_from_init_py\ndef load(**overrides):\n"
-    (package / "__init__.py").write_text(f"{loader}    return load_model_from_init_py(__file__, **overrides)\n")
-    install = tmp_path / f"{name}-1.0.dist-info"
-    install.mkdir()
-    (install / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    write_package(tmp_path, ("no effusion", "nodule", "mass"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    return NAME
 
 
 def test_installed_model_gets_the_same_negation(toy_model: str) -> None:

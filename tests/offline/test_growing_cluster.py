@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -48,15 +49,15 @@ def asked(cluster: Cluster) -> int:
 class Running:
     """A stage in a thread of its own."""
 
-    def __init__(self, stage: Stage, workers: int) -> None:
+    def __init__(self, stage: Stage, workers: int, lost_s: float = 600) -> None:
         self.seen: list[tuple[int, int]] = []
         self.error: BaseException | None = None
-        self.thread = Thread(target=self._run, args=(stage, workers))
+        self.thread = Thread(target=self._run, args=(stage, workers, lost_s))
         self.thread.start()
 
-    def _run(self, stage: Stage, workers: int) -> None:
+    def _run(self, stage: Stage, workers: int, lost_s: float) -> None:
         try:
-            run_stage(stage, workers=workers, report=lambda done, total: self.seen.append((done, total)))
+            run_stage(stage, workers=workers, report=lambda done, total: self.seen.append((done, total)), lost_s=lost_s)
         except BaseException as error:
             self.error = error
 
@@ -107,3 +108,26 @@ def test_a_cluster_that_grows_from_nothing_and_loses_a_node_makes_the_same_bytes
     assert {name: data for name, data in files(tmp_path / "out").items() if name != "manifest.json"} == expected
     wait_for(lambda: asked(cluster) == 0, 30)  # nothing is asked for any more
     cluster.remove_node(second)
+
+
+@pytest.mark.timeout(150)
+def test_a_stage_whose_nodes_are_all_lost_names_them_and_ends(
+    sets, cluster: Cluster, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first node it waits for one as long as it takes; it is nodes that it had and lost that it gives up."""
+    monkeypatch.setattr("mmclip_dist.offline.crew._TELL_EVERY_S", 1.0)
+    go, starts = tmp_path / "go", tmp_path / "go.starts"
+    running = Running(slow_stage(sets, tmp_path / "out", go), workers=1, lost_s=2)
+    told: list[str] = []
+    wait_for(lambda: told.append(capfd.readouterr().err) or "".join(told).count("no worker runs yet") > 3, 30)
+    only = node(cluster)
+    wait_for(lambda: starts.exists() and len(starts.read_text().splitlines()) == 1, 60)
+    cluster.remove_node(only)
+    running.thread.join(60)
+    assert not running.thread.is_alive() and isinstance(running.error, OSError), running.error
+    name = socket.gethostname()
+    assert re.search(
+        rf"no worker has run for 2 s, and no host is left with room for one \(each asks for 1 CPUs and 0 GPUs\); lost: {name} "
+        r"\([\d.]+\); the same command makes the other shards",
+        str(running.error),
+    )
