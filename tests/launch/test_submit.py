@@ -163,7 +163,7 @@ def test_each_line_of_a_sweep_is_checked_and_kept(job: Job, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"optim\.lrr"):
         slurm_command(job, Path("/code"), nodes=1, gpus=8, options=(), sweep=tmp_path / "sweep")
     (tmp_path / "sweep").write_text("optim.lr=1e-4\n\n")
-    with pytest.raises(ValueError, match="empty line"):
+    with pytest.raises(ValueError, match="sweep, line 2 is empty"):
         slurm_command(job, Path("/code"), nodes=1, gpus=8, options=(), sweep=tmp_path / "sweep")
 
 
