@@ -158,7 +158,8 @@ def test_a_spoiled_recipe_is_named(tmp_path: Path, content: bytes, told: str) ->
     "override",
     ["track.mlflow=http://user:hunter2@there:5000", "track.mlflow=https://hunter2@there", "checkpoint.url=s3://id:hunter2@bucket/run",
      "data.sources=[{url: 'http://me:hun@ter2@there/train'}]", "deepspeed.monitor.url=https://hunter2@there",
-     "track.mlflow=postgresql://me:hunter2@there/db", "track.mlflow=http://me:hunter2@there: {"],
+     "track.mlflow=postgresql://me:hunter2@there/db", "track.mlflow=http://me:hunter2@there: {",
+     "checkpoint.url=s3://id:hun/ter2@bucket/run", "data.sources=[{url: 'https://b/train?X-Amz-Signature=hunter2'}]"],
 )  # fmt: skip
 def test_a_password_in_a_url_is_refused_and_not_repeated(override: str) -> None:
     with pytest.raises(ValueError) as told:

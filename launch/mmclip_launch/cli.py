@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mmclip_dist.cli import app, run
 from mmclip_dist.commands.options import local_folder
+from mmclip_dist.errors import masked
 
 Urls = list[str] | None
 
@@ -74,7 +75,7 @@ def doctor(
     found = examine(hosts, run_dir, data, by_ssh=hostfile is not None)
     found += judge_cluster(address) if address else []
     if as_json:
-        print(json.dumps([asdict(finding) for finding in found], indent=2))
+        print(masked(json.dumps([asdict(finding) for finding in found], indent=2)))
     else:
         for finding in found:
             print(finding)

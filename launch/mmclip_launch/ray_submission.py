@@ -14,8 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mmclip_dist.config import PASSWORD
-from mmclip_dist.errors import Mendable
+from mmclip_dist.errors import SECRET, Mendable
 from mmclip_launch.findings import errors
 from mmclip_launch.frozen import OURS
 from mmclip_launch.probe import code_hash
@@ -40,9 +39,9 @@ def entrypoint(words: Sequence[str]) -> list[str]:
         relative = value and "://" not in value and not value.startswith(("/", "-"))
         if relative and (place == 0 or Path(value).is_dir()):
             raise ValueError(f"{value} is relative, and a job starts in another folder: give the full path or a URL")
-        if PASSWORD.search(word):
+        if SECRET.search(word):
             raise ValueError(
-                "a URL has a password in it, and Ray shows a job's command to everybody: give keys to the cluster's nodes "
+                "a URL has a password or a signature in it, and Ray shows a job's command to everybody: give keys to the cluster's nodes "
                 "instead (launch/README.md, Credentials of a store)"
             )
     return ["python", "-m", "mmclip_launch.cli", *words]
