@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
@@ -366,6 +365,8 @@ class Config(Section):
                 f"run_dir={folder} is a URL, but a run works in a folder of a file system that all its machines share: name "
                 f"one, and set checkpoint.url={folder} to keep a copy of its checkpoints there"
             )
+        if not folder.strip() or not folder.isprintable():
+            raise ValueError(f"run_dir={folder!r} is no name of a folder")
         return folder
 
     @model_validator(mode="after")
@@ -556,8 +557,8 @@ def parse(tree: dict[str, Any]) -> Config:
     for key, value in _flat(tree).items():
         if SECRET.search(str(value)):
             raise ValueError(
-                f"{key} has a password or a signature in its URL, which the run folder, logs and lists of processes would show: leave it out, "
-                "and give it in a file such as ~/.mlflow/credentials, ~/.aws/credentials, ~/.netrc or ~/.pgpass"
+                f"{key} has a password or a signature in its URL, which the run folder, logs and lists of processes would show: "
+                "leave it out, and give it in a file such as ~/.mlflow/credentials, ~/.aws/credentials, ~/.netrc or ~/.pgpass"
             )
     try:
         return Config.model_validate(tree)

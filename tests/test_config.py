@@ -173,6 +173,13 @@ def test_an_account_in_a_url_is_no_password() -> None:
     assert load_config("quickstart", [f"checkpoint.url={url}"]).checkpoint.url == url
 
 
+@pytest.mark.parametrize("folder", ["''", "' '", '"a\\nb"'])
+def test_a_run_folder_without_a_name_is_refused(folder: str) -> None:
+    """An empty one would be the working folder."""
+    with pytest.raises(ValueError, match=r"run_dir=.* is no name of a folder"):
+        load_config("quickstart", [f"run_dir={folder}"])
+
+
 def test_disks_of_the_hosts_own_need_a_store() -> None:
     with pytest.raises(ValueError, match=r"host_local=true needs checkpoint\.url: .*=s3://BUCKET/RUN"):
         load_config("quickstart", ["checkpoint.host_local=true"])

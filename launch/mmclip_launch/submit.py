@@ -16,7 +16,7 @@ from mmclip_shards.storage import write_atomic
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
 from mmclip_launch.doctor import local_hosts, look, program
-from mmclip_launch.findings import counted, errors
+from mmclip_launch.findings import counted, errors, judge_passed_variables
 from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
 from mmclip_launch.hosts import (
     ALIVE,
@@ -99,7 +99,6 @@ def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
         words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
         added = variables(code) | ({} if gpus() else {"DS_ACCELERATOR": "cpu"})
     else:
-        check_unquoted(str(Path.cwd()), sys.executable)
         # The launcher puts the working folder before PYTHONPATH; what this file says comes after that, and on all hosts.
         path = job.run_dir / _SUBMITTED / "deepspeed_env"
         ours = {name: for_pdsh_export(value) for name, value in variables(code).items()}
@@ -119,10 +118,12 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     """
     hosts = hosts or local_hosts()
     job.config.check_world(sum(host.slots for host in hosts))
+    by_ssh, own_disks = [host.name for host in hosts] != [LOCAL], job.config.checkpoint.host_local
+    if by_ssh:
+        check_launcher()
     if dry:
         show(job, deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    by_ssh, own_disks = [host.name for host in hosts] != [LOCAL], job.config.checkpoint.host_local
     found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks)
     for finding in found:
         if finding.level in ("error", "warning"):
@@ -136,6 +137,13 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     command.write(job.run_dir, "deepspeed")
     print(f"$ {shlex.join(command.words)}", flush=True)
     os.execvpe(command.words[0], command.words, command.environment)
+
+
+def check_launcher() -> None:
+    """ValueError or Mendable for what DeepSpeed's launcher would send wrong to other hosts, or print although it is secret."""
+    check_unquoted(str(Path.cwd()), sys.executable)
+    for finding in judge_passed_variables(deepspeed_env()):
+        raise Mendable(f"{finding.text}: {finding.mend}")
 
 
 def show(job: Job, command: Command) -> None:

@@ -15,7 +15,7 @@ import yaml
 from mmclip_launch import kubernetes
 from mmclip_launch.hosts import LOCAL, Host
 from mmclip_launch.processes import environment
-from mmclip_launch.submit import Job, deepspeed_command, job_of, slurm_command, submit_kubernetes
+from mmclip_launch.submit import Job, deepspeed_command, job_of, slurm_command, start_deepspeed, submit_kubernetes
 from mmclip_launch.templates import template
 
 SETS = ("loss.entity=0", "data.sources=[{url: s3://bucket/set/train}]")
@@ -93,8 +93,8 @@ def test_a_working_folder_that_deepspeed_would_not_reach_is_refused(
     monkeypatch.chdir(tmp_path / folder)
     job = job_of("quickstart", ["run_dir=/run", *SETS])
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path / folder}: its name goes unquoted")):
-        deepspeed_command(job, (Host("node-1", 2),), Path("/code"))
-    assert "--no_ssh_check" in deepspeed_command(job, (Host(LOCAL, 2),), Path("/code")).words  # no shell lies between
+        start_deepspeed(job, (Host("node-1", 2),), dry=True)
+    start_deepspeed(job, (Host(LOCAL, 2),), dry=True)  # no shell lies between
 
 
 def test_what_a_dry_run_prints_is_a_script_that_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
