@@ -45,8 +45,8 @@ def entrypoint(words: Sequence[str]) -> list[str]:
             raise ValueError(f"{value} is relative, and a job starts in another folder: give the full path or a URL")
         if SECRET.search(word):
             raise ValueError(
-                "a URL has a password or a signature in it, and Ray shows a job's command to everybody: give keys to the cluster's "
-                "nodes instead (launch/README.md, Credentials of a store)"
+                "a URL has a password or a signature in it, and Ray shows a job's command to everybody: give keys to the "
+                "cluster's nodes instead (launch/README.md, Credentials of a store)"
             )
     stages = typer.main.get_group(app)
     with stages.make_context("mmclip", [words[0]]) as above:
