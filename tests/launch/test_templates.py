@@ -188,6 +188,36 @@ def test_each_task_of_an_array_is_the_run_of_its_line(slurm: dict[str, str], tmp
     assert missing.returncode == 2 and b"has no line 3" in missing.stderr
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "asked"),
+    [
+        ("attention", {}, "--gpus 1"),  # a card here, for a cluster that is started here
+        ("attention", {"GPUS": "0"}, "--gpus 0"),
+        ("attention", {"RAY_ADDRESS": "http://head:8265"}, "--gpus 0"),  # the cards of another cluster are not known
+        ("attention", {"RAY_ADDRESS": "http://head:8265", "GPUS": "0.5"}, "--gpus 0.5"),
+        ("entities", {}, ""),
+    ],
+)
+def test_attention_by_a_ray_job_runs_on_the_card(
+    tmp_path: Path, stage: str, given: dict[str, str], asked: str
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {
+        "ray": f'[[ $1 != start ]] || exec sleep 60\n[[ $2 != submit ]] || echo "$@" >"{tmp_path}/told"',
+        "nvidia-smi": 'echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"',
+    }.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "set").mkdir()
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}", **given}
+    command = ["bash", str(TEMPLATE.with_name("ray_jobs.sh")), stage, "set", *(["set"] if stage == "attention" else [])]
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 0, ran.stderr
+    told = (tmp_path / "told").read_text()
+    assert f"-- mmclip {stage} {tmp_path}/set" in told and asked in told and ("--gpus" in told) == bool(asked)
+
+
 @pytest.mark.parametrize("name", ["train.sbatch", "ray_jobs.sh"])
 def test_shellcheck_finds_nothing_in_the_scripts(name: str) -> None:
     program = shutil.which("shellcheck")
