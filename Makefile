@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= runs/quickstart
 # Where pip finds torch. Without a GPU, point it at PyTorch's CPU wheels to save several GB, for example
-#   make install TORCH_PIP_ARGS="--index-url <PyTorch's CPU index>"
+#   make install TORCH_PIP_ARGS="--extra-index-url <PyTorch's CPU index>"
 TORCH_PIP_ARGS ?=
 
 BIN   := $(VENV)/bin

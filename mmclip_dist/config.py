@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import resources
@@ -21,7 +20,8 @@ import yaml
 from mmclip_shards.textfiles import read_text
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-PASSWORD = re.compile(r"(?<=://)[^/\s]*:[^/\s]*(?=@)|(?<=http://)[^/\s]+(?=@)|(?<=https://)[^/\s]+(?=@)")
+from mmclip_dist.errors import SECRET
+
 """What stands before the host in a URL and lets its reader in. `abfs://container@account` has none."""
 
 
@@ -365,6 +365,8 @@ class Config(Section):
                 f"run_dir={folder} is a URL, but a run works in a folder of a file system that all its machines share: name "
                 f"one, and set checkpoint.url={folder} to keep a copy of its checkpoints there"
             )
+        if not folder.strip() or not folder.isprintable():
+            raise ValueError(f"run_dir={folder!r} is no name of a folder")
         return folder
 
     @model_validator(mode="after")
@@ -518,7 +520,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{PASSWORD.sub('...', override)!r}: the value is not valid YAML") from error
+        raise ValueError(f"{SECRET.sub('...', override)!r}: the value is not valid YAML") from error
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         with suppress(ValueError):
             value = float(value)
@@ -553,10 +555,10 @@ def one_line(error: ValidationError) -> str:
 def parse(tree: dict[str, Any]) -> Config:
     """A checked tree from plain values; ValueError in one line."""
     for key, value in _flat(tree).items():
-        if PASSWORD.search(str(value)):
+        if SECRET.search(str(value)):
             raise ValueError(
-                f"{key} has a password in its URL, which the run folder, logs and lists of processes would show: leave it out, "
-                "and give it in a file such as ~/.mlflow/credentials, ~/.aws/credentials, ~/.netrc or ~/.pgpass"
+                f"{key} has a password or a signature in its URL, which the run folder, logs and lists of processes would show: "
+                "leave it out, and give it in a file such as ~/.mlflow/credentials, ~/.aws/credentials, ~/.netrc or ~/.pgpass"
             )
     try:
         return Config.model_validate(tree)

@@ -7,6 +7,16 @@
 
 from __future__ import annotations
 
+import re
+import sys
+
+SECRET = re.compile(
+    r"""(?<=://)[^/\s:@"',]*:(?!\d+(?:/|\s|$))[^\s"']*(?=@)"""  # user:password, but not host:port; a key of AWS may hold a slash
+    r"|(?<=http://)[^/\s]+(?=@)|(?<=https://)[^/\s]+(?=@)"
+    r"""|(?i:(?<=[?&])(?:x-(?:amz|goog)-[\w-]+|awsaccesskeyid|signature|sig|(?:access_)?token|(?:api_?)?key|password)=[^&\s"']+)"""
+)
+"""The parts of a URL that logs and lists of processes must not show."""
+
 USER, FAILED = 2, 1
 
 
@@ -25,4 +35,12 @@ def line(error: BaseException, where: str = "") -> str:
     """What the user reads of an error. where: who raised it, if several could have."""
     code = exit_code(error)
     text = f"{type(error).__name__}: {error}" if code is None else str(error)
-    return ("error: " if code == USER else "failed: ") + (f"{where}: " if where else "") + text
+    return masked(("error: " if code == USER else "failed: ") + (f"{where}: " if where else "") + text)
+
+
+def masked(text: str) -> str:
+    """The text without what is secret in its URLs and in those of the command line, of which libraries tell parts."""
+    found = {match[0] for word in (text, *sys.argv) for match in SECRET.finditer(word)}
+    for secret in sorted(found, key=len, reverse=True):
+        text = text.replace(secret, "...")
+    return text

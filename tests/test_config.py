@@ -158,7 +158,8 @@ def test_a_spoiled_recipe_is_named(tmp_path: Path, content: bytes, told: str) ->
     "override",
     ["track.mlflow=http://user:hunter2@there:5000", "track.mlflow=https://hunter2@there", "checkpoint.url=s3://id:hunter2@bucket/run",
      "data.sources=[{url: 'http://me:hun@ter2@there/train'}]", "deepspeed.monitor.url=https://hunter2@there",
-     "track.mlflow=postgresql://me:hunter2@there/db", "track.mlflow=http://me:hunter2@there: {"],
+     "track.mlflow=postgresql://me:hunter2@there/db", "track.mlflow=http://me:hunter2@there: {",
+     "checkpoint.url=s3://id:hun/ter2@bucket/run", "data.sources=[{url: 'https://b/train?X-Amz-Signature=hunter2'}]"],
 )  # fmt: skip
 def test_a_password_in_a_url_is_refused_and_not_repeated(override: str) -> None:
     with pytest.raises(ValueError) as told:
@@ -170,6 +171,13 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(override: str) -> None:
 def test_an_account_in_a_url_is_no_password() -> None:
     url = "abfs://container@account.dfs.core.windows.net/run"
     assert load_config("quickstart", [f"checkpoint.url={url}"]).checkpoint.url == url
+
+
+@pytest.mark.parametrize("folder", ["''", "' '", '"a\\nb"'])
+def test_a_run_folder_without_a_name_is_refused(folder: str) -> None:
+    """An empty one would be the working folder."""
+    with pytest.raises(ValueError, match=r"run_dir=.* is no name of a folder"):
+        load_config("quickstart", [f"run_dir={folder}"])
 
 
 def test_disks_of_the_hosts_own_need_a_store() -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mmclip_dist.cli import app, run
 from mmclip_dist.commands.options import local_folder
+from mmclip_dist.errors import masked
 
 Urls = list[str] | None
 
@@ -88,7 +89,7 @@ def doctor(
         raise
     finally:
         if as_json:
-            print(json.dumps([asdict(finding) for finding in found], indent=2))
+            print(masked(json.dumps([asdict(finding) for finding in found], indent=2)))
     if errors(found):
         raise typer.Exit(1)
 

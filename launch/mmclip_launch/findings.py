@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+from mmclip_dist.errors import masked
 from mmclip_dist.plan.cards import card_of_device
 from mmclip_launch.hosts import Answer, Host
 
@@ -51,7 +52,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.host}: " if self.host else ""
-        return f"{self.level}: {self.check}: {where}{self.text}" + (f": {self.mend}" if self.mend else "")
+        return masked(f"{self.level}: {self.check}: {where}{self.text}" + (f": {self.mend}" if self.mend else ""))
 
 
 def errors(findings: Iterable[Finding]) -> list[Finding]:

@@ -99,6 +99,31 @@ def deepspeed_env() -> dict[str, tuple[Path, str]]:
     return found
 
 
+def for_pdsh(word: str) -> str:
+    """What to give DeepSpeed's launcher for pdsh so that a program on the hosts gets `word`.
+
+    The launcher puts a word with a space between double quotes and escapes the double quotes in it; other words go to the hosts'
+    shells as they are. pdsh takes %h, %n and %u for its own, and %% for %.
+    """
+    quoted = re.sub(r"[\\$`]", r"\\\g<0>", word) if " " in word else shlex.quote(word)
+    return quoted.replace("%", "%%")
+
+
+def for_pdsh_export(value: str) -> str:
+    """The same for a value in `.deepspeed_env`: the launcher puts it between double quotes if a shell would change it."""
+    return re.sub(r'[\\$`"]', r"\\\g<0>", value).replace("%", "%%")
+
+
+def check_unquoted(*paths: str) -> None:
+    """ValueError if DeepSpeed's launcher, which sends these paths to the hosts without quotes, would send others."""
+    for path in paths:
+        if re.search(r"[^\w@+=:,./-]", path):
+            raise ValueError(
+                f"{path}: its name goes unquoted through DeepSpeed's launcher to the shells of the hosts: start from a folder, "
+                "and with an interpreter, whose paths hold nothing but letters, digits and @+=:,./-_"
+            )
+
+
 def environment_of_ranks() -> dict[str, str]:
     """The variables that ranks on other hosts see, beside those of a login there."""
     passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}

@@ -71,6 +71,8 @@ def main(words: Sequence[str], variables: Mapping[str, str]) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     raise_open_files()
     earlier = mark(run_dir)
+    # As the first process of a container it gets no signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Only the number of hosts and their slots count here: the ranks find each other by the first node's name.
     hosts = [Host(f"node-{number}", int(variables["GPUS"])) for number in range(int(variables["NODES"]))]
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,9 @@ _STOP_WAIT_S = 3  # enough: ranks save by themselves when their launcher ends, a
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment and `extra`. PATH starts with this interpreter's folder, which holds `deepspeed` and `ray`."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.partition(os.pathsep)[0] != folder:
+        path = f"{folder}{os.pathsep}{path}"
     return {**os.environ, "PATH": path, **(extra or {})}
 
 

@@ -14,8 +14,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mmclip_dist.config import PASSWORD
-from mmclip_dist.errors import Mendable
+import typer
+
+from mmclip_dist.cli import app
+from mmclip_dist.errors import SECRET, Mendable
 from mmclip_launch.findings import errors
 from mmclip_launch.frozen import OURS
 from mmclip_launch.probe import code_hash
@@ -32,6 +34,7 @@ def entrypoint(words: Sequence[str]) -> list[str]:
     """The job's command: a stage, by the code that travels with it.
 
     ValueError unless the words begin with a stage, sets are named so that the cluster finds them, and nothing secret is in them.
+    As the stage does (a usage error), if it would refuse them.
     """
     if not words or words[0] not in STAGES:
         raise ValueError(f"name a stage, {' or '.join(STAGES)}: mmclip launch ray-job -- entities SET/train --workers 64")
@@ -40,11 +43,14 @@ def entrypoint(words: Sequence[str]) -> list[str]:
         relative = value and "://" not in value and not value.startswith(("/", "-"))
         if relative and (place == 0 or Path(value).is_dir()):
             raise ValueError(f"{value} is relative, and a job starts in another folder: give the full path or a URL")
-        if PASSWORD.search(word):
+        if SECRET.search(word):
             raise ValueError(
-                "a URL has a password in it, and Ray shows a job's command to everybody: give keys to the cluster's nodes "
-                "instead (launch/README.md, Credentials of a store)"
+                "a URL has a password or a signature in it, and Ray shows a job's command to everybody: give keys to the "
+                "cluster's nodes instead (launch/README.md, Credentials of a store)"
             )
+    stages = typer.main.get_group(app)
+    with stages.make_context("mmclip", [words[0]]) as above:
+        stages.commands[words[0]].make_context(words[0], list(words[1:]), parent=above)
     return ["python", "-m", "mmclip_launch.cli", *words]
 
 

@@ -16,10 +16,20 @@ from mmclip_shards.storage import write_atomic
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
 from mmclip_launch.doctor import local_hosts, look, program
-from mmclip_launch.findings import counted, errors
+from mmclip_launch.findings import counted, errors, judge_passed_variables
 from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
-from mmclip_launch.hosts import ALIVE, Host, deepspeed_env, hostfile_text, over_ssh, run_everywhere
-from mmclip_launch.kubernetes import APPLY, apply, rendered
+from mmclip_launch.hosts import (
+    ALIVE,
+    Host,
+    check_unquoted,
+    deepspeed_env,
+    for_pdsh,
+    for_pdsh_export,
+    hostfile_text,
+    over_ssh,
+    run_everywhere,
+)
+from mmclip_launch.kubernetes import APPLY, apply, check_reachable, rendered
 from mmclip_launch.kubernetes import job as job_objects
 from mmclip_launch.probe import gpus
 from mmclip_launch.processes import environment
@@ -69,27 +79,36 @@ class Command:
             write_atomic(str(path), text.encode())
         record(run_dir, target, self.words, frozen_at(run_dir).name)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return environment(self.variables)
+
     def __str__(self) -> str:
-        texts = [f"# {path}\n{text}" for path, text in self.files.items()]
-        return "\n".join([*texts, shown(self.words, self.variables)])
+        """As a script for a shell."""
+        lines = [f"mkdir -p {shlex.quote(folder)}" for folder in dict.fromkeys(str(path.parent) for path in self.files)]
+        lines += [f"printf %s {shlex.quote(text)} >{shlex.quote(str(path))}" for path, text in self.files.items()]
+        return "\n".join([*lines, shown(self.words, self.environment)])
 
 
 def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
     """DeepSpeed's launcher on these hosts, by pdsh over ssh; without ssh if the only one is this machine."""
     words = ["deepspeed", "--hostfile", str(job.run_dir / _SUBMITTED / "hostfile")]
     files = {job.run_dir / _SUBMITTED / "hostfile": hostfile_text(hosts)}
+    asked = [job.recipe, *job.overrides]
     if not over_ssh(hosts):
         words += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
         added = variables(code) | ({} if gpus() else {"DS_ACCELERATOR": "cpu"})
     else:
         # The launcher puts the working folder before PYTHONPATH; what this file says comes after that, and on all hosts.
         path = job.run_dir / _SUBMITTED / "deepspeed_env"
-        passed = {name: value for name, (_, value) in deepspeed_env().items()} | variables(code)
+        ours = {name: for_pdsh_export(value) for name, value in variables(code).items()}
+        passed = {name: value for name, (_, value) in deepspeed_env().items()} | ours
         files[path] = "".join(f"{name}={value}\n" for name, value in passed.items())
         more = " ".join([os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *ALIVE]).strip()
         words += ["--force_multi"]  # else it would run a single host's ranks here, whatever the host is
         added = {"DS_ENV_FILE": str(path), "PDSH_SSH_ARGS_APPEND": more}
-    return Command([*words, "--module", "mmclip_dist.train", job.recipe, *job.overrides], added, files)
+        asked = [for_pdsh(word) for word in asked]
+    return Command([*words, "--module", "mmclip_dist.train", *asked], added, files)
 
 
 def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> None:
@@ -99,10 +118,12 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     """
     hosts = hosts or local_hosts()
     job.config.check_world(sum(host.slots for host in hosts))
-    if dry:
-        print(deepspeed_command(job, hosts, frozen_at(job.run_dir)))
-        return
     by_ssh, own_disks = over_ssh(hosts), job.config.checkpoint.host_local
+    if by_ssh:
+        check_launcher()
+    if dry:
+        show(job, deepspeed_command(job, hosts, frozen_at(job.run_dir)))
+        return
     found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks)
     for finding in found:
         if finding.level in ("error", "warning"):
@@ -115,8 +136,19 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     command = deepspeed_command(job, hosts, code)
     command.write(job.run_dir, "deepspeed")
     print(f"$ {shlex.join(command.words)}", flush=True)
-    environ = environment(command.variables)
-    os.execvpe(command.words[0], command.words, environ)
+    os.execvpe(command.words[0], command.words, command.environment)
+
+
+def check_launcher() -> None:
+    """ValueError or Mendable for what DeepSpeed's launcher would send wrong to other hosts, or print although it is secret."""
+    check_unquoted(str(Path.cwd()), sys.executable)
+    for finding in judge_passed_variables(deepspeed_env()):
+        raise Mendable(f"{finding.text}: {finding.mend}")
+
+
+def show(job: Job, command: Command) -> None:
+    """Print what would run."""
+    print(f"# The code is copied first, to {frozen_at(job.run_dir)}\n{command}")
 
 
 def send(code: Path, hosts: Sequence[Host]) -> None:
@@ -133,16 +165,33 @@ def slurm_command(
     """sbatch with our template. gpus: of each node. options: for sbatch. sweep: a file, of whose lines each is a run."""
     words = ["sbatch", f"--nodes={nodes}", f"--gpus-per-node={gpus}"]
     added = {"RUN_DIR": str(job.run_dir)} | variables(code)
+    files = {}
     if sweep:
-        lines = sweep.read_text().splitlines()
-        if not lines or not all(map(str.strip, lines)):
-            raise ValueError(f"{sweep}: each line names one run, by key=value words; it is empty, or has an empty line")
-        for line in lines:
-            load_config(job.recipe, [*job.overrides, *shlex.split(line)]).check_world(nodes * gpus)
-        words.append(f"--array=1-{len(lines)}")
-        added["SWEEP"] = str(job.run_dir / _SUBMITTED / "sweep")
+        runs = runs_of(sweep)
+        for run in runs:
+            load_config(job.recipe, [*job.overrides, *run]).check_world(nodes * gpus)
+        words.append(f"--array=1-{len(runs)}")
+        path = job.run_dir / _SUBMITTED / "sweep"
+        added["SWEEP"] = str(path)
+        files[path] = "".join(f"{shlex.join(run)}\n" for run in runs)
     words += [*options, str(template("train.sbatch")), job.recipe, *job.without_run_dir]
-    return Command(words, added, {Path(added["SWEEP"]): sweep.read_text()} if sweep else {})
+    return Command(words, added, files)
+
+
+def runs_of(sweep: Path) -> list[list[str]]:
+    """The overrides of each run of a sweep: those of a line. ValueError that names a line which is no run."""
+    lines, runs = sweep.read_text(encoding="utf-8").removesuffix("\n").split("\n"), []
+    for number, line in enumerate(lines, 1):
+        try:
+            words = shlex.split(line)
+        except ValueError:
+            raise ValueError(f"{sweep}, line {number}: quotes do not match: {line}") from None
+        if not words:
+            raise ValueError(f"{sweep}, line {number} is empty: each line names one run, by key=value words")
+        if any(word.startswith("run_dir=") for word in words):
+            raise ValueError(f"{sweep}, line {number}: run_dir= does not stand here: the runs are run_dir/1, run_dir/2, ...")
+        runs.append(words)
+    return runs
 
 
 def submit_slurm(
@@ -154,13 +203,13 @@ def submit_slurm(
         raise ValueError("checkpoint.host_local=true: Slurm's nodes take the code from run_dir, so they have to share it")
     command = slurm_command(job, frozen_at(job.run_dir), nodes=nodes, gpus=gpus, options=options, sweep=sweep)
     if dry:
-        print(command)
+        show(job, command)
         return 0
     if not shutil.which("sbatch"):
         raise ValueError("sbatch is not here: submit from a login node of the cluster")
     freeze(job.run_dir)
     command.write(job.run_dir, "slurm")
-    return subprocess.run(command.words, env=environment(command.variables), check=False).returncode
+    return subprocess.run(command.words, env=command.environment, check=False).returncode
 
 
 def submit_kubernetes(job: Job, image: str, *, nodes: int, gpus: int, dry: bool) -> int:
@@ -168,6 +217,7 @@ def submit_kubernetes(job: Job, image: str, *, nodes: int, gpus: int, dry: bool)
     job.config.check_world(nodes * gpus)
     if Path(job.recipe).is_file():
         raise ValueError(f"{job.recipe} is not in the image: name a recipe, and give the rest as key=value")
+    check_reachable(job.config)
     words = [job.recipe, *job.without_run_dir]
     text = rendered(job_objects(image, job.config.run_dir, words, nodes=nodes, gpus=gpus))
     if dry:

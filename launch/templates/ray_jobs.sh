@@ -4,6 +4,9 @@
 #
 #   ray_jobs.sh entities  SET/train
 #   ray_jobs.sh attention SET/train CHECKPOINT
+#
+# WORKERS: processes at once, 2 by default. GPUS: of each process of `attention`; by default 1 on this machine if it has a card, and
+# 0 on another cluster.
 set -euo pipefail
 stage=${1:?entities or attention}
 base=${2:?a packed set, SET/SPLIT}
@@ -17,6 +20,8 @@ case $stage in
     ;;
   attention)
     job=(mmclip attention "$base" --checkpoint "$(realpath -e "${3:?a checkpoint, or the folder of a run}")" --workers "$workers")
+    if [[ -z ${GPUS:-} && -z ${RAY_ADDRESS:-} ]] && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; then GPUS=1; fi
+    job+=(--gpus "${GPUS:-0}")
     [[ $base == *://* || ! -d $base/entities ]] || job+=(--entities "$base/entities")
     ;;
   *)

@@ -159,6 +159,8 @@ def fault(checkpoint: Path) -> str | None:
         files = parse_manifest((checkpoint / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
+    if META not in files:
+        return f"{MANIFEST} names no {META}"
 
     def fault_of(item: tuple[str, Entry]) -> str | None:
         name, wanted = item

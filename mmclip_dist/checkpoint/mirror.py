@@ -143,10 +143,10 @@ def _whole_steps(url: str) -> list[int]:
 
 
 def _score(meta: str) -> float | None:
-    """None also for a checkpoint of another version."""
+    """None also for a checkpoint of another version, or without this file."""
     try:
         return parse_meta(read_bytes(meta)).score
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from mmclip_shards.storage import write_atomic
 from mmclip_shards.textfiles import read_json
 
-from mmclip_dist.config import PASSWORD, Config, differences, dump_config, is_operational, load_config
+from mmclip_dist.config import Config, differences, dump_config, is_operational, load_config
+from mmclip_dist.errors import SECRET
 from mmclip_dist.run.metrics import readable_rows
 from mmclip_dist.run.orphans import ORPHAN_S
 
@@ -30,7 +31,7 @@ _TELLING = ("NCCL_", "TORCH_", "PYTORCH_", "DS_", "CUDA_", "OMP_", "TRITON_", "L
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASS", "PWD", "CRED", "AUTH", "PRIVATE", "COOKIE", "WEBHOOK", "DSN", "SIGNATURE")
 # A long word of letters and digits, or one behind a name that tells: what tokens look like, and no setting does.
 _SECRET_VALUE = re.compile(
-    rf"{PASSWORD.pattern}|(?i:{'|'.join(_SECRET)})\w*[=:]|\b(?=\w*\d)(?=\w*[A-Za-z])\w{{20,}}|\w{{32,}}"
+    rf"{SECRET.pattern}|(?i:{'|'.join(_SECRET)})\w*[=:]|\b(?=\w*\d)(?=\w*[A-Za-z])\w{{20,}}|\w{{32,}}"
 )
 _README = """What lies here:
 
@@ -102,7 +103,7 @@ def describe(folder: Path, config: Config, world: int, deepspeed: dict[str, Any]
         write_atomic(str(folder / DATA), json.dumps(data, indent=2).encode())
     write_atomic(str(folder / "deepspeed.json"), json.dumps(deepspeed, indent=2).encode())
     environment = {
-        "command": [PASSWORD.sub("...", word) for word in sys.argv],
+        "command": [SECRET.sub("...", word) for word in sys.argv],
         "world_size": world,
         "python": platform.python_version(),
         "machine": platform.platform(),

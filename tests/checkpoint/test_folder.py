@@ -61,6 +61,7 @@ TEARS = {
     "no manifest": "checkpoint.json: ",
     "{": "checkpoint.json: ",
     "[]": "checkpoint.json: not a manifest",
+    '{"files": {}}': "checkpoint.json names no meta.json",
 }
 
 
@@ -160,6 +161,28 @@ def test_a_mirrored_checkpoint_of_another_version_stops_no_run(tmp_path: Path, s
     mirror(run, store, kept_by(Checkpoint(keep=2)))  # and it goes as any old one does
     assert fetch_newest(store, tmp_path / "last", print) == checkpoint_path(tmp_path / "last", 16)
     assert not exists(join(store, "step-00000004", MANIFEST))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_mirrored_checkpoint_that_says_nothing_of_itself_is_passed_over_and_goes_as_others_do(
+    tmp_path: Path, store: str, named: bool
+) -> None:
+    """Its manifest is there, its meta.json is not."""
+    run = tmp_path / "run"
+    make(run, 4)
+    odd = make(run, 8)
+    mirror(run, store, kept_by(Checkpoint()))
+    remove(join(store, "step-00000008", META))
+    if not named:
+        files = [path for path in odd.rglob("*") if path.is_file() and path.name not in (MANIFEST, META)]
+        write_manifest(odd, {str(path.relative_to(odd)): entry_of(path) for path in files})
+        write_atomic(join(store, "step-00000008", MANIFEST), (odd / MANIFEST).read_bytes())
+    said: list[str] = []
+    assert fetch_newest(store, tmp_path / "other", said.append) == checkpoint_path(tmp_path / "other", 4)
+    assert len(said) == 1 and "step-00000008, which is torn" in said[0] and META in said[0]
+    make(run, 12)
+    mirror(run, store, kept_by(Checkpoint(keep=1)))
+    assert [step for step in (4, 8, 12) if exists(join(store, f"step-{step:08d}", MANIFEST))] == [12]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"step": 4', b"\xcc", b'{"step": 4}'])

@@ -16,6 +16,7 @@ from mmclip_launch.kubernetes import job, rendered
 from mmclip_launch.node import wait_for_name
 from mmclip_launch.templates import template
 
+from mmclip_dist.errors import USER
 from mmclip_dist.run.marks import EXIT_CODE, STOP_FILE, STOPPED
 
 VERSION = "1.37"
@@ -64,6 +65,38 @@ def test_what_a_run_needs_of_a_pod_is_there() -> None:
     assert not any("KEY" in variable["name"] or "TOKEN" in variable["name"] for variable in container["env"])
 
 
+def pods(document: Any) -> list[dict[str, Any]]:
+    """The pods that a document asks for: whatever has containers."""
+    if isinstance(document, dict):
+        return [document] if "containers" in document else pods(list(document.values()))
+    return [pod for each in document for pod in pods(each)] if isinstance(document, list) else []
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("job.yaml", 1), ("trainjob.yaml", 1), ("raycluster.yaml", 2), ("rayjob.yaml", 2)]
+)
+def test_pods_fit_the_standard_restricted(name: str, count: int) -> None:
+    """Of the Pod Security Standards, which namespaces enforce."""
+    found = [pod for document in yaml.safe_load_all(template(name).read_text()) for pod in pods(document)]
+    assert len(found) == count
+    for pod in found:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            wanted = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert container["securityContext"] == wanted
+        assert all({"emptyDir", "persistentVolumeClaim", "secret"} & set(volume) for volume in pod["volumes"])
+
+
+def test_kubeflow_does_not_start_again_what_a_user_has_to_mend() -> None:
+    runtime = next(yaml.safe_load_all(template("trainjob.yaml").read_text()))
+    spec = runtime["spec"]["template"]["spec"]
+    (rule,) = spec["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onExitCodes": {"containerName": "node", "operator": "In", "values": [USER]}}
+    (mend,) = spec["failurePolicy"]["rules"]
+    assert (mend["action"], mend["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+
+
 def test_the_train_job_fits_the_models_of_kubeflow_and_its_pods_the_schema() -> None:
     models = pytest.importorskip(
         "kubeflow_trainer_api.models", reason="trainjob.yaml is NOT checked: pip install kubeflow-trainer-api"
@@ -73,6 +106,7 @@ def test_the_train_job_fits_the_models_of_kubeflow_and_its_pods_the_schema() -> 
         again = kind.from_dict(document).to_dict()
         assert floats(again) == floats(document)  # a field that the model does not know is left out
     (node,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    check({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": node["template"]["spec"]})
     assert node["template"]["metadata"]["labels"]["trainer.kubeflow.org/trainjob-ancestor-step"] == "trainer"
     check(pod_template(node["template"]["spec"]["template"]))
 
@@ -176,6 +210,16 @@ def test_sigterm_asks_for_a_stop_and_waits_for_it(pod: dict[str, str]) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == EXIT_CODE
+
+
+def test_a_pod_that_waits_for_the_first_one_ends_at_once(pod: dict[str, str]) -> None:
+    """The kernel keeps signals without a handler from the first process of a container."""
+    process = start(pod | {"FIRST": "no-such-pod.invalid"}, "quickstart")
+    while not Path(pod["RUN_DIR"]).exists():
+        time.sleep(0.02)
+    time.sleep(1)  # it looks for the name by now
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM and not Path(pod["RUN_DIR"], "started").exists()
 
 
 def test_a_pod_says_which_variables_it_lacks(pod: dict[str, str]) -> None:

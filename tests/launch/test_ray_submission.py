@@ -88,10 +88,27 @@ def test_a_command_that_the_cluster_would_not_understand_is_refused(laptop: Path
         (["attention", "s3://bucket/set/train", "--checkpoint", "recipes"], "recipes is relative"),
         (["attention", "s3://bucket/set/train", "--checkpoint=recipes"], "recipes is relative"),
         (["entities", "s3://key:secret@host/set/train"], "password"),
+        (["entities", "https://host/set/train?X-Amz-Signature=secret"], "signature"),
     ):
         with pytest.raises(ValueError, match=told) as caught:
             entrypoint(wrong)
         assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["entities", "s3://bucket/set/train", "--worker", "2"], "No such option: --worker"),
+        (["entities", "s3://bucket/set/train", "--workers", "0"], "--workers"),
+        (["entities"], "Missing argument"),
+        (["attention", "s3://bucket/set/train"], "Missing option '--checkpoint'"),
+        (["attention", "s3://bucket/set/train", "--checkpoint", "/runs/a", "--gpus", "many"], "--gpus"),
+    ],
+)
+def test_what_the_stage_would_refuse_is_refused_before_anything_travels(words: list[str], told: str) -> None:
+    command = [sys.executable, "-m", "mmclip_launch.cli", "launch", "ray-job", "--address", "http://127.0.0.1:1", "--dry-run"]
+    ran = subprocess.run([*command, "--", *words], capture_output=True, text=True)
+    assert ran.returncode == 2 and told in ran.stderr and not ran.stdout, ran.stderr
 
 
 def test_requirements_are_pinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

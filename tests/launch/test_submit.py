@@ -64,6 +64,19 @@ def test_deepspeed_over_ssh_imports_the_frozen_code_and_gives_silent_hosts_up(jo
     without_docs_and_secrets(str(command))
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_key_in_the_file_that_deepspeed_prints_is_neither_shown_nor_sent(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dry: bool
+) -> None:
+    (tmp_path / ".deepspeed_env").write_text("AWS_SECRET_ACCESS_KEY=planted-1\n")
+    monkeypatch.setattr(submit, "look", lambda *_, **__: ([], {}))
+    monkeypatch.setattr(os, "execvpe", lambda *_: pytest.fail("started"))
+    with pytest.raises(Mendable, match=r"AWS_SECRET_ACCESS_KEY stands in .*\.deepspeed_env: DeepSpeed prints it"):
+        start_deepspeed(job, HOSTS, dry=dry)
+    without_docs_and_secrets("".join(capsys.readouterr()))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("cards", "more"), [(None, {"DS_ACCELERATOR": "cpu"}), ([{"name": "H100"}], {})])
 def test_deepspeed_on_this_machine_needs_no_ssh(
     job: Job, monkeypatch: pytest.MonkeyPatch, cards: list | None, more: dict[str, str]
@@ -163,7 +176,7 @@ def test_each_line_of_a_sweep_is_checked_and_kept(job: Job, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"optim\.lrr"):
         slurm_command(job, Path("/code"), nodes=1, gpus=8, options=(), sweep=tmp_path / "sweep")
     (tmp_path / "sweep").write_text("optim.lr=1e-4\n\n")
-    with pytest.raises(ValueError, match="empty line"):
+    with pytest.raises(ValueError, match="sweep, line 2 is empty"):
         slurm_command(job, Path("/code"), nodes=1, gpus=8, options=(), sweep=tmp_path / "sweep")
 
 

@@ -8,16 +8,19 @@ import shutil
 import signal
 import subprocess
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from mmclip_dist.checkpoint.folder import MANIFEST, checkpoint_path
 from mmclip_dist.run.stop import EXIT_CODE, STOP_FILE, STOPPED
 from tests.conftest import wait_for
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "launch" / "templates" / "train.sbatch"
+TOP = Path(__file__).resolve().parents[2]
+TEMPLATE = TOP / "launch" / "templates" / "train.sbatch"
 
 
 @pytest.fixture
@@ -185,6 +188,36 @@ def test_each_task_of_an_array_is_the_run_of_its_line(slurm: dict[str, str], tmp
     assert missing.returncode == 2 and b"has no line 3" in missing.stderr
 
 
+@pytest.mark.parametrize(
+    ("stage", "given", "asked"),
+    [
+        ("attention", {}, "--gpus 1"),  # a card here, for a cluster that is started here
+        ("attention", {"GPUS": "0"}, "--gpus 0"),
+        ("attention", {"RAY_ADDRESS": "http://head:8265"}, "--gpus 0"),  # the cards of another cluster are not known
+        ("attention", {"RAY_ADDRESS": "http://head:8265", "GPUS": "0.5"}, "--gpus 0.5"),
+        ("entities", {}, ""),
+    ],
+)
+def test_attention_by_a_ray_job_runs_on_the_card(
+    tmp_path: Path, stage: str, given: dict[str, str], asked: str
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in {
+        "ray": f'[[ $1 != start ]] || exec sleep 60\n[[ $2 != submit ]] || echo "$@" >"{tmp_path}/told"',
+        "nvidia-smi": 'echo "GPU 0: NVIDIA H100 (UUID: GPU-1)"',
+    }.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "set").mkdir()
+    environ = {"PATH": f"{tools}:{os.environ['PATH']}", **given}
+    command = ["bash", str(TEMPLATE.with_name("ray_jobs.sh")), stage, "set", *(["set"] if stage == "attention" else [])]
+    ran = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30)
+    assert ran.returncode == 0, ran.stderr
+    told = (tmp_path / "told").read_text()
+    assert f"-- mmclip {stage} {tmp_path}/set" in told and asked in told and ("--gpus" in told) == bool(asked)
+
+
 @pytest.mark.parametrize("name", ["train.sbatch", "ray_jobs.sh"])
 def test_shellcheck_finds_nothing_in_the_scripts(name: str) -> None:
     program = shutil.which("shellcheck")
@@ -218,17 +251,25 @@ def test_the_dockerfile_is_clean_and_takes_the_versions_from_constraints() -> No
     assert found.returncode == 0, found.stdout
 
 
+def test_the_constraints_leave_room_for_the_triton_that_torch_wants_on_a_card() -> None:
+    """torch's wheel for the CPU, which the tests run with, wants none."""
+    lines = map(Requirement, (line for line in (TOP / "constraints.txt").read_text().splitlines() if not line.startswith("#")))
+    found = {line.name: line.specifier for line in lines}
+    of_cuda = {"2.13.0": "3.7.1"}  # torch -> triton, in the metadata of PyPI's wheels
+    (torch,) = found["torch"]
+    assert found["triton"].contains(of_cuda[torch.version]) and found["triton"].contains(version("triton"))
+
+
 def test_an_image_is_made_of_all_that_a_wheel_is_and_of_nothing_else() -> None:
     """A working checkout holds an environment of gigabytes, and perhaps runs and data sets."""
-    top = Path(__file__).parents[2]
     lines = TEMPLATE.with_name("Dockerfile.dockerignore").read_text().splitlines()
     assert lines[1] == "*"
     taken = {line[1:] for line in lines if line.startswith("!")}
-    project = tomllib.loads((top / "pyproject.toml").read_text())
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
     needed = {path.partition("/")[0] for path in wheel}
     needed |= {"constraints.txt", "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
-    assert taken == needed and all((top / name).exists() for name in taken)
+    assert taken == needed and all((TOP / name).exists() for name in taken)
 
 
 def test_every_variable_of_the_fabric_has_its_reason() -> None:
