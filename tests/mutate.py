@@ -294,8 +294,8 @@ def document(mutations: Sequence[Mutation], rows: Mapping[str, str]) -> str:
         [
             "# Mutations",
             "",
-            f"`python tests/mutate.py --new --write` broke the code in {len(shown)} of {len(mutations)} places, one at a time, and",
-            "ran the tests named. A row tells of the tree on which its mutation was run last. A mutation is killed if a test fails.",
+            f"`python tests/mutate.py --new --write` broke the code in {len(shown)} of {len(mutations)} places, one at a time,",
+            "and ran the tests named, each on the tree of its day. A mutation is killed if a test fails.",
             "Where one survived at first, the last column names what closed the gap.",
             "",
             "| package | file | change | what would go wrong | killed by | seconds | survived at first, closed by |",
