@@ -166,9 +166,14 @@ def pack_csv(
     labels_column: Annotated[str | None, typer.Option(help="Column of the findings that are present.")] = None,
     labels_separator: Annotated[str, typer.Option(help="Separator of findings in one cell.")] = "|",
     view_column: Annotated[str | None, typer.Option(help="Column of the view (PA, AP, ...).")] = None,
-    age_column: Annotated[str | None, typer.Option(help="Column of the age in years (58, 58.0, 058Y).")] = None,
+    age_column: Annotated[str | None, typer.Option(help="Column of the age in years (58, 58.5, 58,5, 058Y).")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column of the split, instead of --splits.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help='Between cells, such as ";". By default a comma, in .tsv and .tab files a tab.')
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of the table, such as windows-1252.")] = "utf-8",
+    normal_label: Annotated[str | None, typer.Option(help="Label of healthy patients, beside `No Finding` and `Normal`.")] = None,
     empty_reports: Annotated[str, typer.Option(help="A row without text: error, drop or unpaired.")] = "error",
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default DEST's last part.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the data, for the manifests.")] = None,
@@ -201,7 +206,7 @@ def pack_csv(
         image_column=image_column, patient_column=patient_column, text_column=text_column, findings_column=findings_column,
         impression_column=impression_column, labels_column=labels_column, labels_separator=labels_separator,
         view_column=view_column, age_column=age_column, split_column=split_column, key_column=key_column,
-        empty_reports=empty_reports,
+        empty_reports=empty_reports, delimiter=delimiter, encoding=encoding, normal_label=normal_label,
     )  # fmt: skip
     rendering = _rendering(image_format, quality, window, clahe)
     records, identity = read_table(table, images, **options), table_hash(table, **options)  # type: ignore[arg-type]
