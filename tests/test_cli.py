@@ -78,6 +78,17 @@ def pack(table: Path, *more: str) -> int:
     )[0]  # fmt: skip
 
 
+def test_help_begins_with_what_most_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("-h",), ("pack", "csv", "-h"), ("launch", "slurm", "-h"), ("evaluate", "probe", "-h")):
+        assert call(*words)[0] == 0
+    assert call("--help")[0] == 0
+    out = capsys.readouterr().out
+    places = [out.rindex(f"│ {name} ") for name in ("pack", "view", "tokenizer", "entities", "quickstart", "launch", "evaluate", "demo")]
+    assert places == sorted(places) and "│ train " not in out
+    assert call("train", "quickstart", "optim.lr=1", "--nodes", "2")[0] == 2
+    assert "`mmclip launch deepspeed quickstart optim.lr=1 --nodes 2`" in capsys.readouterr().err
+
+
 def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack(table) == 0
     train, test = (load_manifest(str(table.parent / "set" / split)) for split in ("train", "test"))

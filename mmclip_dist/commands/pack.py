@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -49,7 +50,9 @@ class PackGroup(TyperGroup):
             except ValueError as error:  # of another's package; the command itself ends with it
                 command.short_help = str(error)
             else:
-                command.short_help, command.help = found.title, f"{inspect.getdoc(found.read) or ''}\n\n{command.help}"
+                told = (inspect.getdoc(found.read) or "").split("\n\n")  # Typer keeps a docstring's line breaks
+                told = [re.sub(r"\n(?![-*] )", " ", paragraph) for paragraph in told]
+                command.short_help, command.help = found.title, "\n\n".join([*told, str(command.help)])
         return command
 
 
@@ -57,7 +60,7 @@ pack_app = typer.Typer(
     cls=PackGroup, no_args_is_help=True, help="Turn a raw data set, on a disk or behind a URL, into shards with a manifest."
 )
 
-Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
+Dest = Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL to write to; one folder per split is made below it.")]
 SHARES = "train=.8,val=.1,test=.1"
 
 Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient never crosses splits.")]
@@ -236,7 +239,9 @@ def pack_csv(
 @pack_app.command(RECIPE, hidden=True)
 def pack_recipe(
     context: typer.Context,
-    raw: Annotated[str, typer.Argument(help="Folder or URL (s3://, gs://, ...) of the data set, as it is published.")],
+    raw: Annotated[
+        str, typer.Argument(metavar="RAW", help="Folder or URL (s3://, gs://, ...) of the data set, as it is published.")
+    ],
     dest: Dest,
     split: Annotated[
         str | None, typer.Option(help="`official`, or NAME: lists in RAW/splits/NAME/train.txt and so on. By default official.")
