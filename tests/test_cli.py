@@ -83,7 +83,8 @@ def test_help_begins_with_what_most_begin_with(capsys: pytest.CaptureFixture[str
         assert call(*words)[0] == 0
     assert call("--help")[0] == 0
     out = capsys.readouterr().out
-    places = [out.rindex(f"│ {name} ") for name in ("pack", "view", "tokenizer", "entities", "quickstart", "launch", "evaluate", "demo")]
+    names = ("pack", "view", "tokenizer", "entities", "quickstart", "launch", "evaluate", "demo")
+    places = [out.rindex(f"│ {name} ") for name in names]
     assert places == sorted(places) and "│ train " not in out
     assert call("train", "quickstart", "optim.lr=1", "--nodes", "2")[0] == 2
     assert "`mmclip launch deepspeed quickstart optim.lr=1 --nodes 2`" in capsys.readouterr().err

@@ -151,8 +151,8 @@ def _make_key_file(path: Path) -> None:
         except FileExistsError:
             return
         logger.warning(
-            "%s was made, the key that hashes patient ids: keep it, and keep it secret (with another key, nobody can tell that two sets "
-            "share patients)", path,
+            "%s was made, the key that hashes patient ids: keep it, and keep it secret (with another key nobody can tell "
+            "that two sets share patients)", path,
         )  # fmt: skip
     finally:
         temporary.unlink()
