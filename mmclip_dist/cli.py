@@ -15,9 +15,17 @@ from mmclip_dist.commands import demo, evaluate, export, offline, pack, plan, re
 
 
 class Commands(TyperGroup):
-    """The parts of the help in the order of the work, each with the command that most begin with first."""
+    """All commands: what Ctrl-C says, and their order in the help."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # here, since Typer would end without a word
+            print("stopped; run the same command again to go on", file=sys.stderr)
+            raise typer.Exit(130) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
+        """The parts in the order of the work, each with the command that most begin with first."""
         first = ("pack", "tokenizer", "quickstart", "evaluate")
         return sorted(super().list_commands(ctx), key=lambda name: first.index(name) if name in first else len(first))
 
@@ -64,9 +72,6 @@ def run(application: typer.Typer) -> int:
     """Run the command line. The exit code is as in `mmclip_dist.errors`, and 130 after Ctrl-C."""
     try:
         application()
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
     except Exception as error:
         code = errors.exit_code(error)
         if code is None or "MMCLIP_DEBUG" in os.environ:
