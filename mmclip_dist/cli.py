@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import mmclip_dist
 from mmclip_dist import errors
 from mmclip_dist.commands import demo, evaluate, export, offline, pack, plan, rewrite, sets, training
 
+
+class Commands(TyperGroup):
+    """All commands: what Ctrl-C says, and their order in the help."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # here, since Typer would end without a word
+            print("stopped; run the same command again to go on", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The parts in the order of the work, each with the command that most begin with first."""
+        first = ("pack", "tokenizer", "quickstart", "evaluate")
+        return sorted(super().list_commands(ctx), key=lambda name: first.index(name) if name in first else len(first))
+
+
 app = typer.Typer(
-    name="mmclip", no_args_is_help=True, pretty_exceptions_enable=False,
+    cls=Commands, name="mmclip", no_args_is_help=True, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain MMCLIP models: masked medical contrastive language-image pretraining.",
 )  # fmt: skip
-app.add_typer(pack.pack_app, name="pack")
-app.add_typer(evaluate.evaluate_app, name="evaluate")
-for command in (
-    sets.verify, sets.stats, sets.view, sets.index, rewrite.reshard, rewrite.merge, rewrite.split,
-    rewrite.duplicates, training.tokenizer, training.config, offline.entities, offline.attention, offline.labels,
-    plan.plan, evaluate.report, export.export, demo.demo,
-):  # fmt: skip
-    app.command()(command)
-app.command("filter")(rewrite.filter_)
-app.command("bench-loader")(sets.bench_loader)
+SETS, BEFORE, TRAINING, MODELS = "Data sets", "Before training", "Training", "Models"
+"""The parts of `mmclip --help`."""
+app.add_typer(pack.pack_app, name="pack", rich_help_panel=SETS)
+app.add_typer(evaluate.evaluate_app, name="evaluate", rich_help_panel=MODELS)
+for part, commands in {
+    SETS: (
+        sets.index, sets.verify, sets.stats, sets.view, rewrite.duplicates, rewrite.filter_, rewrite.split, rewrite.merge,
+        rewrite.reshard, offline.labels, sets.bench_loader,
+    ),
+    BEFORE: (training.tokenizer, offline.entities, offline.attention),
+    TRAINING: (training.config, plan.plan),
+    MODELS: (evaluate.report, export.export, demo.demo),
+}.items():  # fmt: skip
+    for command in commands:
+        app.command(command.__name__.strip("_").replace("_", "-"), rich_help_panel=part)(command)
+app.command("train", hidden=True, context_settings={"ignore_unknown_options": True})(training.train)
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,9 +72,6 @@ def run(application: typer.Typer) -> int:
     """Run the command line. The exit code is as in `mmclip_dist.errors`, and 130 after Ctrl-C."""
     try:
         application()
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        return 130
     except Exception as error:
         code = errors.exit_code(error)
         if code is None or "MMCLIP_DEBUG" in os.environ:

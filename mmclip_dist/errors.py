@@ -35,6 +35,8 @@ def line(error: BaseException, where: str = "") -> str:
     """What the user reads of an error. where: who raised it, if several could have."""
     code = exit_code(error)
     text = f"{type(error).__name__}: {error}" if code is None else str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:  # without the number that Python puts first
+        text = f"{error.filename}: {error.strerror}"
     return masked(("error: " if code == USER else "failed: ") + (f"{where}: " if where else "") + text)
 
 

@@ -1,7 +1,8 @@
-"""Break the code on purpose, one line at a time, and see whether a test turns red: python tests/mutate.py [--only TEXT]
+"""Break the code on purpose, one line at a time, and see whether a test turns red: python tests/mutate.py [--new] [--write]
 
 The mutations are in tests/mutations/*.toml. Each is applied to a copy of the tree, in which the tests that it names are run:
-killed if one fails, survived if all pass, broken if they could not be run.
+killed if one fails, survived if all pass, broken if they could not be run. The table tests/mutations/README.md has a row for
+each that was run (--write); --new runs those that have none there, or one that is not killed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -260,26 +261,49 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join([*rows, *(line(result) for result in results if result.outcome != "killed")])
 
 
-def document(results: Sequence[Result]) -> str:
-    """tests/mutations/README.md."""
-    rows = [
-        "# Mutations",
-        "",
-        f"`python tests/mutate.py --write` broke the code in {len(results)} places, one at a time, and ran the tests named.",
-        "A mutation is killed if a test fails. Where one survived at first, the last column names what closed the gap.",
-        "",
-        "| package | file | change | what would go wrong | killed by | seconds | survived at first, closed by |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for result in sorted(results, key=lambda result: (result.mutation.package, result.mutation.file)):
-        mutation = result.mutation
-        by = f"`{result.by}`" if result.outcome == "killed" else f"**{result.outcome}** {result.by}"
-        cells = [
-            mutation.package, Path(mutation.file).name, mutation.change(), mutation.breaks, by, f"{result.seconds:.0f}",
-            mutation.closed_by,
-        ]  # fmt: skip
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(rows) + "\n"
+def head(mutation: Mutation) -> str:
+    """The first cells of a mutation's row, which tell it from others."""
+    return _cells(mutation.package, Path(mutation.file).name, mutation.change(), mutation.breaks)
+
+
+def row(result: Result) -> str:
+    by = f"`{result.by}`" if result.outcome == "killed" else f"**{result.outcome}** {result.by}"
+    return f"{head(result.mutation)}{_cells(by, f'{result.seconds:.0f}', result.mutation.closed_by)} |"
+
+
+def _cells(*texts: str) -> str:
+    return "".join("| " + text.replace("|", "\\|") + " " for text in texts)
+
+
+def is_killed(row: str | None) -> bool:
+    return row is not None and "| **survived** " not in row and "| **broken** " not in row
+
+
+def rows_of(mutations: Sequence[Mutation], table: str) -> dict[str, str]:
+    """Head -> row, of those mutations that the text of tests/mutations/README.md has a row for."""
+    lines = table.splitlines()
+    heads = (head(mutation) for mutation in mutations)
+    return {own: found for own in heads if (found := next((each for each in lines if each.startswith(own)), None))}
+
+
+def document(mutations: Sequence[Mutation], rows: Mapping[str, str]) -> str:
+    """tests/mutations/README.md. rows: of those that were run, by `head`."""
+    ordered = sorted(mutations, key=lambda mutation: (mutation.package, mutation.file))
+    shown = [rows[head(mutation)] for mutation in ordered if head(mutation) in rows]
+    return "\n".join(
+        [
+            "# Mutations",
+            "",
+            f"`python tests/mutate.py --new --write` broke the code in {len(shown)} of {len(mutations)} places, one at a time,",
+            "and ran the tests named, each on the tree of its day. A mutation is killed if a test fails.",
+            "Where one survived at first, the last column names what closed the gap.",
+            "",
+            "| package | file | change | what would go wrong | killed by | seconds | survived at first, closed by |",
+            "|---|---|---|---|---|---|---|",
+            *shown,
+            "",
+        ]
+    )
 
 
 def selected(mutations: Sequence[Mutation], text: str | None) -> list[Mutation]:
@@ -296,29 +320,35 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="mutations under way at once, each in a copy of its own")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the tests of one mutation")
     parser.add_argument("--list", action="store_true", help="show the mutations and run nothing")
-    parser.add_argument("--write", action="store_true", help=f"write {MUTATIONS / 'README.md'}")
+    parser.add_argument("--new", action="store_true", help="only those that the table does not call killed")
+    parser.add_argument("--write", action="store_true", help=f"put each result into {MUTATIONS / 'README.md'} at once")
     options = parser.parse_args()
+    table = ROOT / MUTATIONS / "README.md"
     try:
-        if options.write and options.only:
-            raise ValueError("--write tells of all mutations: leave out --only")
-        mutations = selected(load(ROOT), options.only)
+        everything = load(ROOT)
+        rows = rows_of(everything, table.read_text())
+        mutations = selected(everything, options.only)
+        if options.new:
+            mutations = [each for each in mutations if not is_killed(rows.get(head(each)))]
+        if not mutations:
+            print("all are killed")
+            return 0
         if options.list:
             for mutation in mutations:
                 print(f"{mutation.file}: {mutation.breaks}  {mutation.change()}")
             return 0
-        results = run_all(
-            mutations,
-            ROOT,
-            jobs=options.jobs,
-            timeout=options.timeout,
-            report=lambda result: print(line(result), flush=True),
-        )
+
+        def report(result: Result) -> None:
+            print(line(result), flush=True)
+            rows[head(result.mutation)] = row(result)
+            if options.write:
+                table.write_text(document(everything, rows))
+
+        results = run_all(mutations, ROOT, jobs=options.jobs, timeout=options.timeout, report=report)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(summary(results))
-    if options.write:
-        (ROOT / MUTATIONS / "README.md").write_text(document(results))
     return 0 if all(result.outcome == "killed" for result in results) else 1
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,6 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mmclip_dist.cli import run
+from tests.conftest import wait_for
 
 
 def call(*arguments: str) -> tuple[int, str]:
@@ -76,6 +78,34 @@ def pack(table: Path, *more: str) -> int:
         "--patient-column", "patient", "--text-column", "text", "--labels-column", "labels",
         "--splits", "train=.5,test=.5", str(table.parent / "set"), *more,
     )[0]  # fmt: skip
+
+
+def test_help_begins_with_what_most_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (("-h",), ("pack", "csv", "-h"), ("launch", "slurm", "-h"), ("evaluate", "probe", "-h")):
+        assert call(*words)[0] == 0
+    assert call("--help")[0] == 0
+    out = capsys.readouterr().out
+    names = ("pack", "view", "tokenizer", "entities", "quickstart", "launch", "evaluate", "demo")
+    places = [out.rindex(f"│ {name} ") for name in names]
+    assert places == sorted(places) and "│ train " not in out
+    assert call("train", "quickstart", "optim.lr=1", "--nodes", "2")[0] == 2
+    assert "`mmclip launch deepspeed quickstart optim.lr=1 --nodes 2`" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line_and_code_130(tmp_path: Path) -> None:
+    """It reaches all processes of the terminal."""
+    command = [sys.executable, "-m", "mmclip_launch.cli", "pack", "synthetic", str(tmp_path / "set"), "--count", "2000",
+               "--workers", "2", "--samples-per-shard", "8"]  # fmt: skip
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: any(tmp_path.glob("set/*/*.tar")))
+        os.killpg(running.pid, signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    assert running.returncode == 130, told
+    assert [line for line in told.splitlines() if line.strip()] == ["stopped; run the same command again to go on"]
 
 
 def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

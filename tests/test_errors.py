@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.data.example import MissingSidecar
 from mmclip_dist.engine.collective import AgreedError, AgreedFailure
@@ -24,6 +26,13 @@ def test_what_a_user_can_mend_is_an_error_with_code_2(error: Exception) -> None:
 @pytest.mark.parametrize("error", [OSError("x"), TimeoutError("x"), ConnectionError("x"), AgreedFailure("x")])
 def test_what_a_machine_or_a_store_did_is_a_failure_with_code_1(error: Exception) -> None:
     assert exit_code(error) == 1 and line(error) == "failed: x"
+
+
+def test_what_the_system_refused_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OSError) as told:
+        write_atomic(tmp_path / "page.html", b"")
+    assert line(told.value) == f"error: {tmp_path}/page.html: Is a directory"
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), AssertionError("x")])

@@ -68,8 +68,14 @@ def test_a_mutation_is_killed_survives_or_is_broken(tree: Path) -> None:
     assert "code 2" in results[2].by and "ImportError" in results[2].by
     assert (tree / "toy" / "__init__.py").read_text() == SOURCE
     assert "toy                      3      1        1      1" in mutate.summary(results)
-    assert "| `return 2 * x` -> `return 3 * x` |" not in mutate.document(results)
-    assert "| `2 * x` -> `3 * x` | 2 * x is 3 * x | `tests/test_toy.py::test_double` |" in mutate.document(results)
+    rows = {mutate.head(result.mutation): mutate.row(result) for result in results}
+    table = mutate.document(mutations, rows)
+    assert "| `return 2 * x` -> `return 3 * x` |" not in table
+    assert "| `2 * x` -> `3 * x` | 2 * x is 3 * x | `tests/test_toy.py::test_double` |" in table
+    assert mutate.rows_of(mutations, table) == rows
+    assert [mutate.is_killed(rows[mutate.head(each)]) for each in mutations] == [True, False, False]
+    assert not mutate.is_killed(None)
+    assert mutate.rows_of(mutations[1:], table).keys() == {mutate.head(each) for each in mutations[1:]}
 
 
 @pytest.mark.slow

@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mmclip_dist.cli import app, run
-from mmclip_dist.commands.options import local_folder
+from mmclip_dist.cli import TRAINING, app, run
+from mmclip_dist.commands.options import Overrides, RecipeName, local_folder
 from mmclip_dist.errors import masked
 
 Urls = list[str] | None
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def quickstart(
     out: Annotated[Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder for all output.")] = Path(
         "runs/quickstart"
@@ -26,7 +26,7 @@ def quickstart(
     paired: Annotated[Urls, typer.Option(help="Packed set with reports; may be repeated.")] = None,
     unpaired: Annotated[Urls, typer.Option(help="Packed set without reports; may be repeated.")] = None,
     evaluation: Annotated[Urls, typer.Option("--eval", help="Packed, labelled set; may be repeated.")] = None,
-    overrides: Annotated[Urls, typer.Argument(help="key.sub=value of the quickstart recipe.")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """The whole job on this machine: pack, entities, warm-up, attention, MMCLIP training, a control, zero-shot, report.
 
@@ -53,7 +53,7 @@ def quickstart(
     Console().print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAINING)
 def doctor(
     hostfile: Annotated[Path | None, typer.Option(help="Hosts to look at, over ssh; by default this machine.")] = None,
     data: Annotated[str | None, typer.Option(help="A split, SET/train: may each host read it, and how fast?")] = None,
@@ -95,9 +95,7 @@ def doctor(
 
 
 launch_app = typer.Typer(no_args_is_help=True, help="Start a run on a cluster. --dry-run prints what would be done.")
-app.add_typer(launch_app, name="launch")
-Recipe = Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value")]
+app.add_typer(launch_app, name="launch", rich_help_panel=TRAINING)
 Nodes = Annotated[int, typer.Option(min=1, help="Machines.")]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs of each machine.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")]
@@ -105,7 +103,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be don
 
 @launch_app.command("deepspeed")
 def launch_deepspeed(
-    recipe: Recipe,
+    recipe: RecipeName,
     overrides: Overrides = None,
     hostfile: Annotated[Path | None, typer.Option(help="Hosts, reached by ssh; by default this machine.")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the file.")] = None,
@@ -121,7 +119,7 @@ def launch_deepspeed(
 
 @launch_app.command("slurm")
 def launch_slurm(
-    recipe: Recipe,
+    recipe: RecipeName,
     overrides: Overrides = None,
     nodes: Nodes = 1,
     gpus: Gpus = 8,
@@ -140,7 +138,7 @@ def launch_slurm(
 
 @launch_app.command("k8s")
 def launch_k8s(
-    recipe: Recipe,
+    recipe: RecipeName,
     image: Annotated[str, typer.Option(help="Container image with a tag that never moves, or a digest.")],
     overrides: Overrides = None,
     nodes: Nodes = 1,
@@ -155,7 +153,10 @@ def launch_k8s(
 
 @launch_app.command("ray-job")
 def launch_ray_job(
-    words: Annotated[list[str], typer.Argument(help="-- entities|attention SET/train ..., as after `mmclip`.")],
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="-- STAGE SET/SPLIT", help="-- entities|attention SET/train ..., as after `mmclip`."),
+    ],
     address: Annotated[str, typer.Option(envvar="RAY_ADDRESS", help="The cluster's job server, http://HOST:8265.")],
     more: Annotated[
         list[Path] | None, typer.Option("--with", help="A file or folder below this one that travels, too; may be repeated.")

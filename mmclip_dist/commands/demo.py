@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
+from mmclip_dist.commands.options import Checkpoint
 from mmclip_dist.commands.progress import progress_bar
 
 
 def demo(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],
+    checkpoint: Checkpoint,
     data: Annotated[str | None, typer.Option(help="A packed set, SET/SPLIT: the reports nearest to the image are shown.")] = None,
     findings: Annotated[str | None, typer.Option(help="Findings in the form at first, with commas between them.")] = None,
     average: Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")] = False,

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mmclip_dist.commands.options import local_folder
+from mmclip_dist.commands.options import Checkpoint, local_folder
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],
+    checkpoint: Checkpoint,
     destination: Annotated[Path, typer.Argument(parser=local_folder, metavar="DEST", help="A new or empty folder.")],
     format: Annotated[str, typer.Option("--format", help="hf, siglip-tower, open_clip, onnx or all.")] = "hf",
     average: Annotated[bool, typer.Option("--average", help="Use the averaged weights of a run with optim.ema.")] = False,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from mmclip_shards.storage import join
 
-from mmclip_dist.commands.options import Precision, Workers
+from mmclip_dist.commands.options import Precision, Split, Workers
 
 Address = Annotated[
     str | None, typer.Option(help="Ray cluster; by default the job's own or RAY_ADDRESS, else one is started here.")
@@ -23,7 +23,7 @@ MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of unreadable s
 
 
 def entities(
-    base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
+    base: Split,
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/entities.")] = None,
     model: Annotated[str, typer.Option(help="`lexicon`, or an installed spaCy or scispaCy model.")] = "lexicon",
     language: Annotated[str | None, typer.Option(help="Of the reports: en or es; by default that of the data set.")] = None,
@@ -47,7 +47,7 @@ def entities(
 
 
 def labels(
-    base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
+    base: Split,
     out: Annotated[str, typer.Option(help="The table: a key and CheXpert's 14 observations a row.")] = "labels.csv",
 ) -> None:
     """Label every report with CheXpert's 14 observations, by rules. `mmclip pack --labels-from-reports` puts them into a set."""
@@ -62,7 +62,7 @@ def labels(
 
 
 def attention(
-    base: Annotated[str, typer.Argument(help="Packed set, SET/SPLIT.")],
+    base: Split,
     checkpoint: Annotated[str, typer.Option(help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")],
     entities: Annotated[str | None, typer.Option(help="Entity sidecars, whose words guide the scores.")] = None,
     out: Annotated[str | None, typer.Option(help="Sidecars; by default BASE/attention.")] = None,

@@ -16,4 +16,13 @@ def local_folder(text: str) -> Path:
 
 
 Precision = Literal["fp32", "bf16", "fp16"]  # that of `mmclip_dist.config`, whose import would hold up every command
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, as optim.lr=1e-4; `mmclip config RECIPE` prints all.")
+]
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a run folder or a mirror's URL for its newest one.")
+]
+SetUrl = Annotated[str, typer.Argument(metavar="SET", help="A packed set, or the folder of its splits.")]
+Split = Annotated[str, typer.Argument(metavar="SET/SPLIT", help="A packed set.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]

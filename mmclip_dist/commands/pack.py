@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -49,7 +50,9 @@ class PackGroup(TyperGroup):
             except ValueError as error:  # of another's package; the command itself ends with it
                 command.short_help = str(error)
             else:
-                command.short_help, command.help = found.title, f"{inspect.getdoc(found.read) or ''}\n\n{command.help}"
+                told = (inspect.getdoc(found.read) or "").split("\n\n")  # Typer keeps a docstring's line breaks
+                told = [re.sub(r"\n(?![-*] )", " ", paragraph) for paragraph in told]
+                command.short_help, command.help = found.title, "\n\n".join([*told, str(command.help)])
         return command
 
 
@@ -57,7 +60,7 @@ pack_app = typer.Typer(
     cls=PackGroup, no_args_is_help=True, help="Turn a raw data set, on a disk or behind a URL, into shards with a manifest."
 )
 
-Dest = Annotated[str, typer.Argument(help="Folder or URL to write to; one folder per split is made below it.")]
+Dest = Annotated[str, typer.Argument(metavar="DEST", help="Folder or URL to write to; one folder per split is made below it.")]
 SHARES = "train=.8,val=.1,test=.1"
 
 Splits = Annotated[str, typer.Option(help="Shares of the patients; a patient never crosses splits.")]
@@ -166,9 +169,14 @@ def pack_csv(
     labels_column: Annotated[str | None, typer.Option(help="Column of the findings that are present.")] = None,
     labels_separator: Annotated[str, typer.Option(help="Separator of findings in one cell.")] = "|",
     view_column: Annotated[str | None, typer.Option(help="Column of the view (PA, AP, ...).")] = None,
-    age_column: Annotated[str | None, typer.Option(help="Column of the age in years (58, 58.0, 058Y).")] = None,
+    age_column: Annotated[str | None, typer.Option(help="Column of the age in years (58, 58.5, 58,5, 058Y).")] = None,
     split_column: Annotated[str | None, typer.Option(help="Column of the split, instead of --splits.")] = None,
     key_column: Annotated[str | None, typer.Option(help="Column of a unique name; by default the image's.")] = None,
+    delimiter: Annotated[
+        str | None, typer.Option(help='Between cells, such as ";". By default a comma, in .tsv and .tab files a tab.')
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Of the table, such as windows-1252.")] = "utf-8",
+    normal_label: Annotated[str | None, typer.Option(help="Label of healthy patients, beside `No Finding` and `Normal`.")] = None,
     empty_reports: Annotated[str, typer.Option(help="A row without text: error, drop or unpaired.")] = "error",
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default DEST's last part.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the data, for the manifests.")] = None,
@@ -201,7 +209,7 @@ def pack_csv(
         image_column=image_column, patient_column=patient_column, text_column=text_column, findings_column=findings_column,
         impression_column=impression_column, labels_column=labels_column, labels_separator=labels_separator,
         view_column=view_column, age_column=age_column, split_column=split_column, key_column=key_column,
-        empty_reports=empty_reports,
+        empty_reports=empty_reports, delimiter=delimiter, encoding=encoding, normal_label=normal_label,
     )  # fmt: skip
     rendering = _rendering(image_format, quality, window, clahe)
     records, identity = read_table(table, images, **options), table_hash(table, **options)  # type: ignore[arg-type]
@@ -231,7 +239,9 @@ def pack_csv(
 @pack_app.command(RECIPE, hidden=True)
 def pack_recipe(
     context: typer.Context,
-    raw: Annotated[str, typer.Argument(help="Folder or URL (s3://, gs://, ...) of the data set, as it is published.")],
+    raw: Annotated[
+        str, typer.Argument(metavar="RAW", help="Folder or URL (s3://, gs://, ...) of the data set, as it is published.")
+    ],
     dest: Dest,
     split: Annotated[
         str | None, typer.Option(help="`official`, or NAME: lists in RAW/splits/NAME/train.txt and so on. By default official.")

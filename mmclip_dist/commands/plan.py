@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from mmclip_dist.commands.options import Overrides, RecipeName
+
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     gpus: Annotated[list[int], typer.Option(min=1, help="GPUs; given several times: one row for each.")] = [8],  # noqa: B006
     gpu: Annotated[str, typer.Option(help="Card: h100, h200, a100-80, ... (an unknown name lists all).")] = "h100",
     per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a node; by default the card's usual.")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -36,6 +35,8 @@ def progress_bar(description: str, unit: str = "") -> Iterator[Callable[[int, in
 
 def print_table(*tables: Table) -> None:
     """As wide as the terminal; in a file or pipe as wide as they need, where rich takes 80 columns and breaks every cell."""
-    console = Console() if sys.stdout.isatty() else Console(width=_FILE_COLUMNS)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_COLUMNS)
     for table in tables:
         console.print(table)

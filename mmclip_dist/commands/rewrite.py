@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmclip_dist.commands.options import Workers
+from mmclip_dist.commands.options import SetUrl, Workers
 from mmclip_dist.commands.pack import Dest, PerShard
 from mmclip_dist.commands.progress import progress_bar
-from mmclip_dist.commands.sets import SetUrl
 
 if TYPE_CHECKING:
     from mmclip_shards.rewrite import Rewritten
@@ -30,7 +29,7 @@ def reshard(
 
 
 def merge(
-    urls: Annotated[list[str], typer.Argument(metavar="URL URL... DEST", help="Sets or folders of splits; then where to write.")],
+    urls: Annotated[list[str], typer.Argument(metavar="SET SET... DEST", help="Sets or folders of splits; then where to write.")],
     dataset: Annotated[str | None, typer.Option(help="Name of the whole; by default the names joined by +.")] = None,
     prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put the data set's name before each key.")] = False,
     samples_per_shard: PerShard = 1024,
@@ -71,7 +70,8 @@ def filter_(
     url: SetUrl,
     dest: Dest,
     expression: Annotated[
-        str | None, typer.Argument(help="""For example 'view == "PA" and labels["Edema"] == 1'; see shards/README.md.""")
+        str | None,
+        typer.Argument(metavar="EXPRESSION", help="""As 'view == "PA" and labels["Edema"] == 1'; see shards/README.md."""),
     ] = None,
     leave_out: Annotated[str | None, typer.Option(help="List of `mmclip duplicates --list`: leave its samples out.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what matches.")] = False,
@@ -95,7 +95,7 @@ def filter_(
 
 
 def duplicates(
-    urls: Annotated[list[str], typer.Argument(help="Packed sets, or folders of splits.")],
+    urls: Annotated[list[str], typer.Argument(metavar="SET...", help="Packed sets, or folders of splits.")],
     distance: Annotated[int, typer.Option(min=0, max=64, help="Bits of 256 in which images may differ.")] = 8,
     list_: Annotated[
         str | None, typer.Option("--list", help="Write which samples could go, for `mmclip filter --leave-out`.")

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from mmclip_dist.commands.options import SetUrl
 from mmclip_dist.commands.progress import print_table, progress_bar
 
 if TYPE_CHECKING:
     from mmclip_shards.stats import SetStats, SplitStats
 
 _VIEWS = 8  # printed of one split
-
-SetUrl = Annotated[str, typer.Argument(help="A packed set, or the folder of its splits.")]
 
 
 def verify(
@@ -76,7 +75,7 @@ def stats(
 
 
 def index(
-    url: Annotated[str, typer.Argument(help="Folder of WebDataset shards (*.tar) that another program wrote.")],
+    url: Annotated[str, typer.Argument(metavar="FOLDER", help="Folder of WebDataset shards (*.tar) that another program wrote.")],
     dataset: Annotated[str | None, typer.Option(help="Name of the data set; by default the folder's.")] = None,
     split: Annotated[str, typer.Option(help="Name of the split that these shards are.")] = "train",
 ) -> None:
@@ -162,7 +161,7 @@ def _phi(split: SplitStats) -> str:
 
 
 def bench_loader(
-    urls: Annotated[list[str], typer.Argument(help="Packed sets, SET/SPLIT.")],
+    urls: Annotated[list[str], typer.Argument(metavar="SET/SPLIT...", help="Packed sets.")],
     size: Annotated[
         int | None, typer.Option(min=1, help="Make full examples of this many pixels; by default only read.")
     ] = None,

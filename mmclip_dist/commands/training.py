@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from mmclip_dist.commands.options import local_folder
+from mmclip_dist.commands.options import Overrides, RecipeName, local_folder
 
 
 def config(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration of a recipe."""
     from mmclip_dist.config import dump_config, load_config
@@ -20,8 +20,14 @@ def config(
     print(dump_config(load_config(recipe, overrides or [])), end="")
 
 
+def train(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """What many type first."""
+    given = " ".join(words or ["RECIPE", "key=value", "..."])
+    raise ValueError(f"runs are started by a launcher: `mmclip launch deepspeed {given}` on this machine; see `mmclip launch -h`")
+
+
 def tokenizer(
-    urls: Annotated[list[str], typer.Argument(help="Packed sets with the reports to train on.")],
+    urls: Annotated[list[str], typer.Argument(metavar="SET...", help="Packed sets with the reports to train on.")],
     out: Annotated[Path, typer.Option(parser=local_folder, metavar="FOLDER", help="Folder to write.")],
     vocabulary: Annotated[int, typer.Option(min=100, help="Maximal size of the vocabulary.")] = 8192,
 ) -> None:

@@ -18,6 +18,8 @@ from mmclip_shards.grey import Window, check_pixels, grey_array
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+    from mmclip_shards.rawpath import RawPath
+
 
 # What pydicom was seen to raise on damaged files, beside its own errors; NotImplementedError is a RuntimeError.
 _DAMAGE = (
@@ -43,12 +45,12 @@ _PLUGINS = {
 """Transfer syntax after `_COMPRESSED` -> the packages of the plugin that decodes all of it. Pillow decodes some files."""
 
 
-def is_dicom(data: Path | bytes) -> bool:
+def is_dicom(data: RawPath | bytes) -> bool:
     """Whether a file or its bytes carry DICOM's mark. False for a file that cannot be read."""
     if isinstance(data, bytes):
         return data[128:132] == b"DICM"
     try:
-        with data.open("rb") as handle:
+        with data.open("rb", 132) as handle:
             return handle.read(132)[128:] == b"DICM"
     except OSError:
         return False

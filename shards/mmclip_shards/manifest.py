@@ -235,8 +235,9 @@ def find_sets(url: Url) -> list[str]:
     folders = [storage.join(url, name) for name in names if not name.endswith((".tar", ".json"))]
     if found := [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST_NAME))]:
         return found
+    there = f"{len(names)} entries there" if names else "nothing is there"
     raise ValueError(
-        f"no {MANIFEST_NAME} in {url} or a folder of it ({len(names)} entries there): make a set with `mmclip pack` "
+        f"no {MANIFEST_NAME} in {url} or a folder of it ({there}): make a set with `mmclip pack` "
         "(or `mmclip index`, for shards of another program), or correct the path"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import secrets
@@ -10,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mmclip_shards.schema import KEY_PATTERN
+
+logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "MMCLIP_PATIENT_KEY"
 MIN_KEY_LENGTH = 16
@@ -147,5 +150,9 @@ def _make_key_file(path: Path) -> None:
             os.link(temporary, path)  # unlike a rename, a link never replaces a key that is already in use
         except FileExistsError:
             return
+        logger.warning(
+            "%s was made, the key that hashes patient ids: keep it, and keep it secret (with another key nobody can tell "
+            "that two sets share patients)", path,
+        )  # fmt: skip
     finally:
         temporary.unlink()

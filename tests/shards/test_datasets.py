@@ -108,6 +108,18 @@ def test_folder(tmp_path: Path) -> None:
     assert {r.source: r for r in read("folder", tmp_path)}["x.png"].labels == {"PNEUMONIA": None}
 
 
+def test_dicom_files_of_an_archive_have_no_suffix(tmp_path: Path) -> None:
+    """As they are exported: numbered, or named by their UIDs, with a DICOMDIR that lists them."""
+    (tmp_path / "Edema").mkdir()
+    mark = bytes(128) + b"DICM"
+    for name, data in {"IM0001": mark, "1.2.840.7": mark, "DICOMDIR": mark, "README": b"text", "LOCK.1": b""}.items():
+        (tmp_path / "Edema" / name).write_bytes(data)
+    (tmp_path / "Edema" / "1.2.840.7.txt").write_text("Oedema.")
+    found = prepare("folder", tmp_path)
+    assert {record.source: record.report for record in found.records} == {"Edema/1.2.840.7": "Oedema.", "Edema/IM0001": ""}
+    assert found.skipped == {"no image: DICOMDIR": 1, "no image: no suffix": 1, "no image: .1": 1}
+
+
 def test_jsonl(tmp_path: Path) -> None:
     miniatures.jsonl(tmp_path)
     first, second = read("jsonl", tmp_path)

@@ -92,12 +92,15 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_key_file_is_made_once_and_private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_key_file_is_made_once_and_private(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.delenv("MMCLIP_PATIENT_KEY", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "one"))
     first = patient_key()
     assert patient_key() == first
     path = tmp_path / "one" / "mmclip" / "patient.key"
+    assert f"{path} was made" in caplog.text and len(caplog.records) == 1 and path.read_text().strip() not in caplog.text
     assert [entry.name for entry in path.parent.iterdir()] == ["patient.key"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     monkeypatch.setenv("MMCLIP_PATIENT_KEY", path.read_text())  # the way to carry it to another machine

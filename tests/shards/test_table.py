@@ -88,6 +88,42 @@ def test_byte_order_mark_tabs_and_other_separators(tmp_path: Path) -> None:
     assert second.labels == {"Edema": None, "Mass": None}
 
 
+def test_a_table_of_a_german_spreadsheet(tmp_path: Path) -> None:
+    """Semicolons, Windows-1252 and decimal commas."""
+    header = "Bild;Patient;Befund;Alter;Diagnose\n"
+    rows = "a.png;1;Größe normal, kein Erguss.;54,5;o. B.\nb.png;2;Erguß;7;Erguß\n"
+    table = make(tmp_path, rows, header, encoding="windows-1252")
+    names = {"image_column": "Bild", "patient_column": "Patient", "text_column": "Befund", "age_column": "Alter"}
+
+    def found(**options: str) -> list[Record]:
+        return list(read_table(table, tmp_path / "images", **names, **options))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match=r"header has no ',' and 4 ';': name the separator of cells, --delimiter ';'"):
+        found()
+    with pytest.raises(ValueError, match=r"not UTF-8 \(byte 45\): name its encoding, such as --encoding windows-1252, or save"):
+        found(delimiter=";")
+    first, second = found(encoding="windows-1252", delimiter=";", labels_column="Diagnose", normal_label="O. B.")
+    assert (first.report, first.age, first.labels) == ("Größe normal, kein Erguss.", 54, {"Erguß": 0})
+    assert (second.report, second.age, second.labels) == ("Erguß", 7, {"Erguß": 1})
+    assert found(encoding="cp1252", delimiter=";", labels_column="Diagnose")[0].labels == {"o. B.": 1, "Erguß": 0}
+    for options, message in (
+        ({"encoding": "latin-0"}, "encoding 'latin-0' is unknown to Python: use for example windows-1252"),
+        ({"encoding": "utf-16"}, "encoding 'utf-16' has no lines of bytes: convert the table to UTF-8 .iconv."),
+        ({"encoding": "ascii", "delimiter": ";"}, r"is not ASCII \(byte 45\)"),
+        ({"delimiter": "::"}, "delimiter '::' is not one character: use for example ';'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            found(**options)
+
+
+@pytest.mark.parametrize("encoding", ["windows-1252", "shift_jis", "gb18030", "utf-8-sig"])
+def test_rows_are_found_again_in_other_encodings(tmp_path: Path, encoding: str) -> None:
+    text = "é" if encoding in ("windows-1252", "utf-8-sig") else "表ソ"  # in Shift JIS the second byte of both is a backslash
+    (tmp_path / "table.csv").write_bytes(f'number,text\r\n1,"{text}\r{text}"\r\n2,{text}\n'.encode(encoding))
+    found = Rows(tmp_path / "table.csv", ["text"], encoding=encoding)
+    assert [found[place][1]["text"] for place in (1, 0)] == [text, f"{text}\r{text}"]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_rows_are_found_again_whatever_ends_their_lines(tmp_path: Path, end: str, mark: str) -> None:
@@ -213,9 +249,12 @@ def test_the_hash_covers_table_and_options(tmp_path: Path) -> None:
         table_hash(table, **COLUMNS, key_column="patient"),
         table_hash(table, **COLUMNS, empty_reports="drop"),
         table_hash(table, **COLUMNS, age_column="patient"),
+        table_hash(table, **COLUMNS, encoding="cp1252"),
+        table_hash(table, **COLUMNS, delimiter=";"),
+        table_hash(table, **COLUMNS, normal_label="o. B."),
     }
     make(tmp_path, "a.png,1,y,,\n")
-    assert len(hashes | {table_hash(table, **COLUMNS)}) == 5
+    assert len(hashes | {table_hash(table, **COLUMNS)}) == 8
     with pytest.raises(TypeError):
         table_hash(table, **COLUMNS, unknown="x")
 

@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
+from mmclip_shards.dicom import is_dicom
 from mmclip_shards.rawpath import RawPath, ahead, walk
 from mmclip_shards.schema import Record
 
@@ -17,8 +18,8 @@ def folder(raw: RawPath) -> Iterator[Record | Skipped]:
 
     The image's own folder is its label; `normal` and `No Finding` make all others absent. Images that lie in RAW itself have
     unknown labels. A report may lie beside an image, as IMAGE.txt with the same stem (UTF-8). Each image counts as a patient
-    of its own: if you know the patients, use `jsonl` or `csv`. Other files are left out and counted by suffix. `--split
-    official` takes the first folder of RAW/train/CLASS/IMAGE, RAW/test/CLASS/IMAGE.
+    of its own: if you know the patients, use `jsonl` or `csv`. DICOM files need no suffix. Other files are left out and counted
+    by suffix. `--split official` takes the first folder of RAW/train/CLASS/IMAGE, RAW/test/CLASS/IMAGE.
     """
     for path, text in ahead(_text, _images(raw)):
         if isinstance(path, Skipped):
@@ -38,10 +39,16 @@ def _images(raw: RawPath) -> Iterator[tuple[RawPath | Skipped, RawPath | None]]:
         texts = {name for name in names if name.endswith(".txt")}
         for name in names:
             stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
-            if suffix.lower() in SUFFIXES:
-                yield folder / name, folder / f"{stem}.txt" if f"{stem}.txt" in texts else None
-            elif suffix != ".txt":
-                yield Skipped(f"no image: {suffix or 'no suffix'}"), None
+            if name == "DICOMDIR":  # the list of an archive's files
+                yield Skipped("no image: DICOMDIR"), None
+                continue
+            if (not suffix or suffix[1:].isdecimal()) and is_dicom(folder / name):
+                stem = name
+            elif suffix.lower() not in SUFFIXES:
+                if suffix != ".txt":
+                    yield Skipped(f"no image: {suffix or 'no suffix'}"), None
+                continue
+            yield folder / name, folder / f"{stem}.txt" if f"{stem}.txt" in texts else None
 
 
 def _text(report: RawPath | None) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
-import io
 from array import array
-from codecs import BOM_UTF8
 from collections.abc import Container, Iterator, Mapping
 from copy import copy
 from typing import Any
@@ -22,13 +21,18 @@ Row = tuple[int, Mapping[str, str]]
 class Rows:
     """The rows of a table: their places in the file and a hash of each, in 32 bytes. They are read when they are asked for.
 
-    wanted: columns that must be there. ValueError for a file that cannot be read as a table.
+    wanted: columns that must be there. delimiter: between cells; by default a comma, and in .tsv and .tab files a tab. ValueError
+    for a file that cannot be read as a table.
     """
 
-    def __init__(self, table: RawPath, wanted: list[str]) -> None:
-        self.table = table
+    def __init__(
+        self, table: RawPath, wanted: list[str], *, delimiter: str | None = None, encoding: str = "utf-8"
+    ) -> None:
+        if delimiter is not None and len(delimiter) != 1:
+            raise ValueError(f"delimiter {delimiter!r} is not one character: use for example ';'")
+        self.table, self._encoding = table, _checked(encoding)
         self._numbers, self._starts, self._lengths, self._hashes = array("Q"), array("Q"), array("Q"), array("Q")
-        self._delimiter = "\t" if table.suffix.lower() in (".tsv", ".tab") else ","
+        self._delimiter = delimiter or ("\t" if table.suffix.lower() in (".tsv", ".tab") else ",")
         self._columns: list[str] = []
         try:
             self._file = seekable(table)
@@ -61,6 +65,7 @@ class Rows:
         reader = csv.reader(self._lines(lines), delimiter=self._delimiter, strict=True)
         try:
             self._columns = [name.strip() for name in next(reader, [])]
+            self._check_delimiter(wanted)
             check_columns(self._columns, wanted, self.table)
             start += _take(lines)[0]
             for number, cells in enumerate(reader, 2):
@@ -85,19 +90,33 @@ class Rows:
         """The lines of the table as text; `lines` gets their bytes."""
         position = 0
         for raw in self._file:
-            try:
-                text = raw.decode("utf-8-sig" if position == 0 else "utf-8")
-            except UnicodeDecodeError as error:
-                where = position + error.start
-                raise ValueError(
-                    f"{self.table} is not UTF-8 (byte {where}): save or convert (iconv) it as UTF-8"
-                ) from None
-            if position == 0 and raw.startswith(BOM_UTF8):
-                lines.append(BOM_UTF8)
-            position += len(raw)
-            for line in io.StringIO(text, newline=""):  # a lone carriage return ends a line, too
-                lines.append(line.encode())
-                yield line
+            mark = codecs.BOM_UTF8 if position == 0 and self._encoding == "utf-8" else b""
+            text_bytes = raw.removeprefix(mark)
+            if len(text_bytes) < len(raw):
+                lines.append(mark)
+                position = len(mark)
+            for line in text_bytes.splitlines(keepends=True):  # a lone carriage return ends a line, too
+                try:
+                    text = line.decode(self._encoding)
+                except UnicodeDecodeError as error:
+                    found = f"{self.table} is not {self._encoding.upper()} (byte {position + error.start})"
+                    raise ValueError(
+                        f"{found}: name its encoding, such as --encoding windows-1252, or save or convert (iconv) it as UTF-8"
+                    ) from None
+                position += len(line)
+                lines.append(line)
+                yield text
+
+    def _check_delimiter(self, wanted: list[str]) -> None:
+        """ValueError if another character parts the header's names."""
+        (header, *others) = self._columns or [""]
+        counts = {each: header.count(each) for each in ",;\t|" if each != self._delimiter}
+        other = max(counts, key=counts.__getitem__)
+        if not others and counts[other] and header not in wanted:
+            raise ValueError(
+                f"{self.table}: its header has no {self._delimiter!r} and {counts[other]} {other!r}: "
+                f"name the separator of cells, --delimiter {'$' * (other == chr(9))}{other!r}"
+            )
 
     def __getitem__(self, place: int) -> Row:
         file: Any = self._file.raw  # without the buffer: it would hide that the file was changed
@@ -105,7 +124,7 @@ class Rows:
         raw = file.read(self._lengths[place]) or b""
         if xxhash.xxh3_64_intdigest(raw) != self._hashes[place]:
             raise ValueError(f"{self.table} was changed while it was read: start again")
-        (cells,) = csv.reader([raw.decode()], delimiter=self._delimiter, strict=True)
+        (cells,) = csv.reader([raw.decode(self._encoding)], delimiter=self._delimiter, strict=True)
         return self._numbers[place], {name: cell.strip() for name, cell in zip(self._columns, cells, strict=True)}
 
 
@@ -114,6 +133,18 @@ def _take(lines: list[bytes]) -> tuple[int, int]:
     raw = b"".join(lines)
     lines.clear()
     return len(raw), xxhash.xxh3_64_intdigest(raw)
+
+
+def _checked(encoding: str) -> str:
+    """Python's name of an encoding in which lines end as in ASCII. ValueError for others."""
+    try:
+        name = codecs.lookup(encoding).name
+        ends = "\r\n".encode(name.removesuffix("-sig"))
+    except (LookupError, TypeError):  # TypeError: bytes to bytes, as base64
+        raise ValueError(f"encoding {encoding!r} is unknown to Python: use for example windows-1252") from None
+    if ends != b"\r\n":
+        raise ValueError(f"encoding {encoding!r} has no lines of bytes: convert the table to UTF-8 (iconv)")
+    return name.removesuffix("-sig")
 
 
 def check_columns(columns: list[str], wanted: list[str], table: RawPath) -> None:

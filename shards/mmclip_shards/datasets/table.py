@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol, TypeVar, get_args, overload
 
@@ -29,7 +29,7 @@ NORMAL_LABELS = frozenset({"no finding", "no findings", "normal"})
 """Cells of the labels column that mean every disease is absent."""
 
 
-_LATER = frozenset({"findings_column", "impression_column", "age_column"})
+_LATER = frozenset({"findings_column", "impression_column", "age_column", "delimiter", "encoding", "normal_label"})
 
 
 def read_table(
@@ -48,15 +48,18 @@ def read_table(
     split_column: str | None = None,
     key_column: str | None = None,
     empty_reports: EmptyReports = "error",
+    delimiter: str | None = None,
+    encoding: str = "utf-8",
+    normal_label: str | None = None,
 ) -> Sequence[Record]:
-    """One record per row of `table` (UTF-8; tabs when it ends in .tsv or .tab), images below the folder `images`.
+    """One record per row of `table` (commas, or tabs when it ends in .tsv or .tab), images below the folder `images`.
 
     Both may be URLs. A row is read when its record is asked for, so reports are not held; ValueError if the table was changed
     meanwhile (of a remote one, a copy in TMPDIR is read).
 
     image_column: path below `images`; it may start with that folder's own name. findings_column, impression_column: sections that
     are joined to the report, in place of text_column. labels_column: names of the present diseases. A disease that is not listed
-    is absent; `No Finding` or `Normal` makes all absent; an empty cell leaves all unknown. age_column: years, read by
+    is absent; `No Finding`, `Normal` or normal_label makes all absent; an empty cell leaves all unknown. age_column: years, by
     `upstream.read_age`; cells that are no age are warned of. key_column: text for the key; by default the image's file name, or
     its whole path if two file names are equal. empty_reports: for a row without text, "error" stops, "drop" leaves it out,
     "unpaired" keeps its image without a report.
@@ -74,7 +77,7 @@ def read_table(
         raise ValueError("the report is a text column, or findings and impression columns that are joined: name one or the other")
     texts = [text_column] if text_column is not None else list(section_columns.values())
     wanted = [image_column, patient_column, *texts, labels_column, view_column, age_column, split_column, key_column]
-    rows = Rows(table, [column for column in wanted if column is not None])
+    rows = Rows(table, [column for column in wanted if column is not None], delimiter=delimiter, encoding=encoding)
     if texts:
         rows = _settle_empty_reports(rows, texts, empty_reports)
     if not rows:
@@ -82,7 +85,8 @@ def read_table(
     _check_cells(rows, [column for column in (image_column, patient_column, split_column, key_column) if column], image_column)
     key_of = _keys(rows, image_column, key_column)
     path_of = _find_images(rows, image_column, images)
-    absent: dict[str, int | None] = dict.fromkeys(_label_names(rows, labels_column, labels_separator), 0)
+    normal = NORMAL_LABELS | ({normal_label.strip().casefold()} if normal_label is not None else set())
+    absent: dict[str, int | None] = dict.fromkeys(_label_names(rows, labels_column, labels_separator, normal), 0)
     if age_column is not None:
         _check_ages(rows, age_column)
     if split_column is not None:
@@ -119,7 +123,8 @@ def table_hash(table: Url, **options: object) -> str:
     settings = {
         name: value
         for name, value in bound.arguments.items()
-        if name not in ("table", "images") and not (name in _LATER and value is None)
+        if name not in ("table", "images")
+        and not (name in _LATER and value == bound.signature.parameters[name].default)
     }
     return hashlib.sha256(canonical_json(settings) + _read_bytes(raw_path(table))).hexdigest()
 
@@ -216,7 +221,7 @@ def _check_ages(rows: Rows, column: str) -> None:
     filled = [(number, read_age(row[column]) is None) for number, row in rows if row[column]]
     wrong = [number for number, no_age in filled if no_age]
     if filled and len(wrong) == len(filled):
-        raise ValueError(f"{rows.table}: no row of {column!r} holds an age in years (58, 58.0 or 058Y): check --age-column")
+        raise ValueError(f"{rows.table}: no row of {column!r} holds an age in years (58, 58.5, 58,5 or 058Y): check --age-column")
     if wrong:
         logger.warning("%d of %d cells of %r in %s are no age, the first is of row %d: packed without one",
             len(wrong), len(filled), column, rows.table, wrong[0],
@@ -277,14 +282,14 @@ def _keys(rows: Rows, image_column: str, key_column: str | None) -> Callable[[Ma
     return of_stem if one_name_each else of_path
 
 
-def _label_names(rows: Rows, column: str | None, separator: str) -> list[str]:
-    """The names that any row lists, sorted."""
+def _label_names(rows: Rows, column: str | None, separator: str, normal: Set[str]) -> list[str]:
+    """The names of diseases that any row lists, sorted. normal: names in lower case that are no disease."""
     if column is None:
         return []
     if not separator:
         raise ValueError("labels_separator is empty; use for example '|'")
     names = {name for _, row in rows for name in _listed(row[column], separator)}
-    diseases = sorted(name for name in names if name.casefold() not in NORMAL_LABELS)
+    diseases = sorted(name for name in names if name.casefold() not in normal)
     if not diseases:
         raise ValueError(f"{rows.table}: no row of {column!r} names a disease: check --labels-column")
     return diseases

@@ -79,9 +79,9 @@ def label_value(cell: str) -> int | None:
 
 
 def read_age(cell: str) -> int | None:
-    """Whole years in a cell such as `58`, `58.0` or DICOM's `058Y`; None for an empty cell and for what is no age (414)."""
+    """Whole years in a cell such as `58`, `58.0`, `58,5` or `058Y` (DICOM); None for an empty cell and what is no age (414)."""
     found = _AGE.fullmatch(cell)
-    years = float(found[1]) / _PER_YEAR[found[2].upper()] if found else math.inf
+    years = float(found[1].replace(",", ".")) / _PER_YEAR[found[2].upper()] if found else math.inf
     return int(years) if years <= _OLDEST_EVER else None
 
 
@@ -112,7 +112,7 @@ class StudyLabels:
         return len(self._values)
 
 
-_AGE = re.compile(r"(\d+(?:\.\d+)?)([YMWDymwd]?)")
+_AGE = re.compile(r"(\d+(?:[.,]\d+)?)([YMWDymwd]?)")
 _PER_YEAR = {"": 1, "Y": 1, "M": 12, "W": 52, "D": 365}
 _OLDEST_EVER = 120  # NIH's table of 2017 has ages of 414
 
