@@ -22,8 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmclip_dist.errors import SECRET
 
-"""What stands before the host in a URL and lets its reader in. `abfs://container@account` has none."""
-
 
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model multiplies in."""

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from mmclip_shards.textfiles import read_text
 
-from mmclip_dist.config import PASSWORD
+from mmclip_dist.errors import SECRET
 from mmclip_launch.findings import Finding, error, ok, warning
 
 _ANSWER_S = 8.0
@@ -63,9 +63,9 @@ def judge_cluster(address: str) -> list[Finding]:
 
 def _token_for(address: str) -> str | None:
     """The token, once the address is one. _Unfit if it is not, or if the token cannot be read."""
-    if PASSWORD.search(address):
+    if SECRET.search(address):
         mend = f"leave it out; Ray takes a token: {_TOKEN}"
-        raise _Unfit(f"{PASSWORD.sub('...', address)} has a password in it", mend)
+        raise _Unfit(f"{SECRET.sub('...', address)} has a password in it", mend)
     if not _is_address(address):
         raise _Unfit(f"{address} is no address of a job server", "name it: --address http://HOST:8265")
     try:
