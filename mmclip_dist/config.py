@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mmclip_dist.errors import SECRET
 
-
 Precision = Literal["fp32", "bf16", "fp16"]
 """What the model multiplies in."""
 

@@ -10,11 +10,9 @@ in 2 of them.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -27,7 +25,7 @@ from mmclip_shards import storage
 from mmclip_shards.document import read_document
 from mmclip_shards.images import decode_image
 from mmclip_shards.manifest import Manifest, load_manifest, manifest_hash
-from mmclip_shards.preparation import end_with_parent
+from mmclip_shards.processes import in_order
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import IMAGE_SUFFIXES, canonical_json
 from mmclip_shards.sources import open_sources, unknown_keys
@@ -239,14 +237,9 @@ def _scan_all(jobs: Sequence[tuple[str, int]], workers: int) -> Iterator[_Scan]:
     if workers == 1:
         yield from map(_scan, jobs)
         return
-    # Spawned: a forked child may inherit a lock that nobody releases.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
-    try:
-        yield from pool.map(_scan, jobs)
-    except BrokenProcessPool as error:
-        raise ValueError("a worker died, most likely for lack of memory: use fewer workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with closing(in_order(_scan, jobs, workers)) as scans:
+        for _, scan in scans:
+            yield scan
 
 
 def _scan(job: tuple[str, int]) -> _Scan:

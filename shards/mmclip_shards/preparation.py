@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
-import pickle
-import signal
-import threading
-import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby, islice
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnContext
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,13 +19,13 @@ from mmclip_shards import storage
 from mmclip_shards.images import PreparedImage, Rendering, prepare_image
 from mmclip_shards.journal import image_mark, write_at_once
 from mmclip_shards.manifest import Shard
+from mmclip_shards.processes import WorkerDiedError, in_order
 from mmclip_shards.rawpath import RemotePath, ahead
 from mmclip_shards.schema import Record, canonical_json, sample_document
 from mmclip_shards.split import hash_patient
 from mmclip_shards.storage import Url
 from mmclip_shards.writer import Sample, write_shard
 
-_PORTIONS_PER_WORKER = 8  # asked for and not yet used
 _PORTION = 16  # records of remote images that a worker gets at a time: the first of them has nobody before it to be read under
 _READ_AHEAD = 8  # remote images that a worker asks for at a time: enough for 10 ms an image and 50 ms an answer
 
@@ -116,31 +108,14 @@ class Processes:
         if self.count == 1:
             yield from make.all_of(jobs)
             return
-        # Spawn, do not fork: a child of a process with threads (torch, fsspec) may inherit a lock that nobody releases.
-        context = multiprocessing.get_context("spawn")
         self._publisher = ThreadPoolExecutor(1, "mmclip-publish")
-        crew: list[_Worker] = []
-        window: deque[tuple[list[Job], _Worker]] = deque()
-        portions = _portions(jobs)
         try:
-            crew += (_Worker(context, make) for _ in range(self.count))
-            while True:
-                while len(window) < self.count * _PORTIONS_PER_WORKER and (some := next(portions, None)):
-                    worker = min(crew, key=lambda one: one.owes)
-                    worker.ask(some)
-                    window.append((some, worker))
-                if not window:
-                    return
-                first, worker = window.popleft()
-                while not worker.answers:
-                    ready = wait([one.connection for one in crew])
-                    for one in crew:
-                        if one.connection in ready:
-                            one.hear()
-                yield from ((job, *made) for job, made in zip(first, worker.answer(), strict=True))
+            with closing(in_order(partial(_make_all, make), _portions(jobs), self.count)) as portions:
+                for some, made in portions:
+                    yield from ((job, *each) for job, each in zip(some, made, strict=True))
+        except WorkerDiedError as error:
+            raise ValueError(f"{error}; finished shards are kept") from error
         finally:
-            for worker in crew:
-                worker.end()
             self._publisher.shutdown()  # a shard that is on its way when a pack stops is there before the next pack looks
 
     def write(self, url: Url, number: int, samples: list[Sample]) -> Callable[[], Shard]:
@@ -150,91 +125,6 @@ class Processes:
         return self._publisher.submit(write_shard, url, number, samples).result
 
 
-class _Worker:
-    """A process that answers each portion of jobs that it is asked for, in order."""
-
-    def __init__(self, context: SpawnContext, make: SampleMaker) -> None:
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, make), daemon=True)
-        # Ctrl-C is for the packing process, which ends this one: it gets no signal of its own, not even while it starts.
-        resource_tracker.ensure_running()  # which would else let the signal through again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()  # else its end would not be noticed here
-        self.owes = 0
-        self.answers: deque[list[Prepared] | Exception] = deque()
-
-    def ask(self, jobs: list[Job]) -> None:
-        """Hand over a portion. ValueError if the process died."""
-        try:
-            self.connection.send(jobs)
-        except ConnectionError as error:
-            raise _died() from error
-        self.owes += 1
-
-    def hear(self) -> None:
-        """Receive an answer. ValueError if the process died."""
-        try:
-            self.answers.append(self.connection.recv())
-        except (EOFError, ConnectionError) as error:
-            raise _died() from error
-        self.owes -= 1
-
-    def answer(self) -> list[Prepared]:
-        """The oldest answer that was received; what the process raised is raised here."""
-        answer = self.answers.popleft()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def end(self) -> None:
-        """It writes nothing, so that it can end at once."""
-        self._process.terminate()
-        self._process.join()
-        self.connection.close()
-
-
-def _died() -> ValueError:
-    return ValueError("a packing worker died, most likely for lack of memory: pack with fewer workers; finished shards are kept")
-
-
-def _work(connection: Connection, make: SampleMaker) -> None:
-    """The life of a `_Worker`'s process."""
-    end_with_parent()
-    # A thread sends: an answer is larger than what a pipe holds, and the next image need not wait until the other side reads.
-    answers: SimpleQueue[list[Prepared] | Exception] = SimpleQueue()
-
-    def send() -> None:
-        while True:
-            connection.send(answers.get())
-
-    threading.Thread(target=send, daemon=True).start()
-    while True:
-        try:
-            jobs = connection.recv()
-        except EOFError:
-            return
-        try:
-            answers.put([(mark, made) for _, mark, made in make.all_of(jobs)])
-        except Exception as error:
-            answers.put(_sendable(error))
-
-
-def _sendable(error: Exception) -> Exception:
-    """An error with its traceback as a note, or one that tells of it if pickle cannot make it again."""
-    error.add_note(traceback.format_exc())
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - it was made here
-    except Exception:
-        told = RuntimeError(repr(error))
-        told.__notes__ = error.__notes__
-        return told
-    return error
-
-
 def _portions(jobs: Iterator[Job]) -> Iterator[list[Job]]:
     """What a worker gets at a time: one record, or some whose images are remote, so that it can read ahead."""
     for remote, alike in groupby(jobs, key=lambda job: isinstance(job[1].image, RemotePath)):
@@ -242,16 +132,8 @@ def _portions(jobs: Iterator[Job]) -> Iterator[list[Job]]:
             yield some
 
 
-def end_with_parent() -> None:
-    """In a worker: end when the packing process was killed. Otherwise it would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _make_all(make: SampleMaker, jobs: list[Job]) -> list[Prepared]:
+    return [(mark, made) for _, mark, made in make.all_of(jobs)]
 
 
 def read_image(image: Path | RemotePath) -> ReadImage:

@@ -310,7 +310,7 @@ class Drawn:
 @pytest.mark.parametrize(
     ("ends", "error", "told"),
     [
-        ("killed", ValueError, "a packing worker died.*fewer workers"),
+        ("killed", ValueError, "a worker process died.*fewer workers.*shards are kept"),
         ("raises", TypeError, "no such drawing"),
         ("raises what cannot be sent", RuntimeError, "UnsendableError.*no such drawing"),
     ],

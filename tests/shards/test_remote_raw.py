@@ -310,13 +310,13 @@ def test_a_killed_pack_goes_on_without_reading_again_what_it_has(
     command = [sys.executable, tmp_path / "killed.py", here.parents[2], here.parent, url, tmp_path / "remote"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert len(list(tmp_path.glob("remote/train/*.tar"))) == 3
+    assert len(list(tmp_path.glob("remote/train/*.tar"))) in (2, 3)  # the third may be on its way still
     faulty.requests.clear()
     totals = set()
     made = pack_toy(raw, tmp_path / "remote", progress=lambda done, total: totals.add(total))
     read = {path: count for (method, path), count in faulty.requests.items() if method == "GET" and path.endswith(".png")}
     names = {PurePosixPath(path).stem for path in read}
-    assert names in ({"9", "10", "11"}, {"6", "7", "8", "9", "10", "11"})  # the third shard may have been on its way still
+    assert names in ({"9", "10", "11"}, {"6", "7", "8", "9", "10", "11"})
     assert set(read.values()) == {1} and totals == {len(names)}
     assert made == pack_toy(tree, tmp_path / "local")
 
