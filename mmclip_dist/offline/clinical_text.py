@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spacy.tokens import Doc
 
 LEXICON_MODEL = "lexicon"
-RULES_VERSION = 3
+RULES_VERSION = 4
 """Part of the extractor's hash. Raise it when this file changes what is extracted: old sidecars then become stale."""
 
 NLP_PACKAGES = ("spacy", "scispacy")
@@ -125,6 +125,7 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
     abbreviated = tuple(f" {word[:-1]}" for word in rules if word.endswith("."))
     # Only a model's entity may hold its negation ("no effusion").
     prefixes = () if model == LEXICON_MODEL else tuple(lexicon["entity_prefix"])
+    of_the_patient = frozenset(lexicon["background_terms"])
     known: dict[str, list[Marked]] = {}
 
     def recognised(doc: Doc) -> Doc:
@@ -136,9 +137,13 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
         spans = doc.ents
         marks = marks_of([(span.start, span.end) for span in spans], find_cues(doc if nlp is tokens else words_of(doc, tokens)))
         return [
-            Marked(span.start_char, span.end_char, span.label_, span.id_, span.kb_id_, mark)
+            Marked(span.start_char, span.end_char, span.label_, span.id_, span.kb_id_, told(span.id_, mark))
             for span, mark in zip(spans, marks, strict=True)
         ]
+
+    def told(term: str, mark: str | None) -> str | None:
+        """A symptom is told, not seen: never evidence of the image."""
+        return "background" if term in of_the_patient and mark != "negated" else mark
 
     def extract(reports: Sequence[str]) -> list[list[Entity]]:
         """Entities of each report, in the order of the reports."""
@@ -178,7 +183,7 @@ def extractor_hash(model: str = LEXICON_MODEL, language: str = "en", linker: str
         "source": source,
         "language": language,
         "linker": linker and linker_version(linker),
-        "context": [lexicon[name] for name in ("context", "sections", "entity_prefix")],
+        "context": [lexicon[name] for name in ("context", "sections", "entity_prefix", "background_terms")],
         "rules": RULES_VERSION,
         "packages": {name: metadata.version(name) for name in packages},
     }

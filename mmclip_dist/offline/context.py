@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 MARKS = ("negated", "background", "uncertain")
 """Strongest first: what is negated is not also uncertain."""
-SCOPES = ("preceding", "adjective", "following", "between")
+SCOPES = ("preceding", "adjective", "following", "either", "between")
 SENTENCE_END = "sentence end"
 SENTENCE_ENDS = [".", "!", ";", "\n"]
 _ENDS_ADJECTIVE = {"join", "predicate", "existential"}
+_ENDS_BETWEEN = {"join", "predicate", "existential", "uncertain preceding"}
+"""On the left of "versus": "an opacity that may be atelectasis versus pneumonia" leaves no doubt of the opacity."""
 
 
 class Cue(NamedTuple):
@@ -58,11 +60,23 @@ def marks_of(entities: Sequence[tuple[int, int]], cues: Sequence[Cue]) -> list[s
         # Only the statement's own entities: a report of a megabyte takes seconds, not hours.
         rows = range(bisect_left(entities, (start,)), bisect_left(entities, (end,)))
         for mark in reversed(MARKS):  # the strongest last
-            for low, high in (_reach(cue, inside, start, end) for cue in inside if cue.kind.startswith(mark)):
-                for row in rows:
-                    if low <= entities[row][0] and entities[row][1] <= high:
+            for cue in inside:
+                if cue.kind.startswith(mark):
+                    for row in _reached(cue, inside, start, end, entities, rows):
                         marks[row] = mark
     return marks
+
+
+def _reached(
+    cue: Cue, cues: Sequence[Cue], start: int, end: float, entities: Sequence[tuple[int, int]], rows: Sequence[int]
+) -> list[int]:
+    """Rows of the entities of the statement [start, end) that a cue of it acts on."""
+    if cue.kind.endswith("either"):
+        limit = min((other.start for other in cues if other.start >= cue.end and other.kind in _ENDS_ADJECTIVE), default=end)
+        before = not any(cue.end <= entities[row][0] < limit for row in rows)  # "effusion resolved", with nothing behind it
+        cue = cue._replace(kind="following" if before else "preceding")
+    low, high = _reach(cue, cues, start, end)
+    return [row for row in rows if low <= entities[row][0] and entities[row][1] <= high]
 
 
 def _reach(cue: Cue, cues: Sequence[Cue], start: int, end: float) -> tuple[float, float]:
@@ -76,7 +90,7 @@ def _reach(cue: Cue, cues: Sequence[Cue], start: int, end: float) -> tuple[float
     right = min((other.start for other in cues if other.start >= cue.end and other.kind in ends), default=end)
     if scope == "adjective":
         return cue.start, right
-    left = max((other.end for other in cues if other.end <= cue.start and other.kind in ends), default=start)
+    left = max((other.end for other in cues if other.end <= cue.start and other.kind in _ENDS_BETWEEN), default=start)
     return left, right
 
 
@@ -99,7 +113,7 @@ def _clause_follows(cues: Sequence[Cue], row: int) -> bool:
     """Whether from cue `row` on a verb comes before the next comma, conjunction or end."""
     for at in range(row, len(cues)):
         cue = cues[at]
-        if cue.kind == "predicate" or cue.kind.endswith("following"):
+        if cue.kind == "predicate" or cue.kind.endswith(("following", "either")):
             return True
         if cue.kind in ("join", "alternative", "termination", "existential", SENTENCE_END):
             return False

@@ -35,7 +35,9 @@ SLASH = r"(?<=[^\W\d_])/(?=[^\W\d_])"
 SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 _STEMMED_FROM = 5  # letters: in shorter words the ending is most of the word
-_SHORT = re.compile("...[aeiou]")
+_SHORT = re.compile("...[aeou]")  # a word in "i" is a stem already: "hili" of "hilio"
+NO_ENTITY = "NONE"
+"""Label of the phrases in which a word is no entity: "in the right clinical setting"."""
 
 
 def language_of(base: str) -> str:
@@ -50,8 +52,8 @@ def language_of(base: str) -> str:
 
 @cache
 def load_lexicon(language: str = "en") -> dict[str, Any]:
-    """The parsed lexicon: `spellings`, `entities`, `context`, `sections`, `entity_prefix`; `stemmer` and `stems` where words are
-    matched by stem. ValueError for a language without one."""
+    """The parsed lexicon: `spellings`, `entities`, `background_terms`, `context`, `sections`, `entity_prefix`; `stemmer` and `stems`
+    where words are matched by stem. ValueError for a language without one."""
     return yaml.safe_load(lexicon_path(language).read_text(encoding="utf-8"))
 
 
@@ -69,7 +71,7 @@ def surface_forms(form: str, spellings: dict[str, str]) -> set[str]:
         [piece] if index % 2 == 0 else (piece.split("/") if "/" in piece else ["", piece])
         for index, piece in enumerate(pieces)
     ]
-    forms = {"".join(choice).strip() for choice in itertools.product(*choices)}
+    forms = {" ".join("".join(choice).split()) for choice in itertools.product(*choices)}
     forms |= {" ".join(spellings.get(word, word) for word in text.split()) for text in forms}
     return forms | {text.replace("-", " ") for text in forms}
 
@@ -92,6 +94,23 @@ def term_forms(language: str) -> dict[tuple[str, str], list[str]]:
     found: dict[tuple[str, str], list[str]] = {}
     for label, term, form in owners.values():
         found.setdefault((label, term), []).append(form)
+    return found
+
+
+def cue_forms(language: str) -> dict[str, list[str]]:
+    """Kind of cue -> its phrases. Raises ValueError for a phrase that two kinds claim."""
+    lexicon, normal = load_lexicon(language), word_norm(language)
+    owners: dict[str, tuple[str, str]] = {}
+    for kind, phrases in cue_phrases(lexicon["context"]).items():
+        spelled = set().union(*(surface_forms(phrase, lexicon["spellings"]) for phrase in phrases))
+        for form in sorted(text for text in {*map(str.lower, phrases), *spelled} if "(" not in text and text not in ("", " ")):
+            key = " ".join(map(normal, form.split())) or form
+            other, _ = owners.setdefault(key, (kind, form))
+            if other != kind:
+                raise ValueError(f"{lexicon_path(language).name}: {form!r} is a phrase of both {other} and {kind}; keep one")
+    found: dict[str, list[str]] = {}
+    for kind, form in owners.values():
+        found.setdefault(kind, []).append(form)
     return found
 
 
@@ -167,7 +186,7 @@ def phrase_finder(nlp: Language, language: str, phrases: Mapping[str, Iterable[s
 
 def cue_finder(nlp: Language, language: str) -> Callable[[Doc], list[Cue]]:
     """Finds the lexicon's cues. nlp: of `blank_pipeline`."""
-    return phrase_finder(nlp, language, cue_phrases(load_lexicon(language)["context"]))
+    return phrase_finder(nlp, language, cue_forms(language))
 
 
 def term_finder(nlp: Language, language: str) -> Callable[[Doc], list[tuple[int, int, str, str]]]:
@@ -176,6 +195,7 @@ def term_finder(nlp: Language, language: str) -> Callable[[Doc], list[tuple[int,
     find = phrase_finder(nlp, language, {f"{label}\t{term}": forms[label, term] for label, term in forms})
 
     def find_terms(doc: Doc) -> list[tuple[int, int, str, str]]:
-        return [(cue.start, cue.end, *cue.kind.split("\t")) for cue in find(doc)]  # type: ignore[misc]
+        found = ((cue.start, cue.end, *cue.kind.split("\t")) for cue in find(doc))
+        return [term for term in found if term[2] != NO_ENTITY]  # type: ignore[misc]
 
     return find_terms

@@ -8,7 +8,8 @@ from mmclip_dist.offline.context import Cue, background_spans, cue_phrases, head
 
 KINDS = {
     "no": "negated preceding", "gone": "negated following", "maybe": "uncertain preceding", "possible": "uncertain adjective",
-    "unclear": "uncertain following", "versus": "uncertain between", "past": "background preceding", ".": "sentence end",
+    "unclear": "uncertain following", "versus": "uncertain between",
+    "resolved": "negated either", "past": "background preceding", ".": "sentence end",
     "but": "termination", "there-is": "existential", "is": "predicate", ",": "join", "or": "alternative", "fake": "pseudo",
 }  # fmt: skip
 
@@ -40,6 +41,13 @@ def marked(line: str) -> str:
         ("possible A or B", "uu"),
         ("A , B versus C , D", "suus"),
         ("A , B unclear", "uu"),
+        ("A maybe B versus C", "suu"),  # no doubt of what may be one or the other
+        ("A is B versus C", "suu"),
+        ("possible A versus B", "uu"),
+        ("resolved A , B", "nn"),
+        ("A , B resolved", "nn"),
+        ("A resolved , B", "ns"),
+        ("A is B , C resolved", "ssn"),
         ("past A . B", "bs"),
         ("no past A", "n"),
         ("past maybe A", "b"),

@@ -19,10 +19,9 @@ from mmclip_shards.manifest import load_manifest, save_manifest
 from mmclip_dist.bench.entities import read_gold, tally
 from mmclip_dist.bench.entities_padchest import MAIN_FINDINGS, agreement_table, read_reports
 from mmclip_dist.offline.clinical_text import Extractor, build_extractor, extractor_hash
-from mmclip_dist.offline.context import cue_phrases
 from mmclip_dist.offline.entities import entities_stage
 from mmclip_dist.offline.labels import label_set
-from mmclip_dist.offline.lexicon import language_of, load_lexicon, term_forms, word_norm
+from mmclip_dist.offline.lexicon import cue_forms, language_of, load_lexicon, term_forms, word_norm
 
 GOLD = Path(__file__).with_name("gold_entities_es.yaml")
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"
@@ -55,13 +54,8 @@ def test_a_word_is_read_in_every_way_that_it_is_published(extract: Extractor) ->
 
 
 def test_every_form_and_phrase_has_one_meaning() -> None:
-    norm = word_norm("es")
     assert len(term_forms("es")) > 100  # a form of two terms is refused there
-    kinds: dict[str, set[str]] = {}
-    for kind, phrases in cue_phrases(load_lexicon("es")["context"]).items():
-        for phrase in phrases:
-            kinds.setdefault(" ".join(map(norm, phrase.split())), set()).add(kind)
-    assert {phrase: of for phrase, of in kinds.items() if len(of) > 1} == {}
+    assert len(cue_forms("es")) > 10  # and so is a phrase of two kinds
 
 
 def test_the_language_is_that_of_the_data_set(sets, tmp_path: Path) -> None:
