@@ -250,6 +250,10 @@ def test_the_exit_code_is_the_jobs_and_the_cluster_is_judged(
 ) -> None:
     assert submit_ray(reached.address, ["entities", f"{s3.url}/{uuid.uuid4().hex}/train"]) == 2
     assert "error: " in capsys.readouterr().out
+    Path("requirements.txt").write_text(f"{toy_model.NAME}==9.9\n")
+    assert submit_ray(reached.address, ["entities", "/set/train"], pip=Path("requirements.txt")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert f"No matching distribution found for {toy_model.NAME}==9.9" in line, line
     monkeypatch.setattr(platform, "python_version", lambda: "3.10.2")
     here = platform.python_version()
     (finding,) = judge_cluster(reached.address)
