@@ -7,7 +7,11 @@
 
 from __future__ import annotations
 
+import errno
+
 USER, FAILED = 2, 1
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Mendable(Exception):
@@ -25,4 +29,6 @@ def line(error: BaseException, where: str = "") -> str:
     """What the user reads of an error. where: who raised it, if several could have."""
     code = exit_code(error)
     text = f"{type(error).__name__}: {error}" if code is None else str(error)
+    if isinstance(error, OSError) and error.errno in _FULL:
+        text += ": make room, then give the same command again"
     return ("error: " if code == USER else "failed: ") + (f"{where}: " if where else "") + text

@@ -35,13 +35,18 @@ def folder(raw: RawPath) -> Iterator[Record | Skipped]:
 def _images(raw: RawPath) -> Iterator[tuple[RawPath | Skipped, RawPath | None]]:
     """Each image, and its report if there is one; and what is left out."""
     for folder, names in walk(raw):
-        texts = {name for name in names if name.endswith(".txt")}
+        texts = {PurePosixPath(name).stem: name for name in names if name.lower().endswith(".txt")}
+        described = set()
         for name in names:
             stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
-            if suffix.lower() in SUFFIXES:
-                yield folder / name, folder / f"{stem}.txt" if f"{stem}.txt" in texts else None
-            elif suffix != ".txt":
+            if name.startswith("."):  # macOS puts ._IMAGE.png beside each image of an archive
+                yield Skipped("hidden file"), None
+            elif suffix.lower() in SUFFIXES:
+                described.add(stem)
+                yield folder / name, folder / texts[stem] if stem in texts else None
+            elif suffix.lower() != ".txt":
                 yield Skipped(f"no image: {suffix or 'no suffix'}"), None
+        yield from ((Skipped("a text without an image"), None) for stem in texts if stem not in described)
 
 
 def _text(report: RawPath | None) -> str:
