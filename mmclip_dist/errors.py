@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 
@@ -18,6 +19,8 @@ SECRET = re.compile(
 """The parts of a URL that logs and lists of processes must not show."""
 
 USER, FAILED = 2, 1
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Mendable(Exception):
@@ -37,6 +40,8 @@ def line(error: BaseException, where: str = "") -> str:
     text = f"{type(error).__name__}: {error}" if code is None else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:  # without the number that Python puts first
         text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        text += ": make room, then give the same command again"
     return masked(("error: " if code == USER else "failed: ") + (f"{where}: " if where else "") + text)
 
 

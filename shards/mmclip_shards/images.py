@@ -19,6 +19,8 @@ from mmclip_shards.schema import Box
 
 _WEBP_SIDE = 16_383
 _ORIENTATION = 0x0112
+_GZIP = b"\x1f\x8b"
+_LARGEST_FILE = 1 << 29  # a radiograph of 16 bits has 10 to 40 MB
 _FINER = 2  # a JPEG's decoder leaves this many times the wanted pixels, and the filter that takes the rest decides the quality
 
 _SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -117,6 +119,8 @@ def prepare_image(
 
     if short_side < 1:
         raise ValueError(f"short_side is {short_side}; it must be at least 1 pixel")
+    if isinstance(image, bytes) and image.startswith(_GZIP):
+        image = _unpacked(image)
     if not isinstance(image, np.ndarray) and is_dicom(image):
         decoded, given = read_dicom(image, rendering.window)
         found = _whole(decoded, "png")
@@ -141,6 +145,18 @@ def prepare_image(
     )
 
 
+def _unpacked(data: bytes) -> bytes:
+    """The content of a gzip file: older releases of MIMIC-CXR hold .dcm.gz."""
+    opened = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        content = opened.decompress(data, _LARGEST_FILE)
+    except zlib.error as error:
+        raise ValueError(f"image data is a damaged gzip file: {error}") from error
+    if not opened.eof:
+        raise ValueError(f"image data is a gzip file that is cut, or longer than {_LARGEST_FILE >> 20} MiB")
+    return content
+
+
 def image_facts(data: bytes, *, decode: bool) -> ImageFacts:
     """Facts from an image's header. decode: also decode all of it. ValueError when that fails."""
     try:
@@ -158,6 +174,8 @@ def _decode(
 ) -> _Picture:
     """short_side: pixels that the shorter side will be reduced to, so that finer detail need not be decoded."""
     try:
+        if isinstance(data, bytes) and not data:
+            raise ValueError("the file is empty")
         if isinstance(data, np.ndarray):
             return _whole(grey_array(data, window), "png")
         if isinstance(data, Image.Image):

@@ -253,6 +253,10 @@ def _repeated(found: _Survey) -> dict[str, list[Bad]]:
 
 
 def _check_images_exist(records: Sequence[Record], missing: Sequence[int], max_bad_fraction: float) -> None:
+    if len(missing) == len(records):
+        raise ValueError(
+            f"none of {len(records)} images is there, the first one {records[missing[0]].source}: check the folder of the images"
+        )
     if len(missing) / len(records) > max_bad_fraction:
         raise ValueError(
             f"{len(missing)} of {len(records)} images are missing, the first one of record {missing[0] + 1} "

@@ -169,16 +169,24 @@ def seekable(path: RawPath) -> BufferedReader:
 
 
 def walk(folder: RawPath) -> Iterator[tuple[RawPath, list[str]]]:
-    """(folder, sorted names of its files) of a folder and of those below it, in one order; the names of one are held."""
+    """(folder, sorted names of its files) of a folder and of those below it, in one order; the names of one are held. Links to
+    folders are followed, but not back."""
     if isinstance(folder, Path):
-        for place, folders, names in os.walk(folder):
-            folders.sort()
-            yield Path(place), sorted(names)
+        for place, folders, names in os.walk(folder, followlinks=True):
+            here = Path(place)
+            # A link to a folder that holds it would be followed for ever.
+            folders[:] = sorted(name for name in folders if not (here / name).is_symlink() or not _holds(here / name, here))
+            yield here, sorted(names)
         return
     entries = list(storage.scan_remote(folder))
     yield folder, sorted(name for name, is_folder in entries if not is_folder)
     for name in sorted(name for name, is_folder in entries if is_folder):
         yield from walk(folder / name)
+
+
+def _holds(folder: Path, other: Path) -> bool:
+    """Whether `other` is a folder or below it, once all links are followed."""
+    return other.resolve().is_relative_to(folder.resolve())
 
 
 def ahead(read: Callable[[Any], U], files: Iterable[tuple[T, Any]], at_once: int = _AT_ONCE) -> Iterator[tuple[T, U]]:

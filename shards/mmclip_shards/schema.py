@@ -11,7 +11,7 @@ import tokenize
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
@@ -95,6 +95,8 @@ class Record:
 
 def check_key(key: str) -> None:
     """ValueError unless `key` may name a sample."""
+    if not key:
+        raise ValueError("sample key is empty: every image needs a file name or an id")
     if not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"sample key {key!r} may hold only A-Z a-z 0-9 _ and -; map it with schema.make_key")
     if len(key) > MAX_KEY_LENGTH:
@@ -183,11 +185,27 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran_order, dtype
 
 
+def check_source(source: str) -> None:
+    """ValueError unless `source` is a name or a path below a tree. The message does not hold it: it may name a patient."""
+    if not source:
+        raise ValueError("the image's path is empty: give every image its own")
+    if source.startswith("/") or (".." in source and ".." in PurePosixPath(source).parts):
+        raise ValueError("the image's path leads out of the data set's folder: use paths below it")
+
+
+def check_box(box: Box) -> None:
+    """ValueError unless a box can be stored."""
+    sides = (box.x, box.y, box.width, box.height)
+    if not box.label.strip() or not all(map(math.isfinite, sides)) or min(box.width, box.height) <= 0:
+        raise ValueError(f"box {box} needs a label, finite numbers, and a width and height above 0")
+
+
 def check_record(record: Record) -> None:
-    """ValueError unless key, age, labels and boxes of a record can be stored."""
+    """ValueError unless key, source, age, labels and boxes of a record can be stored."""
     check_key(record.key)
+    check_source(record.source)
     if record.age is not None and not (type(record.age) is int and record.age >= 0):
-        raise ValueError(f"the age is a negative number or a {type(record.age).__name__}; it must be whole years, or None")
+        raise ValueError(f"the age is {record.age!r}; it must be whole years, or None")
     if not all(map(str.strip, record.labels)):
         raise ValueError("a label has an empty name")
     # Without a loop where all is well: a table may have 190 labels for each of 160,000 images.
@@ -196,9 +214,7 @@ def check_record(record: Record) -> None:
             if isinstance(value, bool) or value not in LABEL_VALUES:
                 raise ValueError(f"label {name!r} is {value!r}; use 1 present, 0 absent, -1 uncertain, None not mentioned")
     for box in record.boxes:
-        sides = (box.x, box.y, box.width, box.height)
-        if not box.label.strip() or not all(map(math.isfinite, sides)) or min(box.width, box.height) <= 0:
-            raise ValueError(f"box {box} needs a label, finite numbers, and a width and height above 0")
+        check_box(box)
 
 
 def sample_document(

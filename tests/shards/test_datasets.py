@@ -18,7 +18,7 @@ from mmclip_shards.datasets.padchest import read_list
 from mmclip_shards.datasets.prepared import Prepared, prepare_records
 from mmclip_shards.datasets.recipe import find_recipe
 from mmclip_shards.datasets.siim_acr import box_of_runs
-from mmclip_shards.datasets.upstream import StudyLabels, label_value, read_age, read_csv
+from mmclip_shards.datasets.upstream import Row, StudyLabels, label_value, read_age, read_csv
 from mmclip_shards.images import decode_image, prepare_image
 from mmclip_shards.pack import pack
 from mmclip_shards.schema import Box, Record
@@ -73,7 +73,7 @@ def test_bad_tables_are_named(tmp_path: Path, data: bytes, message: str) -> None
 
 def test_a_cut_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 9999)[:60])
-    with pytest.raises(ValueError, match=r"t.csv.gz cannot be read as a table .*download it again"):
+    with pytest.raises(ValueError, match=r"t.csv.gz cannot be unpacked .*download it again"):
         list(read_csv(tmp_path / "t.csv.gz", "a"))
 
 
@@ -84,9 +84,11 @@ def test_long_cells_with_line_breaks_are_whole(tmp_path: Path) -> None:
 
 
 def test_label_cells() -> None:
-    assert [label_value(cell) for cell in ("1.0", "0.0", "-1.0", "", "-1", "nan")] == [1, 0, -1, None, -1, None]
-    with pytest.raises(ValueError, match="a label is '2'"):
-        label_value("2")
+    cells = ("1.0", "0.0", "-1.0", "", "-1", "nan")
+    rows = [Row({"Edema": cell}, Path("t.csv"), number) for number, cell in enumerate((*cells, "2"), 2)]
+    assert [label_value(row, "Edema") for row in rows[:-1]] == [1, 0, -1, None, -1, None]
+    with pytest.raises(ValueError, match=r"t\.csv, row 8: Edema is '2'; 1\.0, 0\.0, -1\.0 or an empty cell"):
+        label_value(rows[-1], "Edema")
     labels = StudyLabels(("a", "b"))
     labels.add("s", {"a": -1})
     assert labels["s"] == {"a": -1, "b": None} and labels["t"] == {} and len(labels) == 1
@@ -128,7 +130,7 @@ def test_jsonl(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (second.key, second.report, second.impression, second.boxes) == ("b", "Edema.", "Edema.", (Box("Mass", 1, 2, 3, 4),))
     assert [record.split for record in read("jsonl", tmp_path, "official")] == ["val"]
-    ages = ("045Y", 58, 58.0, float("nan"), 414.0, None)
+    ages = ("045Y", 58, 58.0, float("nan"), "", None)
     rows = [json.dumps({"image": f"i/{age}.png", "patient": "3", "age": age}) for age in ages]
     write(tmp_path, {"a.jsonl": "\n".join(rows)})
     assert [record.age for record in read("jsonl", tmp_path)] == [45, 58, 58, None, None, None]
@@ -252,8 +254,7 @@ def test_chexpert(chexpert: Path) -> None:
 
 
 def test_chexpert_takes_a_list_such_as_5x200(chexpert: Path) -> None:
-    lists = {"splits/5x200/test.txt": "Path\nCheXpert-v1.0/train/patient00002/study2/view1_frontal.jpg,1\n"}
-    write(chexpert, lists)
+    write(chexpert, {"splits/5x200/test.txt": "Path\nother/patient00002/study2/view1_frontal.jpg,1\n"})
     with pytest.raises(ValueError, match="not in split 5x200: 6"):
         read("chexpert", chexpert, "5x200")
     write(chexpert, {"splits/5x200/test.txt": "Path\ntrain/patient00002/study2/view1_frontal.jpg,1\n"})
@@ -381,8 +382,8 @@ def test_rsna(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "files", "message"),
     [
-        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,1,2,x,4,1\n"}, "x, y, width, height are not"),
-        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,1,2,0,4,1\n"}, "record 1: box .* above 0"),
+        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,1,2,x,4,1\n"}, "row 2: x, y, width, height"),
+        ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,1,2,0,4,1\n"}, "row 2: box .* above 0"),
         ("rsna", {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target\na,,,,,0\n",
                   "pneumonia-challenge-dataset-mappings_2018.json": "[{"}, "2018.json is cut or is not JSON"),
         ("chexpert-plus", {"report_fixed.json": "{}x\n"}, "report_fixed.json, line 1, is no JSON: download it again"),
@@ -391,7 +392,7 @@ def test_rsna(tmp_path: Path) -> None:
          "the recipe found no images in"),
         ("siim-acr", {}, "holds no stage_2_train.csv or train-rle.csv: name the folder that was downloaded, unpacked"),
         ("openi", {}, "holds no NLMCXR_reports.tgz or ecgen-radiology"),
-        ("covidx", {}, "holds no train.txt, val.txt or test.txt"),
+        ("covidx", {}, "holds no train.txt: name the folder"),
     ],
 )  # fmt: skip
 def test_damaged_trees_are_one_line(tmp_path: Path, name: str, files: Mapping[str, str], message: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import find_file, label_value, read_age, read_csv
+from mmclip_shards.datasets.upstream import find_file, label_value, read_age, read_csv, read_path
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
@@ -27,9 +27,9 @@ def brax(raw: RawPath) -> Iterator[Record]:
     """
     table = find_file(raw, "master_spreadsheet_update.csv", "master_spreadsheet.csv")
     for row in read_csv(table, "PngPath", "PatientID", "ViewPosition", *FINDINGS):
-        source = row["PngPath"]
+        source = str(read_path(row, "PngPath"))
         yield Record(
             key=source, image=raw / source, patient=row["PatientID"], source=source,
-            labels={name: label_value(row[name]) for name in FINDINGS},
+            labels={name: label_value(row, name) for name in FINDINGS},
             view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None, age=read_age(row.get("PatientAge", "")),
         )  # fmt: skip

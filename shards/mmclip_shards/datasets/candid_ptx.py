@@ -33,7 +33,8 @@ def candid_ptx(raw: RawPath) -> Iterator[Record]:
     rows: dict[str, tuple[str, str]] = {}
     for row in read_csv(find_file(raw, "Pneumothorax_reports.csv"), "SOPInstanceUID", "Report", "EncodedPixels"):
         image = row["SOPInstanceUID"]
-        rows[image] = row["Report"], rows.get(image, ("", ""))[1] or row["EncodedPixels"]
+        before = rows.get(image, ("", ""))[1]
+        rows[image] = row["Report"], row["EncodedPixels"] if before in ("", "-1") and row["EncodedPixels"] else before
     for image, (report, mask) in rows.items():
         name = next((found for suffix in (".dcm", ".png", "") if (found := image + suffix) in images), f"{image}.dcm")
         labels: dict[str, int | None] = {"Pneumothorax": None if not mask else int(mask != "-1")}

@@ -3,8 +3,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
-from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import StudyLabels, find_file, find_optional, label_value, read_age, read_csv
+from mmclip_shards.datasets.recipe import Skipped, recipe
+from mmclip_shards.datasets.upstream import (
+    Row,
+    StudyLabels,
+    find_file,
+    find_optional,
+    label_value,
+    read_age,
+    read_csv,
+    read_path,
+)
 from mmclip_shards.rawpath import RawPath, matching
 from mmclip_shards.schema import Record
 
@@ -24,7 +33,7 @@ FINDINGS = (
     same_images=("chexpert-plus",),
     patients="chexpert",
 )
-def chexpert(raw: RawPath) -> Iterator[Record]:
+def chexpert(raw: RawPath) -> Iterator[Record | Skipped]:
     """CheXpert v1.0 or v1.0-small: 223,414 training radiographs of 64,540 patients, 14 observations, no reports.
 
     RAW is the folder that holds train.csv (`train`), valid.csv (`val`, 234 images) and their images; of the separate test set
@@ -38,18 +47,24 @@ def chexpert(raw: RawPath) -> Iterator[Record]:
     for table, split in (("train.csv", "train"), ("valid.csv", "val")):
         for row in read_csv(find_file(raw, table), "Path", "Frontal/Lateral", "AP/PA", *FINDINGS):
             yield _record(
-                raw, "/".join(PurePosixPath(row["Path"]).parts[1:]), row["AP/PA"] or row["Frontal/Lateral"].upper(),
-                {name: label_value(row[name]) for name in FINDINGS}, split, read_age(row.get("Age", "")),
+                raw, "/".join(read_path(row, "Path", 4).parts[1:]), row["AP/PA"] or row["Frontal/Lateral"].upper(),
+                _labels(row), split, read_age(row.get("Age", "")),
             )  # fmt: skip
     truth = find_optional(raw, "groundtruth.csv", "test_labels.csv")
     labels = StudyLabels(FINDINGS)
     for row in [] if truth is None else read_csv(truth, "Study", *FINDINGS):
-        study = "/".join(PurePosixPath(row["Study"]).parts[-2:])
-        labels.add(study, {name: label_value(row[name]) for name in FINDINGS})
-    for path in matching(raw, "test/*/*/*.jpg") if len(labels) else ():
+        labels.add("/".join(read_path(row, "Study", 1).parts[-2:]), _labels(row))
+    for path in matching(raw, "test/*/*/*.jpg"):
         source = path.relative_to(raw).as_posix()
+        if "/".join(path.parts[-3:-1]) not in labels:
+            yield Skipped("a test image whose study is not in groundtruth.csv")
+            continue
         view = "LATERAL" if path.stem.endswith("lateral") else "FRONTAL"
         yield _record(raw, source, view, labels["/".join(path.parts[-3:-1])], "test")
+
+
+def _labels(row: Row) -> dict[str, int | None]:
+    return {name: label_value(row, name) for name in FINDINGS}
 
 
 def _record(raw: RawPath, source: str, view: str, labels: dict[str, int | None], split: str, age: int | None = None) -> Record:

@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import PurePosixPath
-from typing import Any
 
 from mmclip_shards.datasets.chexpert import FINDINGS
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import DICOM, recipe
 from mmclip_shards.datasets.sections import clean_text
-from mmclip_shards.datasets.upstream import FilesBelow, StudyLabels, find_file, find_optional, read_age, read_csv
+from mmclip_shards.datasets.upstream import (
+    FilesBelow,
+    StudyLabels,
+    find_file,
+    find_optional,
+    read_age,
+    read_csv,
+    read_path,
+)
+from mmclip_shards.document import legal_labels
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
@@ -46,12 +53,12 @@ def chexpert_plus(raw: RawPath) -> Iterator[Record]:
     labels = StudyLabels(FINDINGS)
     labelled = find_optional(raw, "report_fixed.json", "chexbert_labels/report_fixed.json")
     if labelled is not None:
-        for row in _json_lines(labelled):
-            labels.add(row["path_to_image"], {name: None if row[name] is None else int(row[name]) for name in FINDINGS})
+        for path, found in _labels(labelled):
+            labels.add(path, found)
     table = find_file(raw, "df_chexpert_plus_240401.csv")
     for row in read_csv(table, "path_to_image", "frontal_lateral", "ap_pa", "split", *SECTIONS):
-        source = row["path_to_image"]
-        image = PurePosixPath(source)
+        image = read_path(row, "path_to_image", 2)
+        source = str(image)
         files = ((root, image.with_suffix(suffix)) for root in roots for suffix in (".png", ".dcm", ".jpg"))
         yield Record(
             key=source, image=next((root.folder / path for root, path in files if path in root), raw / image),
@@ -62,11 +69,15 @@ def chexpert_plus(raw: RawPath) -> Iterator[Record]:
         )  # fmt: skip
 
 
-def _json_lines(path: RawPath) -> Iterator[dict[str, Any]]:
+def _labels(path: RawPath) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """(path of an image, its labels) of each line."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 raise ValueError(f"{path}, line {number}, is no JSON: download it again") from None
-            yield row
+            whole = isinstance(row, dict) and row.keys() >= {"path_to_image", *FINDINGS}
+            if not whole or (labels := legal_labels({name: row[name] for name in FINDINGS})) is None:
+                raise ValueError(f"{path}, line {number}, lacks path_to_image or labels of 1, 0, -1 or null: download it again")
+            yield str(row["path_to_image"]), labels

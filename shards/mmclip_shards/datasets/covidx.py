@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
-from mmclip_shards.datasets.upstream import read_csv
+from mmclip_shards.datasets.upstream import Row, find_file, find_optional, read_csv
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
@@ -33,12 +33,12 @@ def covidx(raw: RawPath) -> Iterator[Record | Skipped]:
 
     Quirks: the lists have no header; their columns, separated by spaces, are patient, file name, class, source. Classes are
     positive and negative, or normal, pneumonia and COVID-19. Patient numbers are those of a source, so a patient is both
-    together. MAVL's `COVIDx-CXR-2` is another split of train.txt: give its lists as RAW/splits/mavl. Negatives are of RSNA,
-    so of NIH. File names of some sources (RICORD) hold patient numbers, so keyed hashes are stored in their place.
+    together; `rnsa` is a misspelt `rsna`. MAVL's `COVIDx-CXR-2` is another split of train.txt, in lists of the same form: put the
+    file names (their second column) into RAW/splits/mavl/train.txt, val.txt and test.txt. Negatives are of RSNA, so of NIH.
+    File names of some sources (RICORD) hold patient numbers, so keyed hashes are stored in their place.
     """
-    tables = [path for name in ("train", "val", "test") if (path := raw / f"{name}.txt").is_file()]
-    if not tables:
-        raise ValueError(f"{raw} holds no train.txt, val.txt or test.txt: name the folder that was downloaded, unpacked")
+    validation = find_optional(raw, "val.txt")  # of CXR-4 alone
+    tables = [find_file(raw, "train.txt"), *([] if validation is None else [validation]), find_file(raw, "test.txt")]
     for table in tables:
         for row in read_csv(table, header=("patient", "image", "class", "source"), delimiter=" ", ragged=True):
             if row["class"] not in _LABELS:
@@ -46,6 +46,11 @@ def covidx(raw: RawPath) -> Iterator[Record | Skipped]:
                 continue
             source = f"{table.stem}/{row['image']}"
             yield Record(
-                key=source, image=raw / source, patient=f"{row['source'].lower()} {row['patient']}", source=source,
+                key=source, image=raw / source, patient=f"{_source(row)} {row['patient']}", source=source,
                 labels=_LABELS[row["class"]], split=split_name(table.stem),
             )  # fmt: skip
+
+
+def _source(row: Row) -> str:
+    source = row["source"].lower()
+    return "rsna" if source == "rnsa" else source

@@ -36,19 +36,25 @@ def folder(raw: RawPath) -> Iterator[Record | Skipped]:
 def _images(raw: RawPath) -> Iterator[tuple[RawPath | Skipped, RawPath | None]]:
     """Each image, and its report if there is one; and what is left out."""
     for folder, names in walk(raw):
-        texts = {name for name in names if name.endswith(".txt")}
+        texts = {PurePosixPath(name).stem: name for name in names if name.lower().endswith(".txt")}
+        described = set()
         for name in names:
             stem, suffix = PurePosixPath(name).stem, PurePosixPath(name).suffix
+            if name.startswith("."):  # macOS puts ._IMAGE.png beside each image of an archive
+                yield Skipped("hidden file"), None
+                continue
             if name == "DICOMDIR":  # the list of an archive's files
                 yield Skipped("no image: DICOMDIR"), None
                 continue
             if (not suffix or suffix[1:].isdecimal()) and is_dicom(folder / name):
                 stem = name
             elif suffix.lower() not in SUFFIXES:
-                if suffix != ".txt":
+                if suffix.lower() != ".txt":
                     yield Skipped(f"no image: {suffix or 'no suffix'}"), None
                 continue
-            yield folder / name, folder / f"{stem}.txt" if f"{stem}.txt" in texts else None
+            described.add(stem)
+            yield folder / name, folder / texts[stem] if stem in texts else None
+        yield from ((Skipped("a text without an image"), None) for stem in texts if stem not in described)
 
 
 def _text(report: RawPath | None) -> str:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import recipe
+from mmclip_shards.datasets.sections import SECTIONS
 from mmclip_shards.datasets.upstream import read_age
 from mmclip_shards.document import legal_labels
 from mmclip_shards.rawpath import RawPath, matching
@@ -57,6 +59,8 @@ def record_of(row: Any, raw: RawPath, where: str) -> Record:
         raise ValueError(f"{where}: 'labels' must be like {{\"Edema\": 1}}, with 1, 0, -1 or null")
     if not isinstance(sections, dict) or not all(isinstance(text, str) for text in sections.values()):
         raise ValueError(f"{where}: 'sections' must be like {{\"findings\": \"...\"}}")
+    if unknown := sorted(set(sections) - set(SECTIONS)):
+        raise ValueError(f"{where}: there is no section {unknown[0]!r}; the sections are {', '.join(SECTIONS)}")
     try:
         found = tuple(Box(str(b["label"]), *(float(b[side]) for side in ("x", "y", "width", "height"))) for b in boxes)
     except (TypeError, KeyError, ValueError):
@@ -72,5 +76,15 @@ def record_of(row: Any, raw: RawPath, where: str) -> Record:
         boxes=found,
         split=split_name(row["split"]) if row.get("split") else None,
         sections=sections,
-        age=read_age(str(age)) if isinstance(age := row.get("age"), str | float) else age,
+        age=_age(row.get("age"), where),
     )
+
+
+def _age(value: Any, where: str) -> int | None:
+    """NaN, which pandas writes for an empty cell, is no age, as null is."""
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    age = read_age(str(value)) if isinstance(value, int | float | str) else None
+    if age is None:
+        raise ValueError(f"{where}: 'age' must be years, 0 to 120, as 58, 58.0 or \"058Y\"")
+    return age

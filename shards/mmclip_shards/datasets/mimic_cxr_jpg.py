@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 from mmclip_shards.datasets.chexpert import FINDINGS
@@ -38,13 +39,18 @@ def mimic_cxr_jpg(raw: RawPath) -> Iterator[Record]:
     hand-made exceptions, and an empty header does not swallow the next one. Paths name patients, so keyed hashes are stored
     in their place.
     """
-    yield from mimic_records(raw, "jpg", _metadata(raw))
+    yield from mimic_records(raw, _metadata(raw))
 
 
 def _metadata(raw: RawPath) -> Iterator[tuple[str, str, str, str]]:
     table = find_file(raw, "mimic-cxr-2.0.0-metadata.csv")
     for row in read_csv(table, "dicom_id", "subject_id", "study_id", "ViewPosition"):
-        yield row["subject_id"], row["study_id"], row["dicom_id"], view_of(row)
+        subject, study = row["subject_id"], row["study_id"]
+        yield subject, study, f"{_folder(subject, study)}/{row['dicom_id']}.jpg", view_of(row)
+
+
+def _folder(subject: str, study: str) -> str:
+    return f"files/p{subject[:2]}/p{subject}/s{study}"
 
 
 def view_of(row: Mapping[str, str]) -> str:
@@ -52,8 +58,8 @@ def view_of(row: Mapping[str, str]) -> str:
     return row["ViewPosition"] or _VIEW_CODES.get(row.get("ViewCodeSequence_CodeMeaning", "").lower(), "")
 
 
-def mimic_records(raw: RawPath, suffix: str, images: Iterator[tuple[str, str, str, str]]) -> Iterator[Record]:
-    """Records of MIMIC-CXR's tree. suffix: of the image files; images: (subject, study, image, view or "")."""
+def mimic_records(raw: RawPath, images: Iterator[tuple[str, str, str, str]]) -> Iterator[Record]:
+    """Records of MIMIC-CXR's tree. images: (subject, study, path of the image, view or "")."""
     split_of: dict[str, str] = {}
     if (table := find_optional(raw, "mimic-cxr-2.0.0-split.csv")) is not None:
         for row in read_csv(table, "study_id", "split"):
@@ -61,15 +67,14 @@ def mimic_records(raw: RawPath, suffix: str, images: Iterator[tuple[str, str, st
     labels = StudyLabels(FINDINGS)
     if (table := find_optional(raw, "mimic-cxr-2.0.0-chexpert.csv")) is not None:
         for row in read_csv(table, "study_id", *FINDINGS):
-            labels.add(row["study_id"], {name: label_value(row[name]) for name in FINDINGS})
+            labels.add(row["study_id"], {name: label_value(row, name) for name in FINDINGS})
     studies = (
-        ((study, list(of_study)), raw / f"files/p{subject[:2]}/p{subject}/s{study}.txt")
+        ((study, list(of_study)), raw / f"{_folder(subject, study)}.txt")
         for (subject, study), of_study in itertools.groupby(images, key=lambda each: each[:2])
     )
-    for ((study, of_study), place), report in ahead(_reports(raw), (((tag, place), place) for tag, place in studies)):
-        folder, sections = place.relative_to(raw).with_suffix("").as_posix(), split_report(report)
-        for subject, _, image, view in of_study:
-            source = f"{folder}/{image}.{suffix}"
+    for (study, of_study), report in ahead(_reports(raw), studies):
+        sections = split_report(report)
+        for subject, _, source, view in of_study:
             yield Record(
                 key=key_of(source), image=raw / source, patient=subject, source=source, view=view or None, labels=labels[study],
                 split=split_of.get(study), sections=sections,
@@ -80,14 +85,22 @@ def _reports(raw: RawPath) -> Callable[[RawPath], str]:
     """A report's place beside its images -> its text, empty if there is none."""
     archive = find_optional(raw, "mimic-cxr-reports.zip")
     if archive is not None:
-        packed = zipfile.ZipFile(seekable(archive))
+        try:
+            packed = zipfile.ZipFile(seekable(archive))
+        except zipfile.BadZipFile:
+            raise ValueError(f"{archive} is cut or is no zip archive: download it again") from None
         names = set(packed.namelist())
+        if not any(name.startswith("files/") for name in names):
+            raise ValueError(f"{archive} holds no files/: put the archive into RAW as it is published")
     roots = [root for root in (raw / "mimic-cxr-reports", raw) if archive is None and (root / "files").is_dir()]
 
     def read(place: RawPath) -> str:
         path = place.relative_to(raw).as_posix()
         if archive is not None:
-            data = packed.read(path) if path in names else None
+            try:
+                data = packed.read(path) if path in names else None
+            except (zipfile.BadZipFile, zlib.error, EOFError):  # no name: it holds the patient's number
+                raise ValueError(f"{archive} is damaged: download it again") from None
         else:
             found = (read_optional(root / path) for root in roots)
             data = next((data for data in found if data is not None), None)

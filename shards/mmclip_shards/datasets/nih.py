@@ -3,8 +3,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mmclip_shards.datasets.prepared import key_of
-from mmclip_shards.datasets.recipe import recipe
-from mmclip_shards.datasets.upstream import ImageIndex, find_file, find_optional, read_age, read_csv, read_numbers
+from mmclip_shards.datasets.recipe import Skipped, recipe
+from mmclip_shards.datasets.upstream import (
+    ImageIndex,
+    find_file,
+    find_optional,
+    make_box,
+    read_age,
+    read_csv,
+    read_lines,
+    read_numbers,
+)
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 
@@ -19,9 +28,9 @@ BOX_LABELS = {"Infiltrate": "Infiltration"}
     official=True,
     private_paths=True,
     unlisted_absent=True,
-    same_images=("rsna", "covidx"),
+    same_images=("rsna", "siim-acr", "covidx"),
 )
-def nih(raw: RawPath) -> Iterator[Record]:
+def nih(raw: RawPath) -> Iterator[Record | Skipped]:
     """NIH ChestX-ray14: 112,120 frontal radiographs of 30,805 patients, 14 labels, 984 boxes, no reports.
 
     RAW holds Data_Entry_2017_v2020.csv (or Data_Entry_2017.csv), the images in images_001/images ... or in one images/, and
@@ -34,22 +43,22 @@ def nih(raw: RawPath) -> Iterator[Record]:
     with the patient's number, so keyed hashes are stored in their place.
     """
     boxes = _boxes(raw)
-    split_of = {
-        line.split()[0]: split
-        for split, name in (("train", "train_val_list.txt"), ("test", "test_list.txt"))
-        if (path := find_optional(raw, name)) is not None
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line.strip()
-    }
+    split_of: dict[str, str] = {}
+    for split, listed in (("train", "train_val_list.txt"), ("test", "test_list.txt")):
+        path = find_optional(raw, listed)
+        for number, line in enumerate([] if path is None else read_lines(path), 1):
+            if line.strip() and split_of.setdefault(line.split()[0], split) != split:
+                raise ValueError(f"{path}, line {number}, names an image of train_val_list.txt: download both again")
     images = ImageIndex(raw, "images", "images_*/images")
     table = find_file(raw, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
     for row in read_csv(table, "Image Index", "Finding Labels", "Patient ID", "View Position"):
         name = row["Image Index"]
         yield Record(
             key=key_of(name), image=images[name], patient=row["Patient ID"], source=name, view=row["View Position"] or None,
-            labels=dict.fromkeys(row["Finding Labels"].split("|"), 1), boxes=tuple(boxes.get(name, ())), split=split_of.get(name),
-            age=read_age(row.get("Patient Age", "")),
+            labels=dict.fromkeys(filter(None, map(str.strip, row["Finding Labels"].split("|"))), 1),
+            boxes=tuple(boxes.pop(name, ())), split=split_of.get(name), age=read_age(row.get("Patient Age", "")),
         )  # fmt: skip
+    yield from (Skipped("boxes of an image that is not in the table") for _ in boxes)
 
 
 def _boxes(raw: RawPath) -> dict[str, list[Box]]:
@@ -58,5 +67,5 @@ def _boxes(raw: RawPath) -> dict[str, list[Box]]:
     for row in [] if path is None else read_csv(path, header=("name", "label", "x", "y", "w", "h"), ragged=True):
         if row["name"] != "Image Index":
             label = BOX_LABELS.get(row["label"], row["label"])
-            boxes.setdefault(row["name"], []).append(Box(label, *read_numbers(row, "x", "y", "w", "h")))
+            boxes.setdefault(row["name"], []).append(make_box(row, label, *read_numbers(row, "x", "y", "w", "h")))
     return boxes

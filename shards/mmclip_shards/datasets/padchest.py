@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import Skipped, recipe
-from mmclip_shards.datasets.upstream import find_file, read_age, read_csv
+from mmclip_shards.datasets.upstream import Row, find_file, read_age, read_csv
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
@@ -37,7 +37,7 @@ def padchest(raw: RawPath) -> Iterator[Record | Skipped]:
         raw, "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "PADCHEST_chest_x_ray_images_labels_160K.csv"
     )
     for row in read_csv(table, "ImageID", "ImageDir", "PatientID", "Projection", "Report", "Labels"):
-        labels = read_list(row["Labels"])
+        labels = _labels(row)
         useless = next((name for name in _USELESS if name in labels), None)
         if useless is not None or row["Projection"] == "EXCLUDE":
             yield Skipped(f"labelled {useless}" if useless else "projection EXCLUDE")
@@ -57,14 +57,22 @@ def _age(row: Mapping[str, str]) -> int | None:
     return read_age(str(int(study) - int(born))) if study.isdigit() and born.isdigit() else None
 
 
+def _labels(row: Row) -> set[str]:
+    try:
+        return read_list(row["Labels"])
+    except ValueError as error:
+        raise ValueError(f"{row.place}: {error}") from None
+
+
 def read_list(cell: str) -> set[str]:
     """The names in a Python list of texts; empty for an empty cell or `nan`. ValueError for anything else."""
     if cell in ("", "nan"):
         return set()
     try:
         names = ast.literal_eval(cell)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         names = None
-    if not isinstance(names, list):
+    # Written by Python itself. Without a comma, as NumPy prints lists, Python would join two texts: ['a' 'b'] is ['ab'].
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or str(names) != cell:
         raise ValueError("a cell of Labels is no list like ['normal']: download the table again")
-    return {name for text in names if (name := str(text).strip())}
+    return {name for text in names if (name := text.strip())}

@@ -9,15 +9,16 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.recipe import OFFICIAL, Recipe, Skipped, check_needs
 from mmclip_shards.datasets.sections import join_sections
 from mmclip_shards.datasets.table import NORMAL_LABELS, Records
+from mmclip_shards.datasets.upstream import read_lines
 from mmclip_shards.rawpath import RawPath, matching
-from mmclip_shards.schema import Record, canonical_json, check_record, make_key
+from mmclip_shards.schema import Record, canonical_json, check_record, check_source, make_key
 from mmclip_shards.split import check_split_name, hash_patient
 
 _IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|dcm|dicom)$", re.IGNORECASE)
@@ -33,7 +34,7 @@ LISTS = "splits"
 class Prepared:
     """What a recipe found. records: ready for `pack`; split_of: key -> split, None when patients are to be split by shares;
     skipped: reason -> upstream rows; config_hash: of all that shapes the records; without_report, same_report: records that
-    have no report, and those whose report another one has, too."""
+    have no report, and those whose report another one has, too; without_labels: those of which no label is known."""
 
     records: Sequence[Record]
     split_of: dict[str, str] | None
@@ -41,6 +42,7 @@ class Prepared:
     config_hash: str
     without_report: int
     same_report: int
+    without_labels: int
 
 
 def prepare_records(
@@ -57,6 +59,7 @@ def prepare_records(
     split_of: dict[str, str] = {}
     skipped: Counter[str] = Counter()
     reports: Counter[int] = Counter()
+    labelled = 0
     content = hashlib.sha256(
         canonical_json([name, recipe.licence, recipe.access, recipe.private_paths, recipe.unlisted_absent])
     )
@@ -64,14 +67,19 @@ def prepare_records(
         record = without_patient(found, name, patient_key) if recipe.private_paths else found
         try:
             check_record(record)
+            if record.split is not None:
+                check_split_name(record.split)
+            # Not the image: the journal marks its content.
+            content.update(canonical_json({**vars(record), "image": None, "boxes": [vars(box) for box in record.boxes]}))
+        except UnicodeEncodeError:
+            raise ValueError(f"recipe {name}, record {number}: a text holds half a surrogate pair: write it as UTF-8") from None
         except ValueError as error:
             raise ValueError(f"recipe {name}, record {number}: {error}") from error
         if record.split is not None:
             split_of.setdefault(record.key, sys.intern(record.split))  # of a key that comes twice, the first record is packed
         label_names.update(record.labels)
         reports[hash(record.report)] += bool(record.report)
-        # Not the image: the journal marks its content.
-        content.update(canonical_json({**vars(record), "image": None, "boxes": [vars(box) for box in record.boxes]}))
+        labelled += any(value is not None for value in record.labels.values())
         spool.append(record)
     if not len(spool):
         raise nothing_found(raw, skipped)
@@ -93,6 +101,7 @@ def prepare_records(
         config_hash=content.hexdigest(),
         without_report=len(spool) - with_report,
         same_report=with_report - sum(count > 0 for count in reports.values()),
+        without_labels=len(spool) - labelled,
     )
 
 
@@ -103,15 +112,21 @@ def read_records(
     check_needs(recipe)
     if not raw.is_dir():
         raise ValueError(f"there is no folder {raw}")
-    lists = _read_lists(raw / LISTS / split) if split not in (None, OFFICIAL) else None
+    lists = _Lists(raw / LISTS / split) if split not in (None, OFFICIAL) else None
+    number = 0
     for found in recipe.read(raw):
         if isinstance(found, Skipped):
             skipped[found.reason] += 1
             continue
-        record = replace(found, split=_listed(lists, found.source)) if lists is not None else found
+        number += 1
+        try:
+            check_source(found.source)  # before it is hashed
+        except ValueError as error:
+            raise ValueError(f"record {number} of the recipe: {error}") from error
+        record = replace(found, split=lists.split_of(found.source)) if lists is not None else found
         if split is None:
             record = replace(record, split=None)
-        elif record.split is None:
+        elif not record.split:
             skipped[f"not in split {split}"] += 1
             continue
         if record.sections:
@@ -122,6 +137,8 @@ def read_records(
                 impression=record.sections.get("impression"),
             )
         yield replace(record, key=make_key(record.key)) if record.key else record
+    if lists is not None and lists.unused:
+        skipped[f"named in split {split}, but not among the images"] += lists.unused
 
 
 def nothing_found(raw: RawPath, skipped: Counter[str]) -> ValueError:
@@ -166,30 +183,42 @@ class _Spool:
         return record
 
 
-def _read_lists(folder: RawPath) -> Mapping[str, str]:
-    """Image -> split, from folder/SPLIT.txt or SPLIT_list.txt: the first word of each line names an image."""
-    files = matching(folder, "*.txt") if folder.is_dir() else []
-    if not files:
-        raise ValueError(
-            f"there is no split {folder.name!r}: put its lists into {folder}/train.txt, val.txt, test.txt, one image a line"
-        )
-    split_of: dict[str, str] = {}
-    for file in files:
-        split = split_name(_LIST_SUFFIX.sub("", file.stem))
-        check_split_name(split)
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
-            if image := re.split(r"[\s,]", line.strip(), maxsplit=1)[0]:
-                image = _IMAGE_SUFFIX.sub("", image)
-                if split_of.setdefault(image, split) != split:
-                    raise ValueError(f"{file}, line {number}, names an image of split {split_of[image]!r}, too: take one away")
-    return split_of
+class _Lists:
+    """The lists of a split, folder/SPLIT.txt or SPLIT_list.txt: the first word of each line names an image, by its path, any end
+    of it, or a path that ends in it, with or without suffix."""
 
+    def __init__(self, folder: RawPath) -> None:
+        files = matching(folder, "*.txt") if folder.is_dir() else []
+        if not files:
+            raise ValueError(
+                f"there is no split {folder.name!r}: put its lists into {folder}/train.txt, val.txt, test.txt, one image a line"
+            )
+        self._split_of: dict[str, str] = {}
+        self._by_name: dict[str, list[str]] = {}
+        self._used: set[str] = set()
+        for file in files:
+            split = split_name(_LIST_SUFFIX.sub("", file.stem))
+            check_split_name(split)
+            for number, line in enumerate(read_lines(file), 1):
+                if image := re.split(r"[\s,]", line.strip(), maxsplit=1)[0]:
+                    image = _IMAGE_SUFFIX.sub("", image)
+                    if image not in self._split_of:
+                        self._by_name.setdefault(PurePosixPath(image).name, []).append(image)
+                    if (other := self._split_of.setdefault(image, split)) != split:
+                        raise ValueError(f"{file}, line {number}, names an image of split {other!r}, too: take one away")
 
-def _listed(split_of: Mapping[str, str], source: str) -> str | None:
-    """The split of an image that a list may name by its path, or by any end of it, with or without suffix."""
-    parts = PurePosixPath(_IMAGE_SUFFIX.sub("", source)).parts
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((split_of[end] for end in ends if end in split_of), None)
+    def split_of(self, source: str) -> str | None:
+        """The split of the image; where several lines name it, that of the longest."""
+        path = f"/{_IMAGE_SUFFIX.sub('', source)}"
+        near = self._by_name.get(PurePosixPath(path).name, ())
+        named = [image for image in near if path.endswith(f"/{image}") or f"/{image}".endswith(path)]
+        self._used.update(named)
+        return self._split_of[max(named, key=len)] if named else None
+
+    @property
+    def unused(self) -> int:
+        """How many of the listed names no image had."""
+        return len(self._split_of) - len(self._used)
 
 
 def split_name(text: str) -> str:
@@ -205,6 +234,9 @@ def key_of(source: str | PurePosixPath) -> str:
 def describe(prepared: Prepared) -> Iterable[str]:
     """Lines that say what a recipe found. They hold counts, no ids and no text of a report."""
     total = len(prepared.records)
-    yield f"{total:,} images; {prepared.without_report:,} without a report, {prepared.same_report:,} with that of another image"
+    yield (
+        f"{total:,} images; {prepared.without_report:,} without a report, {prepared.same_report:,} with that of another image; "
+        f"{prepared.without_labels:,} without labels"
+    )
     for reason, count in prepared.skipped.most_common():
         yield f"left out: {count:,} ({reason})"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mmclip_shards.datasets.prepared import split_name
 from mmclip_shards.datasets.recipe import Skipped, recipe
@@ -32,18 +33,35 @@ def rexgradient(raw: RawPath) -> Iterator[Record | Skipped]:
     """
     metadata = raw / "metadata"
     for upstream in ("train", "valid", "test"):
-        images = read_json(find_file(metadata, f"{upstream}_metadata_view_position.json"), "download it again")
+        views = find_file(metadata, f"{upstream}_metadata_view_position.json")
+        images = read_json(views, "download it again")
+        if not isinstance(images, dict):
+            raise ValueError(f"{views} holds no object of studies: download it again")
         for row in read_csv(find_file(metadata, f"{upstream}_metadata.csv"), "id", *_SECTIONS):
             study = images.pop(row["id"], None)
             if study is None:
                 yield Skipped("a study without images")
                 continue
+            if (found := _images(study)) is None:
+                raise ValueError(
+                    f"{views}: the study of {row.place} must have ImagePath (../deid_png/PATIENT/...) and ImageViewPosition, "
+                    "equally long: download it again"
+                )
             sections = {name.lower(): text for name in _SECTIONS if (text := clean_text(row[name]))}
-            for path, view in zip(study["ImagePath"], study["ImageViewPosition"], strict=True):
-                source = path.removeprefix("../")
+            for source, view in found:
                 yield Record(
                     key=source, image=raw / source, patient=source.split("/")[1], source=source,
-                    view=_VIEWS.get(str(view), str(view)) or None, split=split_name(upstream), sections=sections,
+                    view=_VIEWS.get(view, view) or None, split=split_name(upstream), sections=sections,
                     age=read_age(row.get("PatientAge", "")),
                 )  # fmt: skip
         yield from (Skipped("images without a study") for _ in images)
+
+
+def _images(study: Any) -> list[tuple[str, str]] | None:
+    """(path below RAW, upstream's view) of each image of a study; None if the entry is none."""
+    try:
+        pairs = list(zip(study["ImagePath"], study["ImageViewPosition"], strict=True))
+    except (TypeError, KeyError, ValueError):
+        return None
+    found = [(str(path).removeprefix("../"), str(view)) for path, view in pairs]
+    return found if all(path.startswith("deid_png/") and path.count("/") > 1 for path, _ in found) else None

@@ -5,7 +5,7 @@ from pathlib import PurePosixPath
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
-from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv, read_numbers
+from mmclip_shards.datasets.upstream import find_file, find_optional, is_present, make_box, read_csv, read_numbers
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 from mmclip_shards.textfiles import read_json
@@ -15,7 +15,8 @@ from mmclip_shards.textfiles import read_json
     licence="Kaggle competition rules: non-commercial and academic use",
     access="Kaggle account",
     source="https://www.kaggle.com/c/rsna-pneumonia-detection-challenge",
-    same_images=("nih", "covidx"),
+    same_images=("nih", "siim-acr", "covidx"),
+    patients="nih",  # an image's id, where the patient is unknown, is no number of NIH
     needs=DICOM,
 )
 def rsna(raw: RawPath) -> Iterator[Record]:
@@ -32,8 +33,8 @@ def rsna(raw: RawPath) -> Iterator[Record]:
     boxes: dict[str, list[Box]] = {}
     for row in read_csv(find_file(raw, "stage_2_train_labels.csv"), "patientId", "x", "y", "width", "height", "Target"):
         found = boxes.setdefault(row["patientId"], [])
-        if row["Target"] == "1":
-            found.append(Box("Pneumonia", *read_numbers(row, "x", "y", "width", "height")))
+        if is_present(row, "Target"):
+            found.append(make_box(row, "Pneumonia", *read_numbers(row, "x", "y", "width", "height")))
     patients = _nih_patients(raw)
     for image, found in boxes.items():
         source = f"stage_2_train_images/{image}.dcm"
@@ -47,4 +48,7 @@ def _nih_patients(raw: RawPath) -> dict[str, str]:
     """Image -> the patient's number as the table of NIH ChestX-ray14 has it (`13`, of 00000013_004.png)."""
     path = find_optional(raw, "pneumonia-challenge-dataset-mappings_2018.json")
     rows = read_json(path, "download it again") if path is not None else []
-    return {row["subset_img_id"]: str(int(PurePosixPath(row["img_id"]).name.partition("_")[0])) for row in rows}
+    try:
+        return {row["subset_img_id"]: str(int(PurePosixPath(row["img_id"]).name.partition("_")[0])) for row in rows}
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{path} is no list of subset_img_id and img_id (00000013_004.png): download it again") from None

@@ -15,6 +15,7 @@ _SIDE = 1024  # pixels: all images are square
     licence="Kaggle competition rules: non-commercial and academic use",
     access="Kaggle account",
     source="https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation",
+    same_images=("nih", "rsna"),
     needs=DICOM,
 )
 def siim_acr(raw: RawPath) -> Iterator[Record]:
@@ -25,14 +26,18 @@ def siim_acr(raw: RawPath) -> Iterator[Record]:
 
     Quirks: the header is `ImageId, EncodedPixels` with a space, and no mask is ` -1` or `-1`; an image has a row for each
     mask, and each becomes a box. Run lengths are pairs of skip and length, the skip counted from the end of the run before,
-    down the columns of 1024 x 1024 pixels. Ids have dots. No patient ids: an image is a patient. No split is official.
+    down the columns of 1024 x 1024 pixels. Ids have dots. The images are of NIH ChestX-ray14, under ids of their own. No
+    patient ids: an image is a patient. No split is official.
     """
     files = {path.stem: path for folder in ("dicom-images-train", "dicom-images-test") for path in raw.glob(f"{folder}/**/*.dcm")}
     boxes: dict[str, list[Box]] = {}
     for row in read_csv(find_file(raw, "stage_2_train.csv", "train-rle.csv"), "ImageId", "EncodedPixels"):
         found = boxes.setdefault(row["ImageId"], [])
         if row["EncodedPixels"] != "-1":
-            found.append(box_of_runs(row["EncodedPixels"], "Pneumothorax"))
+            try:
+                found.append(box_of_runs(row["EncodedPixels"], "Pneumothorax"))
+            except ValueError as error:
+                raise ValueError(f"{row.place}: {error}") from None
     for image, found in boxes.items():
         source = f"{image}.dcm"
         yield Record(
@@ -47,7 +52,7 @@ def box_of_runs(cell: str, label: str, side: int = _SIDE) -> Box:
         numbers = [int(text) for text in cell.split()]
     except ValueError:
         numbers = []
-    if not numbers or len(numbers) % 2 or min(numbers) < 0:
+    if not numbers or len(numbers) % 2 or min(numbers) < 0 or min(numbers[1::2]) == 0:
         raise ValueError("a cell of EncodedPixels is neither -1 nor pairs of skip and length: download the table again")
     position, columns, rows = 0, set[int](), set[int]()
     for skip, length in zip(numbers[::2], numbers[1::2], strict=True):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mmclip_shards.datasets.prepared import key_of
 from mmclip_shards.datasets.recipe import DICOM, recipe
-from mmclip_shards.datasets.upstream import find_file, find_optional, read_csv, read_numbers
+from mmclip_shards.datasets.upstream import Row, find_file, find_optional, is_present, make_box, read_csv, read_numbers
 from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Box, Record
 
@@ -39,13 +39,13 @@ def vindr_cxr(raw: RawPath) -> Iterator[Record]:
         present: dict[str, set[str]] = {}
         for row in read_csv(find_file(annotations, f"image_labels_{split}.csv"), "image_id"):
             names = present.setdefault(row["image_id"], set())
-            names.update(_name(column) for column, value in row.items() if column not in _NOT_LABELS and _is_one(value))
+            names.update(_name(column) for column in row if column not in _NOT_LABELS and is_present(row, column))
         table = find_optional(annotations, f"annotations_{split}.csv")
         rows = read_csv(table, "image_id", "class_name", "x_min", "y_min", "x_max", "y_max") if table is not None else iter(())
         yield from _records(raw, split, present, rows)
 
 
-def _records(raw: RawPath, split: str, present: dict[str, set[str]], rows: Iterator[dict[str, str]]) -> Iterator[Record]:
+def _records(raw: RawPath, split: str, present: dict[str, set[str]], rows: Iterator[Row]) -> Iterator[Record]:
     """present: image -> labels of any reader; the rows add their own, and their boxes."""
     boxes: dict[str, list[Box]] = {}
     for row in rows:
@@ -53,7 +53,7 @@ def _records(raw: RawPath, split: str, present: dict[str, set[str]], rows: Itera
         present.setdefault(image, set()).add(name)
         if row["x_min"]:
             left, top, right, bottom = read_numbers(row, "x_min", "y_min", "x_max", "y_max")
-            boxes.setdefault(image, []).append(Box(name, left, top, right - left, bottom - top))
+            boxes.setdefault(image, []).append(make_box(row, name, left, top, right - left, bottom - top))
     for image, names in present.items():
         labels = dict.fromkeys(sorted(names - {"No finding"}) or ["No finding"], 1)
         source = f"{split}/{image}.dicom"
@@ -65,7 +65,3 @@ def _records(raw: RawPath, split: str, present: dict[str, set[str]], rows: Itera
 
 def _name(text: str) -> str:
     return _RENAMED.get(text, text)
-
-
-def _is_one(cell: str) -> bool:
-    return cell in ("1", "1.0")
