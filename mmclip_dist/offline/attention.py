@@ -30,18 +30,19 @@ def attention_stage(
     products; None: as in its training on a card, fp32 on a CPU. batch: images at once. The last bits of a score depend on both,
     so both belong to the sidecar's configuration.
     """
-    # Everything that affects a score: the model with its tokenizer, prompts and diseases, and the content of the entities.
+    # Everything that affects a score: the model with its tokenizer, prompts and diseases, and the content of the entities. Their
+    # hash stands alone, as it is another one when `mmclip reshard` copies them and the scores into other shards.
     guide = None if entities is None else manifest_hash(load_manifest(entities))
     with local_checkpoint(checkpoint) as folder:
         weights = weights_hash(folder)
         precision = precision or (stored_config(folder).precision if gpus else "fp32")
-        identity = config_hash("attention", model_hash(folder, weights), guide, precision, batch)
+        identity = config_hash("attention", model_hash(folder, weights), precision, batch)
         if local_path(checkpoint) is not None:
             checkpoint = str(folder)
         elif step_of(checkpoint.rstrip("/").rpartition("/")[2]) is None:
             checkpoint = join(checkpoint, folder.name)  # every worker fetches this one, though the mirror may get a newer one
     build = partial(_build, checkpoint, precision, batch, cpus)
-    return Stage("attention", base, out, identity, build, entities, weights, gpus, cpus)
+    return Stage("attention", base, out, identity, build, entities, guide, weights, gpus, cpus)
 
 
 def _build(checkpoint: str, precision: Precision, batch: int, threads: int) -> Maker:

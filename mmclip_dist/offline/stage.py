@@ -65,7 +65,8 @@ _SHOWN = 3  # keys or shards in a message
 class Stage:
     """What to make from a base set. `build` runs once in each worker process and loads its models.
 
-    config_hash: identity of everything that affects the rows; rows of different identities are never mixed.
+    config_hash: identity of everything that affects the rows but base and guide; rows of different identities are never mixed.
+    guide: `manifest_hash` of the entities that shape the rows.
     """
 
     kind: Kind
@@ -74,6 +75,7 @@ class Stage:
     config_hash: str
     build: Callable[[], Maker]
     entities: str | None = None  # entity sidecar to read along with the base
+    guide: str | None = None
     checkpoint: str | None = None
     gpus: float = 0  # of each worker; Ray hides all GPUs from a worker that asks for none
     cpus: int = 1  # of each worker
@@ -142,11 +144,11 @@ def run_stage(
     wanted = {shard.path: shard.sha256 for shard in base.shards}
     if storage.exists(storage.join(stage.out, "manifest.json")):
         found = load_manifest(stage.out)
-        if (found.kind, found.config_hash, found.base) == (stage.kind, stage.config_hash, wanted):
+        if (found.kind, found.config_hash, found.guide, found.base) == (stage.kind, stage.config_hash, stage.guide, wanted):
             report(len(base.shards), len(base.shards))
             return found
         raise ValueError(
-            f"{stage.out} holds {found.kind} of another configuration, checkpoint, precision or set; "
+            f"{stage.out} holds {found.kind} of another configuration, checkpoint, precision, set or entities; "
             "name another --out, or delete that folder"
         )
     done = _read_journal(stage, wanted)
@@ -162,7 +164,7 @@ def run_stage(
         _make_missing(stage, wanted, done, crew, report, most)
     manifest = Manifest(
         kind=stage.kind, dataset=base.dataset, split=base.split, config_hash=stage.config_hash, base=wanted,
-        checkpoint=stage.checkpoint, shards=tuple(done[number].shard for number in range(len(base.shards))),
+        checkpoint=stage.checkpoint, guide=stage.guide, shards=tuple(done[number].shard for number in range(len(base.shards))),
     )  # fmt: skip
     if bad := _bad(done):
         lines = "".join(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in bad)
@@ -300,7 +302,7 @@ def _final(error: ray.exceptions.RayError, failures: int) -> str:
 
 def _write_journal(stage: Stage, wanted: dict[str, str], done: dict[int, Made]) -> None:
     rows = {str(number): asdict(made.shard) | {"bad": made.bad} for number, made in sorted(done.items())}
-    document = {"config_hash": stage.config_hash, "base": wanted, "shards": rows}
+    document = {"config_hash": stage.config_hash, "guide": stage.guide, "base": wanted, "shards": rows}
     storage.write_atomic(storage.join(stage.out, JOURNAL), json.dumps(document).encode())
 
 
@@ -311,7 +313,7 @@ def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
         return {}
     document = read_json(url, _MEND)
     try:
-        same = (document["config_hash"], document["base"]) == (stage.config_hash, wanted)
+        same = (document["config_hash"], document.get("guide"), document["base"]) == (stage.config_hash, stage.guide, wanted)
         rows = {int(number): dict(row) for number, row in document["shards"].items()}
         bad = {number: [(key, reason) for key, reason in row.pop("bad", ())] for number, row in rows.items()}
         done = {number: Made(Shard(**row), bad[number]) for number, row in rows.items()}
@@ -319,8 +321,8 @@ def _read_journal(stage: Stage, wanted: dict[str, str]) -> dict[int, Made]:
         raise ValueError(f"{url} is no journal of an offline stage ({error!r}): {_MEND}") from error
     if done and not same:
         raise ValueError(
-            f"{stage.out} holds {len(done)} shards of an interrupted stage of another configuration, checkpoint, precision or "
-            f"set; name another --out, or, to make them again, delete {JOURNAL} there"
+            f"{stage.out} holds {len(done)} shards of an interrupted stage of another configuration, checkpoint, precision, set "
+            f"or entities; name another --out, or, to make them again, delete {JOURNAL} there"
         )
     return done
 

@@ -24,7 +24,7 @@ _XXH3 = re.compile(r"[0-9a-f]{16}")
 _TAR_BLOCK = 512
 _OPTIONAL: dict[str, object] = {
     "licence": None, "access": None, "patient_key_id": None, "parts": (), "phi_scan": None, "labels_by": None,
-    "images": None,
+    "images": None, "guide": None,
 }  # fmt: skip
 
 
@@ -71,8 +71,8 @@ class Manifest:
     """A whole set: which shards, how many samples, and the hash of the configuration that made them.
 
     base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
-    checkpoint: hash of the checkpoint (attention sidecars only). licence, access: the terms of the raw data set, if its recipe
-    states them. patient_key_id: mark of the key of its patient hashes (`split.key_id`): sets that share it can be compared by
+    checkpoint: hash of the checkpoint; guide: `manifest_hash` of the entity sidecars that guided the scores (attention sidecars
+    only). licence, access: the terms of the raw data set, if its recipe states them. patient_key_id: mark of the key of its patient hashes (`split.key_id`): sets that share it can be compared by
     patient. parts: of a merged set, whose licence and access tell those of each. phi_scan: what the scan of the reports found
     (`phi.PhiScan`): its version, and records by kind; None if they were not scanned. labels_by: the program that made the labels
     from the reports; None if they are the data set's own. images: how `pack` made the images: its short_side, and the fields of
@@ -94,6 +94,7 @@ class Manifest:
     phi_scan: dict[str, int] | None = None
     labels_by: str | None = None
     images: dict[str, Any] | None = None
+    guide: str | None = None
     version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -114,9 +115,9 @@ class Manifest:
         for path, sha256 in (self.base or {}).items():
             check_relative(path)
             _check_sha256(sha256, f"base shard {path}")
-        texts = self.checkpoint, self.licence, self.access, self.patient_key_id, self.labels_by
+        texts = self.checkpoint, self.guide, self.licence, self.access, self.patient_key_id, self.labels_by
         if not all(text is None or isinstance(text, str) for text in texts):
-            raise ValueError("checkpoint, licence, access, patient_key_id and labels_by must be texts or null")
+            raise ValueError("checkpoint, guide, licence, access, patient_key_id and labels_by must be texts or null")
         if self.phi_scan is not None and not (
             isinstance(self.phi_scan, dict) and "version" in self.phi_scan and all(map(_is_count, self.phi_scan.values()))
         ):

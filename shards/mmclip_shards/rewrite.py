@@ -41,8 +41,10 @@ from mmclip_shards.writer import SAMPLES_PER_SHARD, write_shard
 
 Progress = Callable[[int, int], None]
 
-_OF_ITS_OWN = {"kind", "split", "shards", "config_hash", "base", "checkpoint", "version"}
+_OF_ITS_OWN = {"kind", "split", "shards", "config_hash", "base", "checkpoint", "guide", "version"}
 """Fields of a manifest that a new set does not take from its sources."""
+
+_COPIED = "the entities that are copied with it"
 
 _UNCHANGED = image_mark(b"")  # a journal marks raw images, and here are none: the hash of the sources' manifests stands for them
 
@@ -344,9 +346,12 @@ def _write(
             done += 1
             if progress is not None:
                 progress(done, total)
+        written: dict[Kind, Manifest] = {}
         for kind, identity in sidecars.items():
             made = {"kind": kind, "dataset": described[split]["dataset"], "split": split, **identity}
-            _write_sidecar(storage.join(folder, kind), plan, writer.shards, made)
+            if made.get("guide") == _COPIED:
+                made["guide"] = manifest_hash(written["entities"])
+            written[kind] = _write_sidecar(storage.join(folder, kind), plan, writer.shards, made)
     manifests |= {split: writer.finish(split=split, **described[split]) for split, writer in writers.items()}
     return Rewritten({split: manifests[split] for split in plans}, tuple(told))
 
@@ -397,7 +402,7 @@ def _scanned(scans: list[dict[str, int] | None]) -> dict[str, int] | None:
 
 
 def _sidecars_of(plan: _Plan, folder: str) -> tuple[dict[Kind, dict[str, Any]], list[str]]:
-    """The sidecars that can follow: kind -> config_hash and checkpoint; and a line for each kind that cannot."""
+    """The sidecars that can follow: kind -> config_hash, checkpoint and guide; and a line for each kind that cannot."""
     follow: dict[Kind, dict[str, Any]] = {}
     notes = []
     for kind in SIDECARS:
@@ -408,25 +413,31 @@ def _sidecars_of(plan: _Plan, folder: str) -> tuple[dict[Kind, dict[str, Any]], 
         if why_not is None and None in found:
             why_not = f"{plan.sources[found.index(None)].folder} has none"
         made = [each.manifest for each in found if isinstance(each, ShardReader)]
-        hashes = sorted({manifest.config_hash for manifest in made})
-        if why_not is None and kind == "attention" and len(hashes) > 1:
-            # It holds the hash of the entities, which differs from set to set; the model decides.
-            if len({manifest.checkpoint for manifest in made}) > 1 or None in {manifest.checkpoint for manifest in made}:
-                why_not = "the sets' were made by different checkpoints"
-            elif any(source.sidecars.get("entities") for source in plan.sources) and "entities" not in follow:
-                why_not = "it was made from entities that did not follow"
-        elif why_not is None and len(hashes) > 1:
+        guides = {_guide(source) for source in plan.sources} if kind == "attention" else {None}
+        if why_not is None and len({manifest.checkpoint for manifest in made}) > 1:
+            why_not = "the sets' were made by different checkpoints"
+        elif why_not is None and (len(guides) > 1 or (_COPIED in guides and "entities" not in follow)):
+            why_not = "it was made from entities that did not follow"
+        elif why_not is None and len({manifest.config_hash for manifest in made}) > 1:
             why_not = "the sets' were made in different ways"
         if why_not is not None:
             again = REBUILD[kind].format(base=folder, sidecar=storage.join(folder, kind))
             notes.append(f"{kind} sidecars did not follow to {folder} ({why_not}); make them with `{again}`")
             continue
-        one = hashes[0] if len(hashes) == 1 else hashlib.sha256(canonical_json(hashes)).hexdigest()
-        follow[kind] = {"config_hash": one, "checkpoint": made[0].checkpoint}
+        follow[kind] = {"config_hash": made[0].config_hash, "checkpoint": made[0].checkpoint, "guide": guides.pop()}
     return follow, notes
 
 
-def _write_sidecar(folder: str, plan: _Plan, base: Sequence[Shard], made: dict[str, Any]) -> None:
+def _guide(source: Source) -> str | None:
+    """What guided the attention of a set: _COPIED for the entities beside it, else their hash, or None."""
+    attention, entities = (source.sidecars.get(kind) for kind in ("attention", "entities"))
+    if not isinstance(attention, ShardReader):
+        return None
+    of_set = manifest_hash(entities.manifest) if isinstance(entities, ShardReader) else None
+    return _COPIED if of_set is not None and attention.manifest.guide == of_set else attention.manifest.guide
+
+
+def _write_sidecar(folder: str, plan: _Plan, base: Sequence[Shard], made: dict[str, Any]) -> Manifest:
     """The rows of these samples, in shards as those of `base`. Shards of a killed call are written again: they are small."""
     kind = made["kind"]
     stops = list(itertools.accumulate(shard.samples for shard in base))
@@ -439,7 +450,9 @@ def _write_sidecar(folder: str, plan: _Plan, base: Sequence[Shard], made: dict[s
         write_shard(folder, number, rows(stop - shard.samples, stop))
         for number, (shard, stop) in enumerate(zip(base, stops, strict=True))
     )
-    save_manifest(folder, Manifest(shards=shards, base={shard.path: shard.sha256 for shard in base}, **made))
+    manifest = Manifest(shards=shards, base={shard.path: shard.sha256 for shard in base}, **made)
+    save_manifest(folder, manifest)
+    return manifest
 
 
 def _reader(sample: Sample, kind: Kind) -> ShardReader:

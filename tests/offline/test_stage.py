@@ -16,7 +16,8 @@ import ray
 import torch
 from mmclip_shards.manifest import Manifest, load_manifest, save_manifest
 from mmclip_shards.reader import ShardReader, iterate
-from mmclip_shards.schema import decode_npy
+from mmclip_shards.rewrite import reshard, select
+from mmclip_shards.schema import decode_npy, encode_npy
 from mmclip_shards.writer import write_shard
 
 from mmclip_dist.checkpoint.folder import Meta
@@ -269,7 +270,8 @@ def test_the_identity_of_scores_holds_every_input(sets, checkpoint: Path, tmp_pa
     write_sidecar(sets.paired, lung, "entities", spans_of("lung"))
 
     def identity(folder: Path = checkpoint, entities: str | None = heart) -> str:
-        return attention_stage(sets.paired, "unused", str(folder), entities).config_hash
+        stage = attention_stage(sets.paired, "unused", str(folder), entities)
+        return f"{stage.config_hash} {stage.guide}"
 
     moved = tmp_path / "moved"
     shutil.copytree(checkpoint, moved)
@@ -299,6 +301,32 @@ def test_the_identity_of_scores_holds_every_input(sets, checkpoint: Path, tmp_pa
         edited("image/config.json", '"num_attention_heads": 2', '"num_attention_heads": 4'),
     ]
     assert len({identity(), *others}) == 1 + len(others)
+
+
+def test_scores_that_were_copied_with_their_entities_are_found_made(sets, checkpoint: Path, tmp_path: Path) -> None:
+    """After `mmclip reshard` and `filter` the stage has nothing to do; with entities of its own it refuses the copy."""
+
+    def stage_of(base: str, entities: str | None = None) -> Stage:
+        return attention_stage(base, f"{base}/attention", str(checkpoint), entities or f"{base}/entities")
+
+    first = str(tmp_path / "set" / "train")
+    shutil.copytree(sets.paired, first)
+    write_sidecar(first, f"{first}/entities", "entities", spans_of("heart"))
+    stage = stage_of(first)
+    write_sidecar(first, stage.out, "attention", lambda _: {"attention.npy": encode_npy(np.ones((4, 4), np.float16))})
+    made = replace(
+        load_manifest(stage.out), config_hash=stage.config_hash, guide=stage.guide, checkpoint=stage.checkpoint
+    )
+    save_manifest(stage.out, made)
+    reshard(tmp_path / "set", tmp_path / "new", samples_per_shard=5)
+    select(tmp_path / "set", tmp_path / "some", "len(report) > 0")
+    for base in (first, str(tmp_path / "new" / "train"), str(tmp_path / "some" / "train")):
+        found = run_stage(stage_of(base), workers=1, report=print)
+        assert found == load_manifest(f"{base}/attention")
+    write_sidecar(base, str(tmp_path / "lung"), "entities", spans_of("lung"))
+    for others in (str(tmp_path / "lung"), f"{first}/entities"):  # of other content; of other shards
+        with pytest.raises(ValueError, match=r"set or entities|other shards"):
+            run_stage(stage_of(base, others), workers=1, report=print)
 
 
 def test_an_interrupted_stage_with_other_entities_mixes_no_scores(sets, cluster: None, checkpoint: Path, tmp_path: Path) -> None:
@@ -338,7 +366,7 @@ def test_precision_and_batch_belong_to_the_configuration_and_workers_do_not(
         assert write_shard(str(tmp_path / "alone"), number, rows) == shard
     others = [{"precision": "fp32", "batch": 7}, {"precision": "bf16"}, {"precision": "bf16", "batch": 8}]
     for options in others:
-        with pytest.raises(ValueError, match="holds attention of another configuration, checkpoint, precision or set"):
+        with pytest.raises(ValueError, match="holds attention of another configuration, checkpoint, precision, set or entities"):
             run(attention_stage(sets.paired, out, str(checkpoint), **options))
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "out" / JOURNAL).write_text(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mmclip_shards import rewrite, storage
 from mmclip_shards.foreign import index_set
-from mmclip_shards.manifest import Manifest, Part, load_index, load_manifest, save_manifest
+from mmclip_shards.manifest import Manifest, Part, load_index, load_manifest, manifest_hash, save_manifest
 from mmclip_shards.pack import pack
 from mmclip_shards.reader import iterate
 from mmclip_shards.rewrite import count_matches, merge, reshard, select, split_again
@@ -70,6 +70,7 @@ def add_sidecar(base: str, kind: str, made: str = "made", checkpoint: str = "0" 
             kind=kind, dataset=manifest.dataset, split=manifest.split, shards=rows, config_hash=made,  # type: ignore[arg-type]
             base={shard.path: shard.sha256 for shard in manifest.shards},
             checkpoint=checkpoint if kind == "attention" else None,
+            guide=manifest_hash(load_manifest(f"{base}/entities")) if kind == "attention" else None,
         ),
     )  # fmt: skip
 
@@ -145,7 +146,7 @@ def test_every_field_of_a_manifest_is_known_here() -> None:
     """A new field is carried over if all sources agree on it. What counts samples must not be: see `rewrite._described`."""
     assert {field.name for field in fields(Manifest)} == {
         "kind", "dataset", "split", "shards", "config_hash", "labels", "base", "checkpoint", "licence", "access",
-        "patient_key_id", "parts", "phi_scan", "labels_by", "images", "version",
+        "patient_key_id", "parts", "phi_scan", "labels_by", "images", "guide", "version",
     }  # fmt: skip
 
 
@@ -220,8 +221,16 @@ def test_sidecars_that_cannot_follow_are_named(tmp_path: Path) -> None:
     first, second = merge([a, b], tmp_path / "2").notes
     assert "made in different ways" in first and "made from entities that did not follow" in second
     add_sidecar(f"{b}/train", "entities")
-    assert merge([a, b], tmp_path / "3").notes == ()  # one checkpoint: the attention of both goes together
+    (note,) = merge([a, b], tmp_path / "old").notes
+    assert "attention" in note and "made from entities that did not follow" in note  # it has the hash of the others still
+    add_sidecar(f"{b}/train", "attention", made="in bf16")
+    (note,) = merge([a, b], tmp_path / "bf16").notes
+    assert "attention" in note and "made in different ways" in note
+    add_sidecar(f"{b}/train", "attention")
+    assert merge([a, b], tmp_path / "3").notes == ()
     clean(f"{tmp_path}/3")
+    attention, entities = (load_manifest(f"{tmp_path}/3/train/{kind}") for kind in ("attention", "entities"))
+    assert attention.guide == manifest_hash(entities)
     add_sidecar(f"{b}/train", "attention", made="by another", checkpoint="1" * 64)
     (note,) = merge([a, b], tmp_path / "4").notes
     assert "attention" in note and "different checkpoints" in note
