@@ -12,6 +12,7 @@ from mmclip_launch.findings import (
     PACKAGES,
     Facts,
     Finding,
+    judge_access,
     judge_agreement,
     judge_all_reduce,
     judge_answers,
@@ -64,10 +65,10 @@ def probe(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: 
 
 
 def look(
-    hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: bool = True
+    hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: bool = True, sets: Sequence[str] = ()
 ) -> tuple[list[Finding], dict[str, Facts]]:
-    """The quick part, within half a minute: everything that the hosts say about themselves. shared: whether the run folder has
-    to be the same everywhere."""
+    """The quick part, within half a minute: everything that the hosts say about themselves, and whether each can read these sets.
+    shared: whether the run folder has to be the same everywhere."""
     answers = probe(hosts, run_dir, by_ssh=by_ssh, shared=shared)
     known: dict[str, Facts] = {name: each.value for name, each in answers.items() if each.value is not None}
     found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
@@ -75,7 +76,16 @@ def look(
         if answer.value is not None:
             found += [*judge_host(answer.host, answer.value), *judge_clock(name, answer.value["time"], *answer.times)]
             found += judge_name(name, answer.value) if by_ssh else ()
-    return [*found, *(judge_agreement(hosts, known) if known else ())], known
+    found += judge_agreement(hosts, known) if known else ()
+    if known and sets:
+        found += judge_access(read(sets, 0, [host for host in hosts if host.name in known], by_ssh=by_ssh))
+    return found, known
+
+
+def read(urls: Sequence[str], seconds: float, hosts: Sequence[Host], *, by_ssh: bool) -> dict[str, Answer]:
+    """Let every host read these sets for so long (`mmclip_launch.reading`)."""
+    request = {"urls": list(urls), "seconds": seconds}
+    return run_everywhere(hosts, program("reading"), {host.name: request for host in hosts}, READ_S, by_ssh=by_ssh)
 
 
 def local_hosts() -> tuple[Host, ...]:
@@ -92,9 +102,7 @@ def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by
     if data is None:
         yield unchecked("storage", "", "no set was named", "name one: --data SET/train")
     elif here:
-        request = {"url": data, "seconds": _READING_S}
-        answers = run_everywhere(here, program("reading"), {host.name: request for host in here}, READ_S, by_ssh=by_ssh)
-        yield from judge_reading(data, answers)
+        yield from judge_reading(read([data], _READING_S, here, by_ssh=by_ssh))
     versions = {facts["packages"]["torch"] for facts in known.values()}
     if len(here) < len(hosts) or len(versions) > 1 or None in versions:
         yield unchecked("all-reduce", "", "not all hosts can take part", "mend the errors first")

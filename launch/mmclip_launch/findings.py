@@ -304,18 +304,24 @@ def differing(
         yield judged(check, host, f"{what} {shown}, but {expected} on {counted(len(values) - len(odd), 'host')}", mend)
 
 
-def judge_reading(url: str, answers: Mapping[str, Answer]) -> Iterator[Finding]:
-    told = {name: answer.value or {"fault": answer.fault} for name, answer in answers.items()}
-    rates = {name: each["bytes"] / each["seconds"] for name, each in told.items() if "fault" not in each}
-    for name, each in told.items():
-        if "fault" in each:
-            mend = "mend credentials, address or network of this host"
-            yield error("storage", name, f"{url} cannot be read: {each['fault']}", mend)
-        elif rates[name] < _SLOW_READER * median(rates.values()):
+def judge_access(answers: Mapping[str, Answer]) -> Iterator[Finding]:
+    """Of hosts that were asked to read sets (`mmclip_launch.reading`)."""
+    for name, answer in answers.items():
+        if fault := answer.fault if answer.value is None else answer.value.get("fault"):
+            yield error("storage", name, fault, "mend credentials, address or network of this host")
+
+
+def judge_reading(answers: Mapping[str, Answer]) -> Iterator[Finding]:
+    """The same, and how fast."""
+    yield from judge_access(answers)
+    told = {name: answer.value for name, answer in answers.items() if answer.value and "fault" not in answer.value}
+    rates = {name: each["bytes"] / each["seconds"] for name, each in told.items()}
+    for name, rate in rates.items():
+        if rate < _SLOW_READER * median(rates.values()):
             mend = "is its network slower, or its route to the store another one?"
-            yield warning("storage", name, f"reads {rates[name] / 1e6:.0f} MB/s, others more than twice that", mend)
+            yield warning("storage", name, f"reads {rate / 1e6:.0f} MB/s, others more than twice that", mend)
         else:
-            yield ok("storage", name, f"reads {rates[name] / 1e6:.0f} MB/s")
+            yield ok("storage", name, f"reads {rate / 1e6:.0f} MB/s")
 
 
 def rate_of_link(hosts: Sequence[Host], known: Mapping[str, Facts]) -> float | None:

@@ -52,6 +52,12 @@ class Job:
         return Path(self.config.run_dir).absolute()
 
     @property
+    def sets(self) -> list[str]:
+        """What the run reads: sets and their sidecars."""
+        found = [url for each in self.config.data.sources for url in (each.url, each.entities, each.attention) if url]
+        return list(dict.fromkeys(found))
+
+    @property
     def without_run_dir(self) -> tuple[str, ...]:
         """The overrides, for a target that sets the run folder itself."""
         return tuple(word for word in self.overrides if not word.startswith("run_dir="))
@@ -124,7 +130,7 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     if dry:
         show(job, deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks)
+    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=job.sets)
     for finding in found:
         if finding.level in ("error", "warning"):
             print(finding, file=sys.stderr, flush=True)

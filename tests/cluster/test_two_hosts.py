@@ -136,19 +136,20 @@ def test_doctor_looks_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
     assert [each["level"] for each in findings if each["check"] == "all-reduce"] in (["ok"], ["warning"])
 
 
-def test_a_host_with_a_small_disk_of_its_own_instead_of_the_run_folder_is_named(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
+def test_a_host_with_a_small_disk_of_its_own_and_one_whose_keys_are_refused_are_named(cluster: Cluster, tmp_path: Path) -> None:
+    """Here it is the same host."""
+    run, keys, wrong = tmp_path / "run", cluster.folder / "credentials", tmp_path / "wrong"
     run.mkdir()
+    wrong.write_text("[default]\naws_access_key_id = expired\naws_secret_access_key = planted-key\n")
     small = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(run)]
-    subprocess.run([*cluster.made.enter("host-b"), *small], check=True)
+    for words in (small, ["mount", "--bind", str(wrong), str(keys)]):
+        subprocess.run([*cluster.made.enter("host-b"), *words], check=True)
     began = time.monotonic()
     refused = cluster.run("launch", "deepspeed", "quickstart", *cluster.overrides(run, "optim.stop_at=4"), "--hostfile", "hosts")
     print(f"refused after {time.monotonic() - began:.0f} s:\n{refused.output}")
+    subprocess.run([*cluster.made.enter("host-b"), "umount", str(keys)], check=True)
     assert refused.returncode == 2 and time.monotonic() - began < 30
     assert f"error: run_dir: host-b: {run} is not the folder that this machine sees" in refused.output
-    assert (
-        f"error: disk: host-b: run_dir: 0.0 GiB free in {run}" in refused.output
-        and ": host-a: run_dir" not in refused.output
-    )
+    assert f"error: disk: host-b: run_dir: 0.0 GiB free in {run}" in refused.output
+    assert f"error: storage: host-b: {cluster.url}/paired/train cannot be read: " in refused.output
+    assert "host-a: " not in refused.output and "planted-key" not in refused.output

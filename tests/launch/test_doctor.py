@@ -78,6 +78,18 @@ def test_a_set_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest
     assert fault.level == "error" and str(tmp_path / "set") in fault.text
 
 
+def test_sets_that_a_run_cannot_read_are_all_looked_at_before_it_starts(sets: Any, tmp_path: Path) -> None:
+    for urls, told in (
+        ([sets.paired, sets.sidecar("entities")], None),
+        ([sets.paired, str(tmp_path / "gone")], f"{tmp_path / 'gone'} cannot be read: no manifest.json in"),
+        ([str(tmp_path)], f"{tmp_path} cannot be read: "),
+    ):
+        found, _ = doctor.look(HERE, None, by_ssh=False, sets=urls)
+        faults = [finding for finding in found if finding.check == "storage"]
+        assert [finding.level for finding in faults] == ["error"] * (told is not None), found
+        assert not told or (told in faults[0].text and faults[0].host == LOCAL)
+
+
 def test_hosts_that_cannot_take_part_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "look", lambda *_, **__: ([], {}))
     monkeypatch.setattr(doctor, "measure_all_reduce", lambda *_, **__: pytest.fail("measured"))
@@ -153,7 +165,7 @@ def test_findings_are_told_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys:
 
     def read(*_: Any, **__: Any) -> Any:
         assert str(dead) in capsys.readouterr().out
-        return {"b": Answer(Host("b", 1), {"fault": "slow"})}
+        return {"b": Answer(Host("b", 1), {"fault": "/set/train cannot be read: slow"})}
 
     monkeypatch.setattr(doctor, "run_everywhere", read)
     monkeypatch.setattr("mmclip_launch.hosts.read_hostfile", lambda _: (Host("a", 1), Host("b", 1)))

@@ -173,13 +173,13 @@ def answers(values: dict[str, Any]) -> dict[str, Answer]:
 
 
 def test_a_host_that_may_not_read_or_reads_slowly_is_named() -> None:
-    told = {"a": {"bytes": 3e9, "seconds": 3}, "b": {"bytes": 3e8, "seconds": 3}, "c": {"fault": "the token has expired"},
-            "d": {"bytes": 2.7e9, "seconds": 3}}  # fmt: skip
-    found = [(finding.level, finding.host, finding.text) for finding in judge_reading("s3://set/train", answers(told))]
+    told = {"a": {"bytes": 3e9, "seconds": 3}, "b": {"bytes": 3e8, "seconds": 3},
+            "c": {"fault": "s3://set/train cannot be read: the token has expired"}, "d": {"bytes": 2.7e9, "seconds": 3}}  # fmt: skip
+    found = [(finding.level, finding.host, finding.text) for finding in judge_reading(answers(told))]
     assert found == [
+        ("error", "c", "s3://set/train cannot be read: the token has expired"),
         ("ok", "a", "reads 1000 MB/s"),
         ("warning", "b", "reads 100 MB/s, others more than twice that"),
-        ("error", "c", "s3://set/train cannot be read: the token has expired"),
         ("ok", "d", "reads 900 MB/s"),
     ]
 
