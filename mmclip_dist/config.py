@@ -541,6 +541,8 @@ def one_line(error: ValidationError) -> str:
         if fault["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, _known_keys(Config), n=3, cutoff=0.5)
             hint = f"; did you mean {', '.join(near)}?" if near else "; `mmclip config RECIPE` lists the valid keys"
+            if ":" in key:  # {url:SET} is one word to YAML
+                hint = "; YAML takes a space after a colon, as in {url: SET}"
             parts.append(f"unknown config key {key!r}{hint}")
         else:
             message = fault["msg"].removeprefix("Value error, ")

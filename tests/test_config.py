@@ -38,6 +38,7 @@ def test_overrides_are_typed_and_win() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("data.sources=[{url:sets/a}]", r"unknown config key 'data.sources.0.url:sets/a'; YAML takes a space after a colon"),
         ("model.image.dept=3", r"unknown config key 'model.image.dept'; did you mean model.image.depth"),
         ("modle.image=3", "unknown config key 'modle'"),
         ("optim.steps=0", "optim.steps: .*greater than 0"),

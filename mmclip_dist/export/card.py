@@ -66,7 +66,7 @@ def card(
     head = yaml.safe_dump(_head(config, license, result, formats), sort_keys=False, allow_unicode=True, width=1000)
     return "\n".join([
         "---", head.strip(), "---", "", "# A model pretrained by MMCLIP", "",
-        f"Two encoders with a shared space, for images of {image_size} x {image_size} pixels in one grey channel and English "
+        f"Two encoders with a shared space, for images of {image_size} x {image_size} pixels in one grey channel and "
         f"reports of up to {config.model.text.max_tokens} tokens; {meta.step} training steps. "
         f"sha256 of the trained weights: `{weights}`.",
         "", "## Use", "", *_use(formats), "", "## Training data", "",
@@ -99,7 +99,7 @@ def _head(config: Config, license: str | None, result: ZeroShot | None, formats:
     named = [name for name in (config.model.image.pretrained, config.model.text.pretrained) if name]
     began_from = [name for name in named if _HUB_ID.fullmatch(name) and not Path(name).exists()]
     head: dict[str, Any] = {
-        "language": "en", "library_name": _LIBRARIES[formats[0]], **terms,
+        "library_name": _LIBRARIES[formats[0]], **terms,
         "tags": ["radiology", "chest-xray", "medical", "clip", "mmclip", "arxiv:2407.19546"], "metrics": ["roc_auc"],
     }  # fmt: skip
     if began_from:
