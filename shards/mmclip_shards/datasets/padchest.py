@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 
 from mmclip_shards.datasets.prepared import key_of
@@ -10,6 +11,7 @@ from mmclip_shards.rawpath import RawPath
 from mmclip_shards.schema import Record
 
 _VIEWS = {"L": "LATERAL", "AP_horizontal": "AP SUPINE", "UNK": ""}
+_NO_COMMA = re.compile(r"""['"]\s+['"]""")
 _USELESS = ("exclude", "suboptimal study")
 
 
@@ -72,7 +74,7 @@ def read_list(cell: str) -> set[str]:
         names = ast.literal_eval(cell)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         names = None
-    # Written by Python itself. Without a comma, as NumPy prints lists, Python would join two texts: ['a' 'b'] is ['ab'].
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or str(names) != cell:
+    # Without a comma, as NumPy prints lists, Python would join two texts: ['a' 'b'] is ['ab'].
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or _NO_COMMA.search(cell):
         raise ValueError("a cell of Labels is no list like ['normal']: download the table again")
     return {name for text in names if (name := text.strip())}
