@@ -85,6 +85,8 @@ class Rows:
         """The lines of the table as text; `lines` gets their bytes."""
         position = 0
         for raw in self._file:
+            if position == 0 and raw.startswith(b"\x1f\x8b"):
+                raise ValueError(f"{self.table} is a gzip file: unpack it (gunzip)")
             try:
                 text = raw.decode("utf-8-sig" if position == 0 else "utf-8")
             except UnicodeDecodeError as error:
