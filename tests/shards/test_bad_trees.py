@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mmclip_shards.datasets.prepared import Prepared, describe, prepare_records
 from mmclip_shards.datasets.recipe import find_recipe
+from mmclip_shards.datasets.table import read_table
 from mmclip_shards.datasets.upstream import read_csv
 from mmclip_shards.pack import pack
 from mmclip_shards.schema import Record
@@ -273,6 +274,25 @@ def test_a_field_that_would_be_lost_is_refused(tmp_path: Path, fields: dict[str,
     write(tmp_path, {"a.jsonl": json.dumps({"image": "a.png", "patient": "1", **fields}) + "\n"})
     with pytest.raises(ValueError, match=message):
         prepare("jsonl", tmp_path, "official" if "split" in fields else None)
+
+
+def test_a_parquet_file_that_is_damaged_in_the_middle_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason='PARQUET IS NOT TESTED: pip install "mmclip-dist[parquet]"')
+    import pyarrow.parquet
+
+    table = pyarrow.table({"image": ["a.png"] * 900, "patient": ["1"] * 900, "report": ["x" * 5000] * 900})
+    pyarrow.parquet.write_table(table, tmp_path / "part.parquet", use_dictionary=False)
+    data = bytearray((tmp_path / "part.parquet").read_bytes())
+    data[30:90] = bytes(60)
+    (tmp_path / "part.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"part\.parquet is no Parquet file, or damaged \(.*\): write it again"):
+        prepare("parquet", tmp_path)
+
+
+def test_a_packed_table_is_told_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(gzip.compress(b"image,patient\na.png,1\n"))
+    with pytest.raises(ValueError, match=r"t\.csv is a gzip file: unpack it"):
+        read_table(tmp_path / "t.csv", tmp_path, image_column="image", patient_column="patient")
 
 
 def test_class_folders_count_what_they_pass_over_and_follow_links(tmp_path: Path) -> None:

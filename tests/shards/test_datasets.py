@@ -280,6 +280,9 @@ def test_brax(tmp_path: Path) -> None:
     assert record.labels == FORM | {"Edema": 1, "Consolidation": -1, "Pneumonia": 0}
     assert (record.view, record.patient, record.age) == ("LATERAL", "77", 40) and "77" not in record.source.split("/")[0]
     assert record.image == tmp_path / "images/id_77/Study_1.2.3/Series_4.5/image-6.7.png"
+    table = tmp_path / "master_spreadsheet_update.csv"
+    table.write_text(table.read_text().replace(",F,40,", ",F,85 or more,"))
+    assert read("brax", tmp_path)[0].age == 85
 
 
 # -- MIMIC-CXR ---------------------------------------------------------------------------------------------------------------

@@ -500,7 +500,7 @@ def spoil(folder: Path) -> dict[str, str]:
     (folder / "s07.png").unlink()
     (folder / "s11.png").unlink()
     (folder / "s11.png").symlink_to(folder)
-    return {"s01": "runcated", "s02": "another format", "s03": "another format", "s07": "No such", "s11": "directory"}
+    return {"s01": "runcated", "s02": "is empty", "s03": "another format", "s07": "No such", "s11": "directory"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -123,6 +123,10 @@ def test_openi(real: Path, tmp_path: Path, prepare: Callable[[str], Prepared]) -
     assert len(found.records) == 7_470 and found.skipped == {"a report without images": 104}
     assert len({record.patient for record in found.records}) == 3_955 - 104
     assert not any("XXXX" in record.report for record in found.records)
+    names = set(found.records[0].labels)
+    assert "No Indexing" not in names and len({" ".join(name.lower().split()) for name in names}) == len(names)
+    nobody_indexed = {record.patient for record in found.records if set(record.labels.values()) == {None}}
+    assert 85 <= len(nobody_indexed) <= 95  # some of the 95 reports have no image
     assert len({record.key for record in found.records}) == 7_470
 
 

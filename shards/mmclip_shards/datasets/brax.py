@@ -22,8 +22,9 @@ def brax(raw: RawPath) -> Iterator[Record]:
 
     RAW holds master_spreadsheet_update.csv (or master_spreadsheet.csv) and images/: the PNGs are packed, not the DICOM files.
 
-    Quirks: cells are empty, 1, 0 or -1, as in CheXpert. Paths name patients, so keyed hashes are stored in their place. The
-    columns PngPath and PatientID are partly remembered, not read. No split is official.
+    Quirks: cells are empty, 1, 0 or -1, as in CheXpert. Ages are in groups of five years; `85 or more` is 85. Paths name
+    patients, so keyed hashes are stored in their place. The columns PngPath and PatientID are partly remembered, not read. No
+    split is official.
     """
     table = find_file(raw, "master_spreadsheet_update.csv", "master_spreadsheet.csv")
     for row in read_csv(table, "PngPath", "PatientID", "ViewPosition", *FINDINGS):
@@ -31,5 +32,6 @@ def brax(raw: RawPath) -> Iterator[Record]:
         yield Record(
             key=source, image=raw / source, patient=row["PatientID"], source=source,
             labels={name: label_value(row, name) for name in FINDINGS},
-            view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None, age=read_age(row.get("PatientAge", "")),
+            view=_VIEWS.get(row["ViewPosition"], row["ViewPosition"]) or None,
+            age=read_age(row.get("PatientAge", "").removesuffix(" or more")),
         )  # fmt: skip

@@ -36,8 +36,8 @@ def mimic_cxr_jpg(raw: RawPath) -> Iterator[Record]:
 
     Quirks: labels are of studies, and the split's `validate` is `val`; where ViewPosition is empty, ViewCodeSequence tells
     the view. Sections follow the rules of the data set's own parser (`sections.split_report`), without its lists of 46
-    hand-made exceptions, and an empty header does not swallow the next one. Paths name patients, so keyed hashes are stored
-    in their place.
+    hand-made exceptions, and an empty header does not swallow the next one. The radiologists' labels of 2.1.0
+    (test-set-labeled.csv, 687 studies) are not read. Paths name patients, so keyed hashes are stored in their place.
     """
     yield from mimic_records(raw, _metadata(raw))
 

@@ -17,21 +17,24 @@ def parquet(raw: RawPath) -> Iterator[Record]:
     `image` may also be a struct of `bytes` and `path`, as Hugging Face stores it; the bytes then lie in the temporary folder
     (TMPDIR) until the pack is done. Rows are read in batches of 256.
     """
-    import pyarrow.parquet
-
     files = matching(raw, "*.parquet")
     if not files:
         raise ValueError(f"{raw} holds no *.parquet")
     for file in files:
-        try:
-            table = pyarrow.parquet.ParquetFile(file.open("rb"))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file} is no Parquet file ({error}): write it again") from error
-        number = 0
-        for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield _record(row, raw, f"{file}, row {number}", f"{file.stem}/{number}")
+        for number, row in enumerate(_rows(file), 1):
+            yield _record(row, raw, f"{file}, row {number}", f"{file.stem}/{number}")
+
+
+def _rows(file: RawPath) -> Iterator[dict[str, Any]]:
+    """ValueError that names the file when it is cut or damaged, which pyarrow may find in the middle."""
+    import pyarrow.parquet
+
+    try:
+        with file.open("rb") as opened:
+            for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is no Parquet file, or damaged ({' '.join(str(error).split())}): write it again") from error
 
 
 def _record(row: dict[str, Any], raw: RawPath, where: str, name: str) -> Record:

@@ -90,6 +90,8 @@ class Rows:
         """The lines of the table as text; `lines` gets their bytes."""
         position = 0
         for raw in self._file:
+            if position == 0 and raw.startswith(b"\x1f\x8b"):
+                raise ValueError(f"{self.table} is a gzip file: unpack it (gunzip)")
             mark = codecs.BOM_UTF8 if position == 0 and self._encoding == "utf-8" else b""
             text_bytes = raw.removeprefix(mark)
             if len(text_bytes) < len(raw):

@@ -25,8 +25,8 @@ def rsna(raw: RawPath) -> Iterator[Record]:
     RAW holds stage_2_train_labels.csv and stage_2_train_images/. The 3,000 test images have no labels and are left out.
 
     Quirks: an image has a row for each box. `patientId` is an image's id. With
-    RAW/pneumonia-challenge-dataset-mappings_2018.json the patient is that of NIH ChestX-ray14, whose images these are (its
-    fields subset_img_id and img_id are remembered, not read); without it each image counts as a patient, and a patient may
+    RAW/pneumonia-challenge-dataset-mappings_2018.json the patient is that of NIH ChestX-ray14, whose images these are (by its
+    fields subset_img_id and img_id, read in other programs); without it each image counts as a patient, and a patient may
     cross splits. Boxes are in pixels of the 1024 x 1024 images. Views are unknown: they are in the DICOM headers alone. No
     split is official; published ones (GLoRIA, BenchX, MRM, MAVL) go in as lists.
     """

@@ -109,7 +109,7 @@ def label_value(row: Row, name: str) -> int | None:
 
 def is_present(row: Row, name: str) -> bool:
     """Whether a cell is 1 and not 0. ValueError for any other, with its place."""
-    value = label_value(row, name)
+    value = _CELLS.get(row[name])
     if value not in (0, 1):
         raise ValueError(f"{row.place}: {name} is {row[name]!r}; 1 or 0 is needed: download the table again")
     return value == 1
