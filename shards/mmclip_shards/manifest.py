@@ -71,12 +71,13 @@ class Manifest:
     """A whole set: which shards, how many samples, and the hash of the configuration that made them.
 
     base: base shard path -> sha256 of the tar that a sidecar was made from (sidecars only).
-    checkpoint: hash of the checkpoint; guide: `manifest_hash` of the entity sidecars that guided the scores (attention sidecars
-    only). licence, access: the terms of the raw data set, if its recipe states them. patient_key_id: mark of the key of its patient hashes (`split.key_id`): sets that share it can be compared by
-    patient. parts: of a merged set, whose licence and access tell those of each. phi_scan: what the scan of the reports found
-    (`phi.PhiScan`): its version, and records by kind; None if they were not scanned. labels_by: the program that made the labels
-    from the reports; None if they are the data set's own. images: how `pack` made the images: its short_side, and the fields of
-    `images.Rendering`. ValueError when fields do not fit together.
+    checkpoint: hash of the checkpoint; guide: `manifest_hash` of the entity sidecars that guided the scores (attention
+    sidecars only). licence, access: the terms of the raw data set, if its recipe states them. patient_key_id: mark of the
+    key of its patient hashes (`split.key_id`): sets that share it can be compared by patient. parts: of a merged set, whose
+    licence and access tell those of each. phi_scan: what the scan of the reports found (`phi.PhiScan`): its version, and
+    records by kind; None if they were not scanned. labels_by: the program that made the labels from the reports; None if
+    they are the data set's own. images: how `pack` made the images: its short_side, and the fields of `images.Rendering`.
+    ValueError when fields do not fit together.
     """
 
     kind: Kind
