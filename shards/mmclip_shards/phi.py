@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 """Raise it when a rule changes: counts of different versions are not comparable."""
 
 KINDS = ("date of birth", "record number", "phone number", "e-mail", "name after a title")
@@ -35,18 +35,27 @@ _BLANK = "\N{REPLACEMENT CHARACTER}"  # in place of what was removed; part of no
 _DIGITS = re.compile(r"\d(?:[\s()./-]{0,2}\d){3}")
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DAY = (
-    r"(?:\d{1,4}[./-]\d{1,2}[./-]\d{2,4}"
-    rf"|(?:\d{{1,2}}(?:st|nd|rd|th)?\s+)?{_MONTH}\s+(?:\d{{1,2}},?\s+)?\d{{4}}|(?:19|20)\d\d)"
+    r"(?:\d{1,4}[./-]\d{1,2}[./-]\d{2,4}|(?:19|20)\d{6}"
+    rf"|(?:\d{{1,2}}(?:st|nd|rd|th)?[\s-]+)?{_MONTH}[\s-]+(?:\d{{1,2}}(?:st|nd|rd|th)?,?\s+)?\d{{4}}|(?:19|20)\d\d)"
 )
 
 _NO_NAME = (  # what follows "Dr." or "Patient:" and is no name
     "the|this|these|there|that|at|on|in|by|of|for|from|and|or|no|not|to|with|was|is|has|please|patient|findings?|impression|comparison"
     "|indication|technique|history|chest|lungs?|heart|radiology|team|office|clinic|service|department|unknown|none|male|female|who"
-    "|when|upright|supine|rotated|portable"
+    "|when|upright|supine|rotated|portable|present|practitioner|resident|radiologist|physician|nurse|manager|notified|informed|aware|called|paged|visit"
 )
-_NAME = rf"(?!(?i:{_NO_NAME})\b)[A-Z][a-z]*(?:['’-]?[A-Z])?[a-z]+"
-_ANY_NAME = rf"(?!(?i:{_NO_NAME})\b)[A-Z][A-Za-z'’-]+"  # in capitals, too
-_DEGREES = r",\s*(?:M\.?D|D\.?O|R\.?N|P\.?A\.?-?C|N\.?P|MBBS|FRCR)\b"
+_LETTER, _CAPITAL, _SMALL = r"[^\W\d_]", "[A-ZÀ-ÖØ-Þ]", "[a-zß-öø-ÿ]"
+_NAME = rf"(?!(?i:{_NO_NAME})\b){_CAPITAL}{_SMALL}*(?:['’-]?{_CAPITAL})?{_SMALL}+"
+_ANY_NAME = rf"(?!(?i:{_NO_NAME})\b){_CAPITAL}(?:{_LETTER}|['’-])+"  # in capitals, too
+_INITIALS = rf"(?:{_CAPITAL}\.\s*|{_CAPITAL}\s+){{0,2}}"
+_BEFORE = rf"{_INITIALS}(?:(?:van|von|der?|la|del|dos|da|di|el|al)\s+){{0,2}}"
+_DEGREES = r"(?:,\s*(?:M\.?D|D\.?O|R\.?N|P\.?A\.?-?C|N\.?P|MBBS|FRCR)|\s+M\.D)\b"
+_PLACES = r"(?!(?:ED|ER|ICU|[A-Z]ICU|OR|PICC|IR|CT|MR|AP|PA|LAT|View|Views|Team|Radiology|Surgery|Medicine|Emergency)\b)"
+_SIGNED_BY = r"(?:dictated|signed|reviewed|interpreted|requested|transcribed|read|approved|verified|reported)\s+by"
+_SIGNED = (
+    r"(?:referring|ordering|attending|requesting|reporting)(?:\s+(?:physician|doctor|radiologist|m\.?d\.?))?|radiologist"
+    rf"|{_SIGNED_BY}|patient(?:'s)?\s+name"
+)
 
 _RULES = (
     _Rule(
@@ -62,10 +71,11 @@ _RULES = (
         "record number",
         _DIGITS,
         re.compile(
-            r"\b(?:mrn|medical\s+record|record\s+(?:no\.|number|id)|patient(?:'s)?\s+(?:id|number|identifier)"
-            r"|(?:hospital|nhs|insurance|account|admission)\s+(?:no\.|number|id)|accession|acc(?=\s*(?:no|\#))|ssn|social\s+security)"
+            r"\b(?:mrn|mr\s?(?=\#)|med(?:ical|\.)?\s+rec(?:ord|\.)?|record\s+(?:no\.|number|id)|(?:patient(?:'s)?|pt)\.?\s+(?:id|number"
+            r"|identifier)|(?:hospital|nhs|insurance|account|admission|case|chart|id)\s*(?:no\b\.?|number|id|\#)|accession"
+            r"|acc(?=\s*(?:no|\#))|ssn|social\s+security|dni)"
             r"(?:\s*(?:no|number|id|\#))?[.\s:#=]*(?:is\s+)?[a-z]{0,3}-?(?:\d[\s-]?){4,}(?!\w)"
-            r"|(?<![\d.-])\d{3}-\d{2}-\d{4}(?![\d-])",  # of social security
+            r"|(?<![\d.-])\d{3}-\d{2}-\d{4}(?![\d-])|(?<![\d.-])\d{3}\.\d{3}\.\d{3}-\d{2}(?![\d-])",  # of social security, CPF
             re.IGNORECASE,
         ),
     ),
@@ -75,8 +85,8 @@ _RULES = (
         re.compile(
             r"(?<![\w.+/-])(?:\+?1[-. ])?(?:\(\d{3}\)\s?|\d{3}[-. ])\d{3}[-. ]\d{4}(?![\w/-])"
             r"|(?<!\w)\+\d{1,3}[ -]?(?:\(0\)[ -]?)?(?:\d[ -]?){7,12}(?!\w)"
-            r"|\b(?:phone|telephone|tel|fax|pager|beeper|(?:mobile|cell)\s?(?:phone|no\.|number)|extension|ext)\b[.:#\s]*(?:no\.?|number|is|at|\#)?[.:\s]*"
-            r"[(+]?\d(?:[\s().-]{0,2}\d){3,}(?!\w)",
+            r"|\b(?:phone|telephone|tel|fax|pager|beeper|(?:mobile|cell)\s?(?:phone|no\.|number)|extension|ext)\b[.:#\s]*(?:no\.?|number|is|at(?!\s*[0-2]\d[0-5]\d(?!\d))|\#)?[.:\s]*"
+            r"[(+]?\d(?:[\s().-]{0,2}\d){3,}(?!\w|\s*(?:[mc]m|m[lg])\b)",
             re.IGNORECASE,
         ),
     ),
@@ -85,21 +95,27 @@ _RULES = (
         "name after a title",
         re.compile(r"[DMPSN](?:rs?a?|s|iss|rof|octor|rofessor|urse|RS?|ROF)\b"),
         re.compile(
-            rf"\b(?:Drs?|Mrs?|Ms|Miss|Prof|Doctor|Professor|Nurse|Dra|Sra?)\b\.?\s+(?:[A-Z]\.?\s+)?{_NAME}\b"
-            rf"|\b(?:DRS?|MRS|PROF)\.\s+{_ANY_NAME}\b"  # MR. and MS. also end sentences: magnetic resonance, mitral stenosis
+            rf"\b(?:Drs?|Mrs?|Ms|Miss|Prof|Doctor|Professor|Nurse|Dra|Sra?)\b(?:\.\s*|\s+){_BEFORE}{_NAME}\b"
+            # MR. and MS. also end sentences: magnetic resonance, mitral stenosis
+            rf"|\b(?:Drs?|DRS?|MRS|Mrs|PROF|Prof)\.\s*{_INITIALS}{_PLACES}{_ANY_NAME}\b"
         ),
     ),
     _Rule(
         "name after a title",
         re.compile(":"),
         re.compile(
-            rf"\b(?i:patient(?:'s)?\s+name|referring\s+(?:physician|doctor)|attending|dictated\s+by|signed\s+by)\s*:\s*{_ANY_NAME}"
+            rf"\b(?i:{_SIGNED}|signed)\s*:\s*{_BEFORE}{_PLACES}{_ANY_NAME}"
             rf"|^\s*(?i:name)\s*:\s*{_ANY_NAME}"
             rf"|\b(?i:patient)\s*:\s*{_ANY_NAME}(?:,\s*|\s+){_ANY_NAME}",
             re.MULTILINE,
         ),
     ),
-    _Rule("name after a title", re.compile(_DEGREES), re.compile(rf"\b{_ANY_NAME}{_DEGREES}")),
+    _Rule(
+        "name after a title",
+        re.compile(r"(?:ed|ead)\s+by\s"),
+        re.compile(rf"\b(?i:{_SIGNED_BY})\s+{_PLACES}(?:{_CAPITAL}\.|{_NAME})\s+{_INITIALS}{_NAME}\b"),
+    ),
+    _Rule("name after a title", re.compile(_DEGREES), re.compile(rf"\b{_PLACES}{_ANY_NAME}{_DEGREES}")),
 )
 
 

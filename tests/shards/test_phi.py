@@ -25,11 +25,13 @@ KEY = b"k" * 32
 FOUND = {
     "date of birth": [
         "DOB: 03/04/1951", "D.O.B. 3.4.51", "Date of birth 1951-04-03.", "born on 3 May 1951", "Born: May 3, 1951",
-        "was born in 1951",
+        "was born in 1951", "Date of Birth: April 3rd, 1951", "D.O.B.: 03-APR-1951", "DOB 19510403",
     ],
     "record number": [
         "MRN 0012345", "MRN: A-123456", "Medical record number 12 34 56", "Medical Record #: 998877", "Patient ID: 40123",
         "Accession number: CR1234567", "SSN 123456789", "078-05-1120", "NHS number 943476 5919",
+        "Med Rec No: 1234567", "MR# 1234567", "MR #: 00123456", "Pt ID: 1234567", "Hospital No: H123456", "ID No. 8837465",
+        "Account # 88374651", "CPF 123.456.789-09", "Case number: 998877",
     ],
     "phone number": [
         "(555) 123-4567", "call 555-123-4567", "1-555-123-4567", "555.123.4567", "+44 20 7946 0958", "+49 (0)30 1234567",
@@ -40,6 +42,10 @@ FOUND = {
         "discussed with Dr. Smith", "Dr Mueller", "Mr. O'Brien", "Mrs. Smith-Jones", "Ms. Doe", "Dr. J. Doe",
         "Dr. McDonald at 3 pm", "DR. SMITH", "MRS. DOE", "Patient: Jane Doe", "PATIENT: DOE, JANE", "Patient name: Doe",
         "Name: Doe", "Referring physician: Smith", "Dictated by: Smith", "read by Jane Doe, M.D.", "SMITH, MD",
+        "Dr. García", "Dra. Ñúñez", "Dr. Øst", "Dr. J.R. Smith", "Dr.Smith", "Dr. SMITH", "Dr. van der Berg", "Dr. de Souza",
+        "John Smith M.D.", "Electronically signed by John Smith", "Electronically signed by: J. Smith", "Dictated by J. Smith",
+        "Attending Radiologist: Jane Doe", "Radiologist: J. Doe", "Ordering physician: Doe", "Referring MD: Doe",
+        "Reviewed by: Jane Doe", "Interpreted by: DOE", "SIGNED: JANE DOE",
     ],
 }  # fmt: skip
 CLEAN = [
@@ -52,6 +58,10 @@ CLEAN = [
     "PA and lateral, PA view.", "Catheter tip 1234 mm; extension of the line.", "Accession number: none", "Mobile 12.03.2019",
     "St. Jude valve, Swan-Ganz", "Mild edema @ bases.", "on admission no change, 2019 film", "heart rate 120 140 160",
     "5-10-15 mm", "Mass. Nodule. Ms", "1. No effusion. 2. 120-130 degrees.",
+    "Dr. ___ was notified at 10:32 AM by phone at 1530 on 5/4/2013.", "T12 fracture, compared to 2013-05-04.", "DOB ___",
+    "Accession number: 12.03.2019", "ICU, MD notified. Called to SICU, RN at 10:30.", "PA View, MD aware", "Left PICC, RN aware",
+    "Nurse Practitioner was notified.", "Doctor Visit", "Attending: Present", "extension 1234 mm", "Read by Radiology Team.",
+    "Reviewed by the attending.", "Requested by: ED", "Exposure at 120 kVp 320 mAs 1234", "Radiologist: ___",
 ]  # fmt: skip
 
 
