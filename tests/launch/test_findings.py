@@ -174,7 +174,8 @@ def answers(values: dict[str, Any]) -> dict[str, Answer]:
 
 def test_a_host_that_may_not_read_or_reads_slowly_is_named() -> None:
     told = {"a": {"bytes": 3e9, "seconds": 3}, "b": {"bytes": 3e8, "seconds": 3},
-            "c": {"fault": "s3://set/train cannot be read: the token has expired"}, "d": {"bytes": 2.7e9, "seconds": 3}}  # fmt: skip
+            "c": {"fault": "s3://set/train cannot be read: the token has expired"},
+            "d": {"bytes": 2.7e9, "seconds": 3}}  # fmt: skip
     found = [(finding.level, finding.host, finding.text) for finding in judge_reading(answers(told))]
     assert found == [
         ("error", "c", "s3://set/train cannot be read: the token has expired"),
