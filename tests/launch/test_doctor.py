@@ -137,6 +137,13 @@ def test_hosts_meet_before_they_import_torch_and_one_that_is_cut_off_is_named(mo
     assert finding.host == "c"
 
 
+def test_a_host_that_does_not_come_ends_the_measurement_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "REACH_S", 0.2)
+    monkeypatch.setattr(all_reduce, "rank", lambda *_: pytest.fail("started"))
+    told = all_reduce.main({"first": 1, "ranks": 1, "hosts": 2, "address": "127.0.0.1", "port": free_port()})
+    assert told["fault"].startswith("cannot reach 127.0.0.1 port")
+
+
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("not checked", 0), ("error", 1)])
 def test_errors_give_code_1_and_json_holds_every_finding(
     level: Any, code: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
