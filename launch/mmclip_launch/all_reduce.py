@@ -1,7 +1,7 @@
 """How fast the ranks add up their gradients. Sent to every host as text: Python and torch, nothing of ours.
 
-`request` is set by the sender: backend (nccl or gloo), first (number of this host's first rank), ranks (here), world, address and
-port of the first host. The first rank answers with bandwidth and latency, a host that fails with the reason.
+`request` is set by the sender: backend (nccl or gloo), first (number of this host's first rank), ranks (here), world, hosts (how
+many), address and port of the first host. The first rank answers with bandwidth and latency, a host that fails with the reason.
 """
 
 from __future__ import annotations
@@ -13,24 +13,50 @@ import os
 import socket
 import statistics
 import time
+from contextlib import ExitStack
 from typing import Any
 
+REACH_S = 15.0
 JOIN_S = 30.0  # importing torch from a busy shared disk takes its time
+_GO = b"go"
 _SMALL = 1024  # floats: their time is latency
 _LARGE = {"nccl": 64 * 2**20, "gloo": 4 * 2**20}  # floats: 256 MiB and 16 MiB
 
 
-def reach(address: str, port: int) -> str:
-    """An empty text once the first host listens, or the fault after `JOIN_S`."""
-    deadline = time.monotonic() + JOIN_S
+def meet(request: dict[str, Any]) -> str:
+    """An empty text once all hosts have reached the first one, or the fault after `REACH_S`: before torch is imported, and before
+    ranks wait for some that never come."""
+    address, port, others = request["address"], request["port"], request["hosts"] - 1
+    deadline = time.monotonic() + REACH_S
+    if request["first"] == 0:
+        return gather(port, others, deadline) if others else ""
     while True:
         try:
-            socket.create_connection((address, port), timeout=3).close()
-            return ""
+            with socket.create_connection((address, port), timeout=3) as caller:
+                caller.settimeout(2 * REACH_S)
+                return "" if caller.recv(len(_GO)) == _GO else "not all hosts reached the first one"
         except OSError as error:
             if time.monotonic() > deadline:
                 return f"cannot reach {address} port {port}, where the first rank waits: {error.strerror or error}"
             time.sleep(0.2)
+
+
+def gather(port: int, others: int, deadline: float) -> str:
+    """The first host's part of `meet`."""
+    with ExitStack() as held:
+        callers: list[socket.socket] = []
+        server = held.enter_context(socket.create_server(("", port)))
+        try:
+            while len(callers) < others:
+                server.settimeout(max(0.01, deadline - time.monotonic()))
+                callers.append(held.enter_context(server.accept()[0]))
+        except TimeoutError:
+            return f"{len(callers)} of {others} other hosts reached port {port} here within {REACH_S:g} s"
+        for caller in callers:
+            caller.sendall(_GO)
+        for caller in callers:
+            caller.recv(1)  # it hangs up first: else the port would be held for a minute
+    return ""
 
 
 def rank(request: dict[str, Any], local: int, out: Any) -> None:
@@ -72,7 +98,7 @@ def rank(request: dict[str, Any], local: int, out: Any) -> None:
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """Start the ranks of this host -> the first fault, or what they have measured."""
-    if request["first"] and (fault := reach(request["address"], request["port"])):
+    if fault := meet(request):
         return {"fault": fault}
     context, pipes = multiprocessing.get_context("fork"), []
     for local in range(request["ranks"]):

@@ -119,7 +119,7 @@ def measure_all_reduce(hosts: Sequence[Host], known: Mapping[str, Facts], *, by_
         return [unchecked("all-reduce", "", "one rank has nothing to add up")]
     first = known[hosts[0].name]
     together = {
-        "backend": backend, "world": sum(ranks), "port": first["port"],
+        "backend": backend, "world": sum(ranks), "hosts": len(hosts), "port": first["port"],
         "address": first["address"] if by_ssh else "127.0.0.1",
     }  # fmt: skip
     requests = {

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
@@ -18,8 +19,9 @@ from typing import Any
 import pytest
 from mmclip_launch import all_reduce, doctor
 from mmclip_launch.cli import app
-from mmclip_launch.findings import Finding
+from mmclip_launch.findings import Finding, judge_all_reduce
 from mmclip_launch.hosts import LOCAL, Answer, Host
+from mmclip_launch.probe import free_port
 from mmclip_launch.ray_cluster import judge_cluster
 from typer.testing import CliRunner
 
@@ -114,10 +116,32 @@ def test_every_gpu_takes_part_or_one_rank_of_each_host(
     assert asked["a"] | {"backend": backend, "world": sum(ranks), "address": "10.0.0.1", "port": 5} == asked["a"]
 
 
-def test_a_first_host_that_is_not_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(all_reduce, "JOIN_S", 0.0)
-    told = all_reduce.main({"first": 1, "address": "127.0.0.1", "port": 1})
-    assert told["fault"].startswith("cannot reach 127.0.0.1 port 1, where the first rank waits")
+def meeting(*firsts: int, hosts: int) -> list[str]:
+    """What hosts say that meet on this machine. firsts: of each host that comes, the number of its first rank."""
+    port = free_port()
+    with ThreadPoolExecutor(len(firsts)) as pool:
+        requests = [{"first": first, "hosts": hosts, "address": "127.0.0.1", "port": port} for first in firsts]
+        return list(pool.map(all_reduce.meet, requests))
+
+
+def test_hosts_meet_before_they_import_torch_and_one_that_is_cut_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert meeting(2, 0, 4, hosts=3) == [""] * 3
+    monkeypatch.setattr(all_reduce, "REACH_S", 1.0)
+    waited, let_down = meeting(0, 2, hosts=3)
+    assert waited.startswith("1 of 2 other hosts reached port ") and let_down == "not all hosts reached the first one"
+    (cut,) = meeting(2, hosts=2)
+    assert cut.startswith("cannot reach 127.0.0.1 port ") and ", where the first rank waits: Connection refused" in cut
+    told = {"a": waited, "b": let_down, "c": cut}
+    answers = {name: Answer(Host(name, 1), {"fault": fault}) for name, fault in told.items()}
+    (finding,) = judge_all_reduce("gloo", [each.host for each in answers.values()], {}, answers)
+    assert finding.host == "c"
+
+
+def test_a_host_that_does_not_come_ends_the_measurement_before_ranks_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(all_reduce, "REACH_S", 0.2)
+    monkeypatch.setattr(all_reduce, "rank", lambda *_: pytest.fail("started"))
+    told = all_reduce.main({"first": 1, "ranks": 1, "hosts": 2, "address": "127.0.0.1", "port": free_port()})
+    assert told["fault"].startswith("cannot reach 127.0.0.1 port")
 
 
 @pytest.mark.parametrize(("level", "code"), [("ok", 0), ("warning", 0), ("not checked", 0), ("error", 1)])
