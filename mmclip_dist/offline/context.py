@@ -8,8 +8,9 @@ behind a comma or "and": there, a statement that is complete ends if what follow
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 MARKS = ("negated", "background", "uncertain")
@@ -55,29 +56,45 @@ def marks_of(entities: Sequence[tuple[int, int]], cues: Sequence[Cue]) -> list[s
     """The mark of each entity, None for stated. entities: token ranges; cues: as `longest` gives them. Both in order."""
     marks: list[str | None] = [None] * len(entities)
     for start, end, inside in _statements(cues):
-        # Only the statement's own entities: a report of a megabyte takes seconds, not hours.
+        # All by bisection: a statement of a megabyte takes seconds, not hours.
         rows = range(bisect_left(entities, (start,)), bisect_left(entities, (end,)))
+        bounds = _Bounds(start, end, inside)
         for mark in reversed(MARKS):  # the strongest last
-            for low, high in (_reach(cue, inside, start, end) for cue in inside if cue.kind.startswith(mark)):
-                for row in rows:
-                    if low <= entities[row][0] and entities[row][1] <= high:
-                        marks[row] = mark
+            reaches = sorted(bounds.reach(cue) for cue in inside if cue.kind.startswith(mark))
+            lows, highs = [low for low, _ in reaches], list(accumulate((high for _, high in reaches), max))
+            for row in rows if reaches else ():
+                first, last = entities[row]
+                before = bisect_right(lows, first)  # the reaches that begin there, or earlier
+                if before and last <= highs[before - 1]:
+                    marks[row] = mark
     return marks
 
 
-def _reach(cue: Cue, cues: Sequence[Cue], start: int, end: float) -> tuple[float, float]:
-    """Tokens that a cue of the statement [start, end) acts on."""
-    scope = cue.kind.split()[-1]
-    if scope == "preceding":
-        return cue.start, end
-    if scope == "following":
-        return start, cue.start
-    ends = _ENDS_ADJECTIVE if scope == "adjective" else {"join"}
-    right = min((other.start for other in cues if other.start >= cue.end and other.kind in ends), default=end)
-    if scope == "adjective":
-        return cue.start, right
-    left = max((other.end for other in cues if other.end <= cue.start and other.kind in ends), default=start)
-    return left, right
+class _Bounds:
+    """How far the cues of the statement [start, end) reach."""
+
+    def __init__(self, start: int, end: float, cues: Sequence[Cue]) -> None:
+        self.start, self.end = start, end
+        self.joins = [cue for cue in cues if cue.kind == "join"]
+        self.ends = {
+            "adjective": [cue.start for cue in cues if cue.kind in _ENDS_ADJECTIVE],
+            "between": [cue.start for cue in self.joins],
+        }
+
+    def reach(self, cue: Cue) -> tuple[float, float]:
+        """Tokens that a cue acts on."""
+        scope = cue.kind.split()[-1]
+        if scope == "preceding":
+            return cue.start, self.end
+        if scope == "following":
+            return self.start, cue.start
+        ends = self.ends[scope]
+        after = bisect_left(ends, cue.end)
+        right = ends[after] if after < len(ends) else self.end
+        if scope == "adjective":
+            return cue.start, right
+        before = bisect_right(self.joins, cue.start, key=lambda join: join.end)
+        return self.joins[before - 1].end if before else self.start, right
 
 
 def _statements(cues: Sequence[Cue]) -> Iterator[tuple[int, float, list[Cue]]]:
