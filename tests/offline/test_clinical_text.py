@@ -201,7 +201,8 @@ def test_batches_change_nothing_and_empty_reports_are_kept(extract: Extractor) -
 ODD = {
     "one statement": "pleural effusion and no pneumothorax ", "definitions": "right ventricular cardiomegaly (RVC) and ",
     "opened": "(", "brackets": "a (b) ", "signs": "!?.;,:-()[]{}", "quotes": "'\"",
-    "tags": "<a", "emoji": "\U0001fac1\U0001f600", "nothing": "\0", "right to left": "\u202e\u05d0\u05d9\u05df \u05ea\u05e4\u05dc\u05d9\u05d8 ", "breaks": "\n",
+    "tags": "<a", "emoji": "\U0001fac1\U0001f600", "nothing": "\0",
+    "right to left": "\u202e\u05d0\u05d9\u05df \u05ea\u05e4\u05dc\u05d9\u05d8 ", "breaks": "\n",
     "headings": "INDICATION: cough. FINDINGS: ", "letters": "x",
     "different definitions": "",
 }  # fmt: skip
@@ -244,8 +245,8 @@ def test_short_forms_are_those_of_scispacys_detector() -> None:
     detector = AbbreviationDetector(nlp)
     detector.global_matcher.add("no token", [[{"ORTH": ""}]])
     draw = random.Random(0)
-    words = ["right", "lower", "lobe", "(", ")", "(RLL)", "( LLL )", "left", "RLL", "LLL", "(left lower", "lobe of it)", "((a)", ".",
-             "retractile", "visceral", "consolidation (RVC)", "RVC", "(RVC)",
+    words = ["right", "lower", "lobe", "(", ")", "(RLL)", "( LLL )", "left", "RLL", "LLL", "(left lower", "lobe of it)", "((a)",
+             ".", "retractile", "visceral", "consolidation (RVC)", "RVC", "(RVC)",
              "RVC (retractile visceral consolidation again )"]  # fmt: skip
     several = 0
     for _ in range(2000):
