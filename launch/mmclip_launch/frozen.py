@@ -47,11 +47,13 @@ def freeze(run_dir: Path) -> Path:
     folder = frozen_at(run_dir)
     if not folder.is_dir():
         new = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.writing")
-        copy_packages(new)
         try:
+            copy_packages(new)
             new.rename(folder)
-        except OSError:  # another submission was faster
-            shutil.rmtree(new)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            if not folder.is_dir():  # else another submission was faster
+                raise
     return folder
 
 

@@ -4,9 +4,8 @@ says of it (`context.py`).
     extract = build_extractor("lexicon")
     [[entity, ...], ...] = extract(["No effusion but a right apical pneumothorax.", ...])
 
-Words come from scispaCy's tokeniser, short forms defined in the report from its abbreviation detector (Schwartz and
-Hearst, 2003). Everything that a radiologist may want to change is in the language's lexicon (`lexicon.py`). Line breaks in the
-middle of a phrase are ignored.
+Words come from scispaCy's tokeniser, short forms that the report defines from its rules (`short_forms.py`). Everything that a
+radiologist may want to change is in the language's lexicon (`lexicon.py`). Line breaks in the middle of a phrase are ignored.
 
 A sentence is looked at alone, and once: radiologists repeat themselves, and no rule reaches across the end of a sentence.
 
@@ -29,10 +28,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mmclip_dist.offline.context import background_spans, heading_pattern, marks_of
 from mmclip_dist.offline.lexicon import blank_pipeline, cue_finder, lexicon_path, load_lexicon, term_finder
 from mmclip_dist.offline.linker import build_linker, linker_version
+from mmclip_dist.offline.short_forms import short_forms
 
 if TYPE_CHECKING:
     from spacy.language import Language
-    from spacy.tokens import Doc
+    from spacy.tokens import Doc, Span
 
 LEXICON_MODEL = "lexicon"
 RULES_VERSION = 4
@@ -52,7 +52,14 @@ NEW_BLOCK = re.compile(
     r"|\n(?=[^\S\n]*(?:[-*•]|\d{1,2}[.)])\s)"  # a list item
     r"|\n(?=[^\S\n]*[A-Z][A-Za-z/]*(?:[ ][A-Za-z/()]+){0,3}:)"  # a heading, or "Heart: normal."
 )
-FOLDED_BLANKS = re.compile(r"\s{2,}|[^\S ]")
+_TAG = r"</?[a-zA-Z][^<>\n]{0,200}>|&nbsp;"
+_TOO_LONG = r"\S{100}(?=\S)"
+FOLDED_BLANKS = re.compile(rf"\s{{2,}}|[^\S ]|{_TOO_LONG}")
+"""White space that becomes one character; and where words are too long for any language, as in lines of signs: the tokeniser's
+time grows with the square of such a word, so a blank is put in."""
+FOLDED_MARKUP = re.compile(rf"(?:\s|{_TAG}){{2,}}|[^\S ]|{_TAG}|(?:(?!{_TAG})\S){{100}}(?=\S)")
+"""The same in a report with markup, which counts as white space."""
+BLOCK_TAG = re.compile(r"</?(?:p|div|br|li|ul|ol|tr|td|th|table|h[1-6]|body)\b", re.IGNORECASE)
 SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})[.!;] |(?<= )[.!;] |\n")
 """Only ends that the tokeniser sees as well: behind whole words, and not behind its abbreviations (`sentences_of`)."""
 
@@ -119,7 +126,6 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
     nlp = tokens if model == LEXICON_MODEL else installed_pipeline(model)
     link = build_linker(linker) if linker else None
     find_terms, find_cues = term_finder(tokens, language), cue_finder(tokens, language)
-    detect_abbreviations = abbreviations(nlp)
     headings = heading_pattern(lexicon["sections"])
     rules: dict[str, Any] = getattr(nlp.tokenizer, "rules")  # noqa: B009, spaCy types a tokeniser as any callable
     abbreviated = tuple(f" {word[:-1]}" for word in rules if word.endswith("."))
@@ -161,9 +167,9 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
                     span._replace(start=at + span.start, end=at + span.end) for at, sentence in pairs for span in known[sentence]
                 ]
                 if "(" in text:  # a definition needs one
-                    doc = detect_abbreviations(nlp.make_doc(text))
-                    if doc._.abbreviations:
-                        spans = marked(add_short_forms(doc, spans))
+                    doc = nlp.make_doc(text)
+                    if defined := short_forms(doc):
+                        spans = marked(add_short_forms(doc, spans, defined))
                 found.append([entity_of(span, background, prefixes, report, positions) for span in spans])
         return found
 
@@ -238,36 +244,31 @@ def installed_pipeline(model: str) -> Language:
     return nlp
 
 
-def abbreviations(nlp: Language) -> Callable[[Doc], Doc]:
-    """scispaCy's abbreviation detector; sets `doc._.abbreviations`."""
-    from scispacy.abbreviation import AbbreviationDetector
-
-    detector = AbbreviationDetector(nlp)
-    # spaCy warns at every call of a matcher without patterns; this one has none until a definition is found.
-    detector.global_matcher.add("no token", [[{"ORTH": ""}]])
-    return detector
-
-
 # --- one document ---------------------------------------------------------------------------------------------------
 
 
 def flatten(report: str, headings: re.Pattern[str]) -> tuple[str, list[int] | None, list[tuple[int, int]]]:
-    """The report with each run of white space as one character: "\\n" before a new block or a heading, else " ".
+    """The report with each run of white space and markup as one character, "\\n" before a new block or a heading, else " ", and a
+    blank after each 100 characters without one.
 
     Wrapped lines and double spaces would otherwise split "pleural\\n effusion".
     Returns the text; per character, its offset in the report (None: nothing moved); and its background sections, in characters.
     """
-    if not FOLDED_BLANKS.search(report):
+    folded = FOLDED_MARKUP if re.search(_TAG, report) else FOLDED_BLANKS
+    if not folded.search(report):
         text, background = break_before(headings, report)
         return text, None, background
     block_starts = {match.start() for match in NEW_BLOCK.finditer(report)}
     pieces: list[str] = []
     positions: list[int] = []
     last = 0
-    for run in FOLDED_BLANKS.finditer(report):
+    for run in folded.finditer(report):
         start, end = run.span()
-        pieces += [report[last:start], " " if block_starts.isdisjoint(range(start, end)) else "\n"]
-        positions.extend(range(last, start + 1))
+        blank = run[0].isspace() or re.match(rf"\s|{_TAG}", run[0])
+        kept = start if blank else end
+        block = blank and (BLOCK_TAG.search(run[0]) or not block_starts.isdisjoint(range(start, end)))
+        pieces += [report[last:kept], "\n" if block else " "]
+        positions.extend(range(last, kept + 1))
         last = end
     pieces.append(report[last:])
     positions.extend(range(last, len(report)))
@@ -314,8 +315,9 @@ def words_of(doc: Doc, tokens: Language) -> Doc:
     return Doc(tokens.vocab, words=[token.text for token in doc], spaces=[bool(token.whitespace_) for token in doc])
 
 
-def add_short_forms(doc: Doc, spans: Sequence[Marked]) -> Doc:
-    """The document with `spans` as entities, and "RVC" everywhere if it says "retractile visceral consolidation (RVC)".
+def add_short_forms(doc: Doc, spans: Sequence[Marked], defined: Sequence[tuple[Span, Span]]) -> Doc:
+    """The document with `spans` as entities, and "RVC" everywhere if it says "retractile visceral consolidation (RVC)": `defined`
+    holds such short forms, each with its long form.
 
     The short form gets label, term and concept of the last entity in its long form, the head of an English noun phrase.
     """
@@ -328,8 +330,8 @@ def add_short_forms(doc: Doc, spans: Sequence[Marked]) -> Doc:
         entities.append(entity)
     heads = {entity.end: entity for entity in entities}
     taken = {token.i for entity in entities for token in entity}
-    for short in sorted(doc._.abbreviations, key=lambda short: short.start):
-        head = heads.get(short._.long_form.end)
+    for short, long in sorted(defined, key=lambda pair: pair[0].start):
+        head = heads.get(long.end)
         if head is not None and taken.isdisjoint(range(short.start, short.end)):
             entities.append(Span(doc, short.start, short.end, label=head.label, kb_id=head.kb_id, span_id=head.id))
             taken.update(range(short.start, short.end))

@@ -8,8 +8,9 @@ behind a comma or "and": there, a statement that is complete ends if what follow
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 MARKS = ("negated", "background", "uncertain")
@@ -57,41 +58,48 @@ def marks_of(entities: Sequence[tuple[int, int]], cues: Sequence[Cue]) -> list[s
     """The mark of each entity, None for stated. entities: token ranges; cues: as `longest` gives them. Both in order."""
     marks: list[str | None] = [None] * len(entities)
     for start, end, inside in _statements(cues):
-        # Only the statement's own entities: a report of a megabyte takes seconds, not hours.
+        # All by bisection: a statement of a megabyte takes seconds, not hours.
         rows = range(bisect_left(entities, (start,)), bisect_left(entities, (end,)))
+        bounds = _Bounds(start, end, inside, [entities[row][0] for row in rows])
         for mark in reversed(MARKS):  # the strongest last
-            for cue in inside:
-                if cue.kind.startswith(mark):
-                    for row in _reached(cue, inside, start, end, entities, rows):
-                        marks[row] = mark
+            reaches = sorted(bounds.reach(cue) for cue in inside if cue.kind.startswith(mark))
+            lows, highs = [low for low, _ in reaches], list(accumulate((high for _, high in reaches), max))
+            for row in rows if reaches else ():
+                first, last = entities[row]
+                before = bisect_right(lows, first)  # the reaches that begin there, or earlier
+                if before and last <= highs[before - 1]:
+                    marks[row] = mark
     return marks
 
 
-def _reached(
-    cue: Cue, cues: Sequence[Cue], start: int, end: float, entities: Sequence[tuple[int, int]], rows: Sequence[int]
-) -> list[int]:
-    """Rows of the entities of the statement [start, end) that a cue of it acts on."""
-    if cue.kind.endswith("either"):
-        limit = min((other.start for other in cues if other.start >= cue.end and other.kind in _ENDS_ADJECTIVE), default=end)
-        before = not any(cue.end <= entities[row][0] < limit for row in rows)  # "effusion resolved", with nothing behind it
-        cue = cue._replace(kind="following" if before else "preceding")
-    low, high = _reach(cue, cues, start, end)
-    return [row for row in rows if low <= entities[row][0] and entities[row][1] <= high]
+class _Bounds:
+    """How far the cues of the statement [start, end) reach. entities: where those of the statement begin, in order."""
+
+    def __init__(self, start: int, end: float, cues: Sequence[Cue], entities: Sequence[int]) -> None:
+        self.start, self.end, self.entities = start, end, entities
+        self.joins = [cue.start for cue in cues if cue.kind == "join"]
+        self.clauses = [cue.start for cue in cues if cue.kind in _ENDS_ADJECTIVE]
+        self.openings = [cue.end for cue in cues if cue.kind in _ENDS_BETWEEN]
+
+    def reach(self, cue: Cue) -> tuple[float, float]:
+        """Tokens that a cue acts on."""
+        scope = cue.kind.split()[-1]
+        if scope == "either":  # "effusion resolved", with nothing behind it
+            scope = "preceding" if _next(self.entities, cue, self.end) < _next(self.clauses, cue, self.end) else "following"
+        if scope == "preceding":
+            return cue.start, self.end
+        if scope == "following":
+            return self.start, cue.start
+        if scope == "adjective":
+            return cue.start, _next(self.clauses, cue, self.end)
+        before = bisect_right(self.openings, cue.start)
+        return self.openings[before - 1] if before else self.start, _next(self.joins, cue, self.end)
 
 
-def _reach(cue: Cue, cues: Sequence[Cue], start: int, end: float) -> tuple[float, float]:
-    """Tokens that a cue of the statement [start, end) acts on."""
-    scope = cue.kind.split()[-1]
-    if scope == "preceding":
-        return cue.start, end
-    if scope == "following":
-        return start, cue.start
-    ends = _ENDS_ADJECTIVE if scope == "adjective" else {"join"}
-    right = min((other.start for other in cues if other.start >= cue.end and other.kind in ends), default=end)
-    if scope == "adjective":
-        return cue.start, right
-    left = max((other.end for other in cues if other.end <= cue.start and other.kind in _ENDS_BETWEEN), default=start)
-    return left, right
+def _next(starts: Sequence[int], cue: Cue, end: float) -> float:
+    """The first of the starts behind a cue, else the end."""
+    after = bisect_left(starts, cue.end)
+    return starts[after] if after < len(starts) else end
 
 
 def _statements(cues: Sequence[Cue]) -> Iterator[tuple[int, float, list[Cue]]]:

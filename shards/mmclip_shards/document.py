@@ -34,6 +34,7 @@ def read_document(members: Mapping[str, bytes]) -> Document:
     try:
         fields = json_fields(members["json"]) if "json" in members else {}
         report = _report(members, fields)
+        _check_encodable(report)
     except ValueError as error:
         raise ValueError(f"the sample's json or txt is {error}; `mmclip verify` lists such samples") from error
     patient, view = fields.get("patient"), fields.get("view")
@@ -180,6 +181,14 @@ def _report(members: Mapping[str, bytes], fields: Mapping[str, Any]) -> str:
     if "txt" in members:
         return decode_text(members["txt"])
     return next((fields[name] for name in _FOREIGN_REPORTS if isinstance(fields.get(name), str)), "")
+
+
+def _check_encodable(text: str) -> None:
+    """ValueError for a text that UTF-8 cannot hold: JSON may name half of a character (\\ud800)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8 text, at character {error.start}") from error
 
 
 def _is_number(value: Any, whole: bool = False) -> bool:

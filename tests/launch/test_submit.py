@@ -160,6 +160,17 @@ def test_what_is_edited_later_does_not_reach_a_submitted_job(tmp_path: Path, mon
     assert freeze(tmp_path / "run") != code and len(list((tmp_path / "run" / "code").iterdir())) == 2
 
 
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path) -> None:
+        (folder / "mmclip_dist").mkdir(parents=True)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(frozen, "copy_packages", full)
+    with pytest.raises(OSError, match="No space left"):
+        freeze(tmp_path / "run")
+    assert not list((tmp_path / "run" / "code").iterdir())
+
+
 def test_slurm_gets_the_template_the_run_folder_and_the_code(job: Job, tmp_path: Path) -> None:
     command = slurm_command(job, Path("/code"), nodes=2, gpus=8, options=["--partition=gpu"], sweep=None)
     assert command.words[:4] == ["sbatch", "--nodes=2", "--gpus-per-node=8", "--partition=gpu"]

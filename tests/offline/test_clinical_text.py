@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mmclip_shards.datasets.synthetic import FINDINGS, synthetic_records
 
 from mmclip_dist.offline import clinical_text, lexicon
 from mmclip_dist.offline.clinical_text import Entity, Extractor, as_json, build_extractor, extractor_hash
+from mmclip_dist.offline.short_forms import short_forms
 from tests.toy_model import NAME, write_package
 
 LABELS = {"F": "FINDING", "A": "ANATOMY", "L": "LOCATION", "S": "SEVERITY", "D": "DEVICE"}
@@ -193,6 +195,66 @@ def test_batches_change_nothing_and_empty_reports_are_kept(extract: Extractor) -
     assert extract(reports) == [extract([report])[0] for report in reports]
     assert extract([]) == []
     assert extract([""]) == [[]]
+
+
+ODD = {
+    "one statement": "pleural effusion and no pneumothorax ", "definitions": "right ventricular cardiomegaly (RVC) and ",
+    "opened": "(", "brackets": "a (b) ", "signs": "!?.;,:-()[]{}", "quotes": "'\"",
+    "tags": "<a", "emoji": "\U0001fac1\U0001f600", "nothing": "\0",
+    "right to left": "\u202e\u05d0\u05d9\u05df \u05ea\u05e4\u05dc\u05d9\u05d8 ", "breaks": "\n",
+    "headings": "INDICATION: cough. FINDINGS: ", "letters": "x",
+    "different definitions": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.timeout(150)
+def test_odd_reports_take_time_by_their_length_alone(extract: Extractor, name: str) -> None:
+    """A time that grew with the square of the length, as that of scispaCy's own detector does, would be hours."""
+    words = ("".join(letters) for letters in product("abcdefgh", repeat=5))
+    unit = ODD[name] or " ".join(f"{word} {word[::-1]} ({word[0]}{word[-1]}) " for word in words)
+    report = (unit * (300_000 // len(unit) + 1))[:300_000]
+    (entities,) = extract([report])
+    assert all(report[entity.start : entity.end] == entity.text for entity in entities)
+    assert bool(entities) == (name in ("one statement", "definitions", "headings"))
+
+
+@pytest.mark.parametrize(
+    ("report", "found"),
+    [
+        ("<p>No <b>effusion</b>.</p><p>Cardiomegaly.</p>", [("effusion", True), ("Cardiomegaly", False)]),
+        ("No effusion<br/>Pneumothorax", [("effusion", True), ("Pneumothorax", False)]),
+        ("<div class='a b'>FINDINGS:</div>\n<td>Edema</td><td>no nodule</td>", [("Edema", False), ("nodule", True)]),
+        ("No pleural&nbsp;effusion", [("pleural&nbsp;effusion", True)]),
+        ("Nodule <5 mm and edema > before", [("Nodule", False), ("edema", False)]),
+    ],
+)
+def test_markup_is_no_part_of_words_and_its_blocks_end_sentences(
+    extract: Extractor, report: str, found: list[tuple[str, bool]]
+) -> None:
+    (entities,) = extract([report])
+    assert [(entity.text, entity.negated) for entity in entities if entity.label == "FINDING"] == found
+    assert all(report[entity.start : entity.end] == entity.text for entity in entities)
+
+
+def test_short_forms_are_those_of_scispacys_detector() -> None:
+    from scispacy.abbreviation import AbbreviationDetector
+
+    nlp = lexicon.blank_pipeline("en")
+    detector = AbbreviationDetector(nlp)
+    detector.global_matcher.add("no token", [[{"ORTH": ""}]])
+    draw = random.Random(0)
+    words = ["right", "lower", "lobe", "(", ")", "(RLL)", "( LLL )", "left", "RLL", "LLL", "(left lower", "lobe of it)", "((a)",
+             ".", "retractile", "visceral", "consolidation (RVC)", "RVC", "(RVC)",
+             "RVC (retractile visceral consolidation again )"]  # fmt: skip
+    several = 0
+    for _ in range(2000):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(1, 25)))
+        wanted = {(short.start, short.end, short._.long_form.text) for short in detector(nlp.make_doc(text))._.abbreviations}
+        found = [(short.start, short.end, long.text) for short, long in short_forms(nlp.make_doc(text))]
+        assert set(found) == wanted and len(found) == len(wanted), text
+        several += len(wanted) > 1
+    assert several > 100
 
 
 @pytest.mark.slow

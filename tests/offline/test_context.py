@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from mmclip_dist.offline.context import Cue, background_spans, cue_phrases, heading_pattern, longest, marks_of
+from mmclip_dist.offline.context import (
+    Cue,
+    _statements,
+    background_spans,
+    cue_phrases,
+    heading_pattern,
+    longest,
+    marks_of,
+)
 
 KINDS = {
     "no": "negated preceding", "gone": "negated following", "maybe": "uncertain preceding", "possible": "uncertain adjective",
@@ -57,6 +67,46 @@ def marked(line: str) -> str:
 )
 def test_marks(line: str, marks: str) -> None:
     assert marked(line) == marks
+
+
+def marks_one_by_one(entities: list[tuple[int, int]], cues: list[Cue]) -> list[str | None]:
+    """The rules as they are told: each cue of a statement looks at all others, and marks each entity that it reaches."""
+    marks: list[str | None] = [None] * len(entities)
+    for start, end, inside in _statements(cues):
+        for mark in ("uncertain", "background", "negated"):
+            for cue in (cue for cue in inside if cue.kind.startswith(mark)):
+                scope, clauses = cue.kind.split()[-1], {"join", "predicate", "existential"}
+                ends = {"adjective": clauses, "either": clauses, "between": {"join"}}.get(scope, set())
+                openings = clauses | {"uncertain preceding"} if scope == "between" else set()
+                right = min((other.start for other in inside if other.start >= cue.end and other.kind in ends), default=end)
+                left = max((other.end for other in inside if other.end <= cue.start and other.kind in openings), default=start)
+                if scope == "either":
+                    scope = "preceding" if any(cue.end <= first < right for first, _ in entities) else "following"
+                    right = end
+                low = left if scope in ("following", "between") else cue.start
+                high = cue.start if scope == "following" else right
+                for row, (first, last) in enumerate(entities):
+                    if max(low, start) <= first and last <= high and first < end:
+                        marks[row] = mark
+    return marks
+
+
+def test_a_long_statement_is_marked_as_its_cues_say_one_by_one() -> None:
+    draw = random.Random(0)
+    for _ in range(500):
+        at, cues, entities = 0, [], []
+        for _ in range(draw.randint(1, 40)):
+            length, word = draw.randint(1, 3), draw.choice([*KINDS.values(), "ENTITY", "ENTITY", "word"])
+            if word == "ENTITY":
+                entities.append((at, at + length))
+            elif word != "word":
+                cues.append(Cue(word, at, at + length))
+            at += length - draw.choice([0, 0, 0, 1]) * (length > 1)  # entities and cues may share a token
+        cues = longest(cues)
+        entities = [
+            entity for entity, before in zip(entities, [(0, 0), *entities], strict=False) if entity[0] >= before[1]
+        ]
+        assert marks_of(entities, cues) == marks_one_by_one(entities, cues), (entities, cues)
 
 
 def test_the_longest_cue_wins_and_then_the_leftmost() -> None:

@@ -12,6 +12,7 @@ from mmclip_shards.document import check_spans
 
 from mmclip_dist.offline.clinical_text import extractor_hash
 from mmclip_dist.offline.entities import entities_stage
+from mmclip_dist.offline.stage import Unreadable
 
 
 def sample(report: str | None) -> dict[str, bytes]:
@@ -31,3 +32,13 @@ def test_every_report_gets_its_own_entities(tmp_path) -> None:
     for report, spans in zip(reports, found, strict=True):
         check_spans(spans)
         assert all(str(report)[span["start"] : span["end"]] == span["text"] for span in spans)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"json": b"\xff"}, {"json": b'{"report": {"text": "no \\ud800 edema"}}'}, {"txt": b"\xe9panchement"}, {"json": b"{"}]
+)
+def test_a_report_that_is_no_text_gets_an_empty_row_and_the_others_theirs(tmp_path, bad: dict[str, bytes]) -> None:
+    maker = entities_stage("unused", str(tmp_path)).build()
+    rows = [row for _, row in maker([("a", sample("Edema.")), ("b", bad), ("c", sample("Nodule."))])]
+    assert [len(json.loads(row["entities.json"])) for row in rows] == [1, 0, 1]
+    assert [isinstance(row, Unreadable) for row in rows] == [False, True, False]
