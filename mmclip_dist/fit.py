@@ -170,5 +170,7 @@ def announce(config: Config, device: torch.device, data: TrainingData, step: int
     if dist.get_rank():
         return
     print(f"kernels: {config.loss.impl} on {device.type}\n{data}", flush=True)
+    if 0 < step < config.optim.last_step:
+        print(f"going on from step {step} of {config.optim.last_step}", flush=True)
     if step >= config.optim.last_step:
         print(f"nothing left to train: step {step} of {config.optim.last_step} is done", flush=True)

@@ -92,6 +92,19 @@ def test_help_begins_with_what_most_begin_with(capsys: pytest.CaptureFixture[str
     assert "`mmclip launch deepspeed quickstart optim.lr=1 --nodes 2`" in capsys.readouterr().err
 
 
+def test_every_default_is_one_that_its_option_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Typer gives the defaults to the options' own parsers."""
+    assert call("quickstart", "--paired", "nowhere")[0] == 2
+    assert "name at least one --paired and one --eval" in capsys.readouterr().err
+
+
+def test_a_folder_of_splits_where_a_split_is_needed(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack(table) == 0
+    for words in (("labels", f"{table.parent}/set"), ("entities", f"{table.parent}/set")):
+        assert call(*words)[0] == 2
+        assert f"{table.parent}/set is the folder of several splits: name one of test, train below it" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line_and_code_130(tmp_path: Path) -> None:
     """It reaches all processes of the terminal."""
     command = [sys.executable, "-m", "mmclip_launch.cli", "pack", "synthetic", str(tmp_path / "set"), "--count", "2000",

@@ -195,7 +195,8 @@ def test_after_running_out_of_memory_a_run_goes_on_with_the_readmes_remedies(set
         "optim.micro_batch=2", "model.checkpoint_activations=true", "zero_stage=2", "offload.optimizer=cpu", "data.workers=1",
         "log_every=1", "checkpoint.every=6", "health.window=20",
     ]  # fmt: skip
-    run_training([*sets.overrides(run), *TRAIN, *remedies], tmp_path)
+    output = run_training([*sets.overrides(run), *TRAIN, *remedies], tmp_path).output
+    assert "going on from step 4 of 12" in output and "is deprecated" not in output
     (row,) = read_metrics(run, "changes.jsonl")
     assert row["after_step"] == 12 and row["changed"]["optim.micro_batch"] == [None, 2] and "run_dir" in row["changed"]
     for ours, theirs in zip(losses(run)[-1:], losses(finished)[-1:], strict=True):

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 
-def local_folder(text: str) -> Path:
-    """A path on this machine's file systems. A URL would silently become a folder with a name like `s3:`."""
-    if "://" in text:
+def local_folder(text: str | Path) -> Path:
+    """A path on this machine's file systems. A URL would silently become a folder with a name like `s3:`. A default is a Path."""
+    if "://" in str(text):
         raise typer.BadParameter(f"{text} is a URL: name a local path, and copy what is written there afterwards")
     return Path(text)
 

@@ -84,6 +84,7 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     import deepspeed
 
     deepspeed_inside.leave_out_shared_memory_op()
+    deepspeed_inside.silence_old_names()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)

@@ -7,6 +7,7 @@ accepted. When the range in `pyproject.toml` grows: read these functions beside 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -42,6 +43,12 @@ def leave_out_shared_memory_op() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def silence_old_names() -> None:
+    """Every rank of every run would warn that DeepSpeed calls collectives by names that torch 2.13 replaces."""
+    old = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
 
 
 def multiplies_fp16() -> bool:

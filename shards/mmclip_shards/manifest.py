@@ -199,6 +199,8 @@ def load_manifest(url: Url) -> Manifest:
     try:
         return storage.read_parsed(where, parse)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if splits := _splits(url):
+            raise ValueError(f"{url} is the folder of several splits: name one of {', '.join(splits)} below it") from error
         raise ValueError(
             f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack` (or `mmclip index`, for shards of another program), "
             "or correct the path"
@@ -233,15 +235,20 @@ def find_sets(url: Url) -> list[str]:
     """The folders of the sets at `url`: itself, or the sub-folders that have a manifest. ValueError when there is none."""
     if storage.exists(storage.join(url, MANIFEST_NAME)):
         return [str(url)]
+    if found := _splits(url):
+        return [storage.join(url, name) for name in found]
     names = storage.list_folder(url)
-    folders = [storage.join(url, name) for name in names if not name.endswith((".tar", ".json"))]
-    if found := [folder for folder in folders if storage.exists(storage.join(folder, MANIFEST_NAME))]:
-        return found
     there = f"{len(names)} entries there" if names else "nothing is there"
     raise ValueError(
         f"no {MANIFEST_NAME} in {url} or a folder of it ({there}): make a set with `mmclip pack` "
         "(or `mmclip index`, for shards of another program), or correct the path"
     )
+
+
+def _splits(url: Url) -> list[str]:
+    """The names of the sub-folders that have a manifest."""
+    names = [name for name in storage.list_folder(url) if not name.endswith((".tar", ".json"))]
+    return [name for name in names if storage.exists(storage.join(url, name, MANIFEST_NAME))]
 
 
 def index_bytes(members: list[tuple[str, Member]], sha256: str) -> bytes:
