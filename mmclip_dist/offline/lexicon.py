@@ -52,8 +52,8 @@ def language_of(base: str) -> str:
 
 @cache
 def load_lexicon(language: str = "en") -> dict[str, Any]:
-    """The parsed lexicon: `spellings`, `entities`, `background_terms`, `context`, `sections`, `entity_prefix`; `stemmer` and `stems`
-    where words are matched by stem. ValueError for a language without one."""
+    """The parsed lexicon: `spellings`, `entities`, `background_terms`, `context`, `sections`, `entity_prefix`; `stemmer` and
+    `stems` where words are matched by stem. ValueError for a language without one."""
     return yaml.safe_load(lexicon_path(language).read_text(encoding="utf-8"))
 
 
