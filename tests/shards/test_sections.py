@@ -54,6 +54,18 @@ def test_an_addendum_stands_above_a_full_line() -> None:
     assert join_sections(split_report(text)) == "Left."
 
 
+def test_a_full_line_below_the_report_ends_it() -> None:
+    assert split_report(f" FINDINGS: Clear.\n {'_' * 78}\n \n") == {"findings": "Clear."}
+
+
+@pytest.mark.parametrize("section", ["COMPARISON: None.", "INDICATION: Cough.", "EXAMINATION: CHEST (PA AND LAT)"])
+def test_a_section_without_a_paragraph_of_its_own_is_no_report(section: str) -> None:
+    found = split_report(f"                 FINAL REPORT\n TECHNIQUE: Two views.\n \n {section}\n")
+    assert "last_paragraph" not in found and not join_sections(found)
+    below = split_report(f" TECHNIQUE: Two views.\n \n {section}\n \n Lungs are clear.\n")
+    assert join_sections(below) == "Lungs are clear."
+
+
 def test_removed_words_are_one_mark() -> None:
     assert split_report("FINDINGS: As of _____, XXXX no x-XXXX.\r\n") == {"findings": "As of ___, ___ no x-___."}
 

@@ -38,7 +38,8 @@ def split_report(text: str) -> dict[str, str]:
     findings and no impression, `last_paragraph` is what follows the first empty line of the last section, or all of a text
     without headers. White space becomes single spaces; the marks of removed words (`___`, `XXXX`) become `___`.
     """
-    *addenda, text = _ADDENDUM_LINE.split(text.replace("\r\n", "\n"))
+    parts = _ADDENDUM_LINE.split(text.replace("\r\n", "\n"))
+    *addenda, text = list(filter(str.strip, parts)) or [""]
     sections: dict[str, str] = {}
     headers = list(_HEADER.finditer(text))
     ends = [*(header.start() for header in headers[1:]), len(text)]
@@ -49,7 +50,8 @@ def split_report(text: str) -> dict[str, str]:
     if addenda and (content := _ADDENDUM_WORD.sub("", clean_text(" ".join(addenda)))):
         sections["addendum"] = content
     if not sections.keys() & {"findings", "impression"}:
-        rest = _PARAGRAPH.split(text[headers[-1].end() :], maxsplit=1)[-1] if headers else _TITLE.sub("", text)
+        # The header's own paragraph is its section: "COMPARISON: None." says nothing of the image.
+        rest = "".join(_PARAGRAPH.split(text[headers[-1].end() :], maxsplit=1)[1:]) if headers else _TITLE.sub("", text)
         if content := clean_text(rest):
             sections["last_paragraph"] = content
     return sections
