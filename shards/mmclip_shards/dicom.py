@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import re
 import struct
@@ -122,11 +121,10 @@ def _check_kind(found: Dataset) -> None:
 
 def _stored_values(found: Dataset) -> np.ndarray:
     """Whole numbers [rows, columns]; of floating-point pixels, these."""
-    below = _bits_below(found)
-    if below:
-        found = copy.copy(found)
-        found.BitsStored += below  # pydicom takes the lowest bits, whatever HighBit says
+    below, bits = _bits_below(found), found.get("BitsStored")
     try:
+        if below:
+            found.BitsStored = bits + below  # pydicom takes the lowest bits, whatever HighBit says
         values: np.ndarray = found.pixel_array
     except (RuntimeError, NotImplementedError) as error:
         syntax = found.file_meta.TransferSyntaxUID
@@ -139,6 +137,9 @@ def _stored_values(found: Dataset) -> np.ndarray:
             f"no installed plugin decodes this {syntax.name} ({syntax}): pip install {plugin}; "
             "if that is there, the file is damaged"
         ) from error
+    finally:
+        if below:
+            found.BitsStored = bits  # the dataset may be the caller's
     return values >> below if below else values
 
 

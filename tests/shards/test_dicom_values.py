@@ -233,3 +233,13 @@ def test_what_a_damaged_header_holds_is_never_told(
     else:
         assert tag.endswith(b"UI"), "the class of an image changes no pixel; the other fields are needed"
     assert not [str(warning.message) for warning in recwarn] and "SECRET" not in caplog.text
+
+
+@pytest.mark.parametrize("values", [{"HighBit": 15}, {}])
+def test_a_dataset_of_the_callers_stays_as_it_was(values: dict) -> None:
+    found = pydicom.dcmread(io.BytesIO(file_of(RAMP << 4 if values else RAMP, **values, **WINDOW)))
+    before, pixels = found.to_json(), found.pixel_array.copy()
+    first = decode_dicom(found)
+    np.testing.assert_array_equal(found.pixel_array, pixels)
+    np.testing.assert_array_equal(np.asarray(decode_dicom(found)), np.asarray(first))
+    assert found.to_json() == before
