@@ -273,7 +273,8 @@ def test_a_folder_of_temporary_files_that_cannot_be_written_to_is_not_passed_ove
     assert finding.level == "error" and told in str(finding)
 
 
-def test_a_full_disk_and_a_folder_of_its_own_are_seen(tmp_path: Path) -> None:
+def test_a_full_disk_and_a_folder_of_its_own_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_SEEN_S", 0.3)
     (tmp_path / "mark").touch()
     shared = probe.run_folder(str(tmp_path), "mark")
     assert shared["seen"] is True and shared["fault"] is None and shared["free"] > 0
