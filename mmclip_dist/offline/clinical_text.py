@@ -44,6 +44,8 @@ UNUSED_PIPES = ["tagger", "attribute_ruler", "lemmatizer", "parser", "senter"]
 """Parts of an installed model that entities do not need; where a sentence ends is in `context.py`."""
 KNOWN_SENTENCES = 1 << 16
 """Sentences that an extractor keeps, about a kilobyte each; then it starts anew."""
+LONGEST_SENTENCE = 100_000
+"""Characters: a model needs memory by the length of a sentence."""
 KNOWN_WORDS = 1 << 16
 """Words that a vocabulary keeps; further ones are freed after their batch, and no tokeniser caches them."""
 
@@ -289,16 +291,23 @@ def break_before(headings: re.Pattern[str], text: str) -> tuple[str, list[tuple[
 
 
 def sentences_of(text: str, abbreviated: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """(offset, sentence) of each sentence that is not empty. abbreviated: " word" of those whose full stop belongs to them."""
+    """(offset, sentence) of each sentence that is not empty; one that is too long is cut at blanks. abbreviated: " word" of those
+    whose full stop belongs to them."""
     start = 0
     for match in SENTENCE_END.finditer(text):
         end = match.end() - 1
         if text[end] == "\n" or not f" {text[max(0, end - 16) : end - 1]}".endswith(abbreviated):
-            if start < end:
-                yield start, text[start:end]
+            yield from _pieces(text, start, end)
             start = end + 1
-    if start < len(text):
-        yield start, text[start:]
+    yield from _pieces(text, start, len(text))
+
+
+def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, str]]:
+    while end - start > LONGEST_SENTENCE and (cut := text.rfind(" ", start + 1, start + LONGEST_SENTENCE)) > 0:
+        yield start, text[start:cut]
+        start = cut + 1
+    if start < end:
+        yield start, text[start:end]
 
 
 @contextmanager

@@ -237,6 +237,16 @@ def test_markup_is_no_part_of_words_and_its_blocks_end_sentences(
     assert all(report[entity.start : entity.end] == entity.text for entity in entities)
 
 
+def test_an_endless_sentence_is_cut_at_blanks_so_that_a_model_can_read_it(extract: Extractor) -> None:
+    """Models need memory by the length of a sentence, and spaCy refuses a megabyte to them."""
+    report = "no effusion and edema " * 12_000
+    pieces = list(clinical_text.sentences_of(report, ()))
+    assert len(pieces) == 3 and max(len(text) for _, text in pieces) <= clinical_text.LONGEST_SENTENCE
+    assert all(report[start : start + len(text)] == text for start, text in pieces)
+    assert " ".join(text for _, text in pieces) == report
+    assert len(extract([report])[0]) == 24_000
+
+
 def test_short_forms_are_those_of_scispacys_detector() -> None:
     from scispacy.abbreviation import AbbreviationDetector
 
