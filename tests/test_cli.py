@@ -107,11 +107,11 @@ def test_a_folder_of_splits_where_a_split_is_needed(table: Path, capsys: pytest.
 
 def test_ctrl_c_is_one_line_and_code_130(tmp_path: Path) -> None:
     """It reaches all processes of the terminal."""
-    command = [sys.executable, "-m", "mmclip_launch.cli", "pack", "synthetic", str(tmp_path / "set"), "--count", "2000",
+    command = [sys.executable, "-m", "mmclip_launch.cli", "pack", "synthetic", str(tmp_path / "set"), "--count", "1000",
                "--workers", "2", "--samples-per-shard", "8"]  # fmt: skip
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        wait_for(lambda: any(tmp_path.glob("set/*/*.tar")))
+        wait_for(lambda: any(tmp_path.glob("set/*/*.tar")), timeout=240)
         os.killpg(running.pid, signal.SIGINT)
         _, told = running.communicate(timeout=60)
     finally:
