@@ -32,12 +32,12 @@ def extract() -> Extractor:
     return build_extractor(language="es")
 
 
-@pytest.mark.parametrize("part", ["tuned", "held_out"])
-def test_gold_sentences(extract: Extractor, part: str) -> None:
+@pytest.mark.parametrize(("part", "f1"), [("tuned", 0.99), ("held_out", 0.96), ("blind", 0.985), ("blind_2", 0.96)])
+def test_gold_sentences(extract: Extractor, part: str, f1: float) -> None:
     lines = [line for lines in read_gold(GOLD)[part].values() for line in lines]
     assert len(set(lines)) == len(lines) >= 20
     found = tally(extract, lines)
-    assert found.f1 >= 0.95 and found.negation >= 0.97 and found.marked >= 0.95, "\n".join(found.failures)
+    assert found.f1 >= f1 >= 0.95 and found.negation >= 0.97 and found.marked >= 0.95, "\n".join(found.failures)
 
 
 def test_gold_is_large_enough() -> None:
