@@ -13,6 +13,7 @@ from mmclip_shards import storage
 from mmclip_shards.foreign import index_set
 from mmclip_shards.manifest import Manifest, load_manifest, manifest_hash, save_manifest
 from mmclip_shards.pack import pack
+from mmclip_shards.phi import SCAN_VERSION
 from mmclip_shards.schema import Record
 from mmclip_shards.split import hash_patient
 from mmclip_shards.stats import LabelCounts, Spread, collect_stats, spread
@@ -61,7 +62,7 @@ def test_counts_are_those_of_the_rows(tmp_path: Path, remote: bool) -> None:
     assert (train.ages, train.without_age, train.ages_of) == (Spread(70, 90, 90, 90), 1, {70: 1, 90: 2})  # 100 and 130 are 90
     assert train.report_words == {1: 1, 2: 1, 3: 1} and train.sizes == {"16 x 20": 3, "40 x 30": 1}
     assert train.manifest == manifest_hash(load_manifest(storage.join(url, "train")))
-    assert train.phi_scan == {"version": 1} and found.patients == 3
+    assert train.phi_scan == {"version": SCAN_VERSION} and found.patients == 3
     assert (train.without_report, train.words) == (1, Spread(1, 2, 3, 3)) and test.words == Spread(8, 8, 8, 8)
     assert (train.widths, train.heights) == (Spread(16, 16, 40, 40), Spread(20, 20, 30, 30))
     assert (train.patients, train.without_patient, train.images_per_patient) == (2, 0, Spread(1, 1, 3, 3))
