@@ -21,9 +21,9 @@ from mmclip_shards.rawpath import LOOKED_FOR, RemotePath, evenly
 from mmclip_shards.schema import Record, canonical_json, check_record
 from mmclip_shards.split import (
     check_patient,
-    check_patients_stay,
     check_split_name,
     check_splits,
+    crossing_patients,
     key_id,
     split_of,
 )
@@ -66,9 +66,9 @@ def pack(
     pack adds its own settings.
     patient_key: key of the stored patient hash; `split.patient_key()` by default. numbering: the collection that numbers
     the patients (`hash_patient`), if it is a published one. progress(done, total): after every image.
-    max_bad_fraction: share of the records whose image may be missing or unreadable, or whose key an earlier record has. They are
-    left out, and listed in DEST/SPLIT/quarantine.jsonl. If there are more, one error counts them once all images were tried; no
-    manifest is written.
+    max_bad_fraction: share of the records whose image may be missing or unreadable, whose key an earlier record has, or whose
+    patient is in two splits of split_of_record (then in none). They are left out, and listed in DEST/SPLIT/quarantine.jsonl. If
+    there are more, one error counts them once all images were tried; no manifest is written.
     licence, access: terms of the raw data set, for the manifests.
     allow_phi_like: whether reports may seem to identify people (`phi`); the manifests hold the counts. Reports of drawn images
     are not scanned: a program wrote them. labels_by: for the manifests, what made the records' labels from their reports.
@@ -92,8 +92,10 @@ def pack(
     if not allow_phi_like:
         scan.check()
     _check_repeated(found, max_bad_fraction)
-    plan = _assign(found, records, splits, split_of_record)
-    repeated = _repeated(found)
+    crossing = _crossing(found, records) if splits is None else {}
+    _check_crossing(crossing, records, max_bad_fraction)
+    plan = _assign(found, records, splits, crossing)
+    never = _never_packed(found, crossing)
     full_hash = _hash_settings(
         config=config_hash,
         dataset=dataset,
@@ -114,7 +116,7 @@ def pack(
             _look_for_remote(records)
         writers = {
             split: Unfinished(
-                storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=repeated.get(split, []),
+                storage.join(dest, split), full_hash, samples_per_shard, len(numbers), left_out=never.get(split, []),
                 write=crew.write, ahead=crew.ahead,
             )
             for split, numbers in todo.items()
@@ -204,27 +206,47 @@ def _survey(
     return _Survey(keys, tuple(sorted(label_names)), tuple(names), numbers, order, missing, remote, sorted(repeated))
 
 
+def _crossing(found: _Survey, records: Sequence[Record]) -> dict[int, str]:
+    """Place -> where the patient is in another split, for all records of patients who are in two."""
+    patients = crossing_patients(
+        (f"record {place + 1}", record.patient, found.names[found.splits[place]]) for place, record in enumerate(records)
+    )
+    if not patients:
+        return {}
+    return {place: patients[record.patient] for place, record in enumerate(records) if record.patient in patients}
+
+
+def _check_crossing(crossing: Mapping[int, str], records: Sequence[Record], max_bad_fraction: float) -> None:
+    if len(crossing) / len(records) > max_bad_fraction:
+        patients = len({record.patient for record in records})
+        crossed = len({records[place].patient for place in crossing})
+        raise ValueError(
+            f"{crossed} of {patients} patients are in two splits: {next(iter(crossing.values()))}. A patient must stay in one "
+            f"split: correct the splits, let the program split by patient (--splits), or leave these patients out of all splits "
+            f"with --max-bad-fraction {_fraction(len(crossing), len(records))}"
+        )
+
+
 def _assign(
-    found: _Survey, records: Sequence[Record], splits: Mapping[str, float] | None, split_of_record: Mapping[str, str] | None
+    found: _Survey, records: Sequence[Record], splits: Mapping[str, float] | None, crossing: Mapping[int, str]
 ) -> dict[str, array[int]]:
-    """Split -> the places of its records, sorted by key. ValueError for a split that would be empty, or a patient in two."""
+    """Split -> the places of its records, sorted by key, without those that cross. ValueError for a split that would be empty."""
     for name in found.names:
         check_split_name(name)
     wanted = sorted(found.names) if splits is None else [name for name, fraction in splits.items() if fraction > 0]
     plan = {name: array("Q") for name in wanted}
     for n in found.order:
-        plan[found.names[found.splits[n]]].append(n)
+        if n not in crossing:
+            plan[found.names[found.splits[n]]].append(n)
     for name, numbers in plan.items():
-        if splits is not None and not numbers:
+        if not numbers and splits is not None:
             patients = len({record.patient for record in records})
             raise ValueError(
                 f"no patient fell in split {name!r} (fraction {splits[name]:g} of {patients} patients): "
                 "give it a larger fraction, try another seed, or leave the split out"
             )
-    if split_of_record is not None:
-        check_patients_stay(
-            (f"record {number}", record.patient, split_of_record[record.key]) for number, record in enumerate(records, 1)
-        )
+        if not numbers:
+            raise ValueError(f"every patient of split {name!r} is in another split, too: correct the splits")
     return plan
 
 
@@ -243,12 +265,13 @@ def _check_repeated(found: _Survey, max_bad_fraction: float) -> None:
         )
 
 
-def _repeated(found: _Survey) -> dict[str, list[Bad]]:
-    """Split -> its records that are left out since an earlier one has their key."""
+def _never_packed(found: _Survey, crossing: Mapping[int, str]) -> dict[str, list[Bad]]:
+    """Split -> its records that are left out: an earlier one has their key, or their patient is in another split, too."""
+    why = {place: f"record {place + 1} has the key of record {first + 1}" for place, first in found.repeated}
+    why |= {place: f"the patient is in two splits: {text}" for place, text in crossing.items()}
     left_out: dict[str, list[Bad]] = {}
-    for place, first in found.repeated:
-        bad = found.keys[place], f"record {place + 1} has the key of record {first + 1}"
-        left_out.setdefault(found.names[found.splits[place]], []).append(bad)
+    for place, reason in sorted(why.items()):
+        left_out.setdefault(found.names[found.splits[place]], []).append((found.keys[place], reason))
     return left_out
 
 
@@ -300,4 +323,8 @@ def _check_left_out(
 
 
 def _mend(bad: int, total: int) -> str:
-    return f"mend them, or leave them out with --max-bad-fraction {math.ceil(1000 * bad / total) / 1000:g}"
+    return f"mend them, or leave them out with --max-bad-fraction {_fraction(bad, total)}"
+
+
+def _fraction(bad: int, total: int) -> str:
+    return f"{math.ceil(1000 * bad / total) / 1000:g}"

@@ -81,19 +81,15 @@ def check_patient(patient: str) -> None:
         raise ValueError("a patient id is empty: without it a patient could cross splits; give every image one")
 
 
-def check_patients_stay(rows: Iterable[tuple[str, str, str]]) -> None:
-    """ValueError when a patient is in two splits. rows: (place, patient, split). The message names places, never the id."""
+def crossing_patients(rows: Iterable[tuple[str, str, str]]) -> dict[str, str]:
+    """The patients who are in two splits, and where. rows: (place, patient, split). The texts name places, never the id."""
     first: dict[str, tuple[str, str]] = {}
     crossing: dict[str, str] = {}
     for place, patient, split in rows:
         first_place, first_split = first.setdefault(patient, (place, split))
         if split != first_split:
             crossing.setdefault(patient, f"{first_place} ({first_split}) and {place} ({split}) belong to the same patient")
-    if crossing:
-        raise ValueError(
-            f"{len(crossing)} of {len(first)} patients are in two splits: {next(iter(crossing.values()))}. "
-            "A patient must stay in one split: correct the splits, or let the program split by patient (--splits)"
-        )
+    return crossing
 
 
 def hash_patient(patient: str, key: bytes, numbering: str | None = None) -> str:

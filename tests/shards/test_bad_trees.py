@@ -349,7 +349,7 @@ def test_a_full_disk_is_named_with_what_to_do(
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     code, _, err = call(capsys, monkeypatch, "folder", str(tmp_path / "raw"), str(tmp_path / "set"), "--splits", "train=1")
     assert code == 1
-    assert f"No space left on device: '{tmp_path}/set/train/000000.tar': make room, then give the same command again" in err
+    assert f"{tmp_path}/set/train/000000.tar: No space left on device: make room, then give the same command again" in err
 
 
 def test_a_table_knows_its_rows(tmp_path: Path) -> None:

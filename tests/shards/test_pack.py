@@ -250,6 +250,24 @@ def stop_after(images: int):  # type: ignore[no-untyped-def]
     return progress
 
 
+def test_patients_in_two_splits_are_left_out_of_both_and_listed(tmp_path: Path) -> None:
+    own = {record.key: "val" if record.patient in ("RAW-2", "RAW-3") else "train" for record in records()}
+    own["s04"] = "train"
+    with pytest.raises(ValueError, match=r"^1 of 6 patients are in two splits: .*--max-bad-fraction 0\.167") as told:
+        pack_to(tmp_path / "set", splits=None, split_of_record=own, max_bad_fraction=0.166)
+    assert "RAW" not in str(told.value) and not (tmp_path / "set").exists()
+    made = pack_to(tmp_path / "set", splits=None, split_of_record=own, max_bad_fraction=0.167)
+    assert {split: manifest.samples for split, manifest in made.items()} == {"train": 8, "val": 2}
+    for split, key in (("train", "s04"), ("val", "s05")):
+        (line,) = (tmp_path / "set" / split / "quarantine.jsonl").read_text().splitlines()
+        reason = "the patient is in two splits: record 7 (val) and record 8 (train) belong to the same patient"
+        assert json.loads(line) == {"key": key, "reason": reason}
+    own |= {f"s{number:02d}": "val" for number in (6, 8, 10)} | {"s07": "train"}
+    own = {key: "val" if key in ("s04",) else "train" for key in own}
+    with pytest.raises(ValueError, match="every patient of split 'val' is in another split"):
+        pack_to(tmp_path / "other", splits=None, split_of_record=own, max_bad_fraction=1)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_pack_goes_on_after_its_last_finished_shard_and_the_bytes_are_the_same(
     tmp_path: Path, workers: int

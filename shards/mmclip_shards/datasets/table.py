@@ -15,7 +15,6 @@ from mmclip_shards.datasets.sections import join_sections
 from mmclip_shards.datasets.upstream import read_age
 from mmclip_shards.rawpath import LOOKED_FOR, RawPath, evenly, raw_path
 from mmclip_shards.schema import Record, canonical_json, make_key
-from mmclip_shards.split import check_patients_stay
 from mmclip_shards.storage import Url
 
 logger = logging.getLogger(__name__)
@@ -89,8 +88,6 @@ def read_table(
     absent: dict[str, int | None] = dict.fromkeys(_label_names(rows, labels_column, labels_separator, normal), 0)
     if age_column is not None:
         _check_ages(rows, age_column)
-    if split_column is not None:
-        check_patients_stay((f"row {number}", row[patient_column], row[split_column]) for number, row in rows)
 
     def record(numbered: Row) -> Record:
         number, row = numbered
