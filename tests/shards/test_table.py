@@ -191,11 +191,6 @@ def test_empty_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         ("a.png,SECRET,SECRET,,\nb.png, ,SECRET,,\n", {}, "1 rows .* no 'patient', the first is row 3"),
         (",SECRET,SECRET,,\n", {}, "no 'image'"),
         ("a.png,SECRET,SECRET,,\n", {"split_column": "split"}, "no 'split'"),
-        (
-            "a.png,SECRET,SECRET,,train\nb.png,SECRET,x,,val\n",
-            {"split_column": "split"},
-            r"row 2 \(train\) and row 3 \(val\)",
-        ),
         ("a.png,SECRET,SECRET,,\nb.png,SECRET\n", {}, "row 3 has 2 cells, the header 5"),
         ("a.png,SECRET,SECRET,SECRET,,,\n", {}, "row 2 has 7 cells"),
         ('a.png,SECRET,"SECRET" x,,\n', {}, "line 2 cannot be read"),
