@@ -119,7 +119,7 @@ def _work(connection: Connection, answer: Callable[[Any], Any]) -> None:
     _end_with_parent()
     # glibc gives the end of the heap back to the system once twice the largest block that it has seen freed is free, and gets it
     # again for the next image: 800 page faults for one of a megapixel. After this block it keeps up to 64 MiB.
-    block = bytearray(_LARGEST_BLOCK)
+    block = bytes(_LARGEST_BLOCK)  # whose pages nobody touches
     del block
     # A thread sends: an answer may be larger than what a pipe holds, and the next one need not wait until it is read.
     answers: SimpleQueue[Any] = SimpleQueue()
