@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from array import array
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -199,7 +200,10 @@ def load_manifest(url: Url) -> Manifest:
     try:
         return storage.read_parsed(where, parse)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if splits := _splits(url):
+        splits: list[str] = []
+        with suppress(OSError):  # keys that may read need not be allowed to list
+            splits = _splits(url)
+        if splits:
             raise ValueError(f"{url} is the folder of several splits: name one of {', '.join(splits)} below it") from error
         raise ValueError(
             f"no {MANIFEST_NAME} in {url}: make it with `mmclip pack` (or `mmclip index`, for shards of another program), "

@@ -221,14 +221,18 @@ def test_a_learned_sigmoid_keeps_its_small_rest(impl: str) -> None:
 
 @every_impl
 def test_float32_gradients_do_not_carry_the_rounding_of_log_sum_exps(impl: str) -> None:
-    """The reference in float32 holds a log-sum-exp as one number: at a scale of 100, its rounding is half of the error."""
-    given_ones = *cone(192, 256, 0, torch.float32), torch.tensor(100.0)
+    """The reference in float32 holds a log-sum-exp as one number: at a scale of 128, its rounding is most of the error.
+
+    The features have few digits, so that all products and logits are exact: how a processor sums them is another matter.
+    """
+    image, text = ((features * 2**9).round() / 2**9 for features in cone(192, 256, 0, torch.float32))
+    given_ones = image, text, torch.tensor(128.0)
     meant = meaning(*given_ones)
     ours = evaluate(partial(contrastive_loss, impl=impl), *given_ones, device_of(impl))
     rounded = evaluate(reference.contrastive_loss, *given_ones)
     for index in (1, 2):
         errors = [(found[index] - meant[index]).norm().item() for found in (ours, rounded)]
-        assert errors[0] < 0.5 * errors[1]
+        assert errors[0] < 0.2 * errors[1]
 
 
 @every_impl

@@ -338,11 +338,12 @@ def test_how_a_worker_ends_is_told_and_the_pack_goes_on_from_there(
 ) -> None:
     of = sorted((replace(record, image=Drawn()) for record in records(24)), key=lambda record: record.key)
     broken = [*of[:-1], replace(of[-1], image=Drawn(ends))]
+    before = set(multiprocessing.active_children())  # of other tests in this process
     with pytest.raises(error, match=told) as raised:
         pack_to(tmp_path / "set", broken, splits={"train": 1.0}, workers=2)
     if ends == "raises":
         assert "in __call__" in "".join(raised.value.__notes__), "the worker's own traceback"
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
     assert journal(tmp_path / "set" / "train"), "finished shards were not kept"
     pack_to(tmp_path / "set", of, splits={"train": 1.0}, workers=2)
     pack_to(tmp_path / "whole", of, splits={"train": 1.0})

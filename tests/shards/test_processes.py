@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import platform
 import resource
-import threading
 import time
 
 import pytest
@@ -29,12 +29,14 @@ def test_few_questions_are_taken_ahead() -> None:
             taken.append(number)
             yield number
 
+    before = set(multiprocessing.active_children())
     answers = in_order(slow_first, questions(), 2)
     for used in range(1, 21):
         next(answers)
         assert len(taken) - used < 2 * 8
+    assert len(set(multiprocessing.active_children()) - before) == 2
     answers.close()
-    assert threading.active_count() == 1
+    assert set(multiprocessing.active_children()) <= before
 
 
 def faults(size: int) -> int:
