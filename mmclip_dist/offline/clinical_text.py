@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
@@ -25,8 +26,8 @@ from importlib.util import find_spec
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mmclip_dist.offline.context import background_spans, heading_pattern, marks_of
-from mmclip_dist.offline.lexicon import blank_pipeline, cue_finder, lexicon_path, load_lexicon, term_finder
+from mmclip_dist.offline.context import background_spans, heading_finder, marks_of
+from mmclip_dist.offline.lexicon import Term, blank_pipeline, cue_finder, lexicon_path, load_lexicon, term_finder
 from mmclip_dist.offline.linker import build_linker, linker_version
 from mmclip_dist.offline.short_forms import short_forms
 
@@ -55,6 +56,7 @@ NEW_BLOCK = re.compile(
     r"|\n(?=[^\S\n]*[A-Z][A-Za-z/]*(?:[ ][A-Za-z/()]+){0,3}:)"  # a heading, or "Heart: normal."
 )
 _TAG = r"</?[a-zA-Z][^<>\n]{0,200}>|&nbsp;"
+TAG = re.compile(_TAG)
 _TOO_LONG = r"\S{100}(?=\S)"
 FOLDED_BLANKS = re.compile(rf"\s{{2,}}|[^\S ]|{_TOO_LONG}")
 """White space that becomes one character; and where words are too long for any language, as in lines of signs: the tokeniser's
@@ -62,10 +64,11 @@ time grows with the square of such a word, so a blank is put in."""
 FOLDED_MARKUP = re.compile(rf"(?:\s|{_TAG}){{2,}}|[^\S ]|{_TAG}|(?:(?!{_TAG})\S){{100}}(?=\S)")
 """The same in a report with markup, which counts as white space."""
 BLOCK_TAG = re.compile(r"</?(?:p|div|br|li|ul|ol|tr|td|th|table|h[1-6]|body)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<=[^\W\d_]{3})[.!;] |(?<= )[.!;] |\n")
+SENTENCE_END = re.compile(r"[.!;\n](?:(?<=\n)|(?:(?<=[^\W\d_]{3}[.!;])|(?<= [.!;])) )")
 """Only ends that the tokeniser sees as well: behind whole words, and not behind its abbreviations (`sentences_of`)."""
 
 Extractor = Callable[[Sequence[str]], "list[list[Entity]]"]
+Headings = Callable[[str], "list[re.Match[str]]"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
     (`linker.py`). Raises ValueError when the extra `nlp`, the model, or a file of the knowledge base is not here.
     """
     require_installed(model, language)
+    from spacy.attrs import IDX, LENGTH
     from spacy.tokens import Span
 
     lexicon = load_lexicon(language)
@@ -128,25 +132,36 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
     nlp = tokens if model == LEXICON_MODEL else installed_pipeline(model)
     link = build_linker(linker) if linker else None
     find_terms, find_cues = term_finder(tokens, language), cue_finder(tokens, language)
-    headings = heading_pattern(lexicon["sections"])
+    headings = heading_finder(lexicon["sections"])
     rules: dict[str, Any] = getattr(nlp.tokenizer, "rules")  # noqa: B009, spaCy types a tokeniser as any callable
-    abbreviated = tuple(f" {word[:-1]}" for word in rules if word.endswith("."))
+    abbreviated = frozenset(word[:-1] for word in rules if word.endswith("."))
     # Only a model's entity may hold its negation ("no effusion").
     prefixes = () if model == LEXICON_MODEL else tuple(lexicon["entity_prefix"])
     of_the_patient = frozenset(lexicon["background_terms"])
     known: dict[str, list[Marked]] = {}
+    words: set[str] = set()
 
-    def recognised(doc: Doc) -> Doc:
-        if nlp is tokens:
-            doc.ents = [Span(doc, start, end, label, span_id=term) for start, end, label, term in find_terms(doc)]
-        return link(doc) if link else doc
+    def read(sentences: list[str]) -> Iterator[list[Marked]]:
+        """The entities of each sentence."""
+        if nlp is not tokens:
+            for doc in nlp.pipe(sentences):
+                yield marked(doc, terms_of(link(doc) if link else doc))
+            return
+        learn(sentences, words, tokens)
+        doc = tokens.make_doc("\n".join(sentences))  # at once: a document takes as long to begin as a sentence to read
+        terms = find_terms(doc)
+        if link:
+            doc.ents = [Span(doc, term.start, term.end, term.label, span_id=term.name) for term in terms]
+            terms = terms_of(link(doc))
+        yield from apart(sentences, marked(doc, terms))
 
-    def marked(doc: Doc) -> list[Marked]:
-        spans = doc.ents
-        marks = marks_of([(span.start, span.end) for span in spans], find_cues(doc if nlp is tokens else words_of(doc, tokens)))
+    def marked(doc: Doc, terms: list[Term]) -> list[Marked]:
+        cues = find_cues(doc if nlp is tokens else words_of(doc, tokens))
+        marks = marks_of([term[:2] for term in terms], cues)
+        starts, lengths = doc.to_array([IDX, LENGTH]).T.tolist()
         return [
-            Marked(span.start_char, span.end_char, span.label_, span.id_, span.kb_id_, told(span.id_, mark))
-            for span, mark in zip(spans, marks, strict=True)
+            Marked(starts[start], starts[end - 1] + lengths[end - 1], label, name, cui, told(name, mark))
+            for (start, end, label, name, cui), mark in zip(terms, marks, strict=True)
         ]
 
     def told(term: str, mark: str | None) -> str | None:
@@ -162,17 +177,14 @@ def build_extractor(model: str = LEXICON_MODEL, language: str = "en", linker: st
         new = list(dict.fromkeys(sentence for pairs in sentences for _, sentence in pairs if sentence not in known))
         found = []
         with bounded(nlp), bounded(tokens) if tokens is not nlp else nullcontext():
-            for sentence, doc in zip(new, nlp.pipe(new), strict=True):
-                known[sentence] = marked(recognised(doc))
-            for report, (text, positions, background), pairs in zip(reports, flat, sentences, strict=True):
-                spans = [
-                    span._replace(start=at + span.start, end=at + span.end) for at, sentence in pairs for span in known[sentence]
-                ]
+            known.update(zip(new, read(new), strict=True))
+            for report, (text, moved, background), pairs in zip(reports, flat, sentences, strict=True):
+                spans = [(at, span) for at, sentence in pairs for span in known[sentence]]
                 if "(" in text:  # a definition needs one
                     doc = nlp.make_doc(text)
                     if defined := short_forms(doc):
-                        spans = marked(add_short_forms(doc, spans, defined))
-                found.append([entity_of(span, background, prefixes, report, positions) for span in spans])
+                        spans = [(0, span) for span in marked(doc, terms_of(add_short_forms(doc, spans, defined)))]
+                found.append([entity_of(span, at, background, prefixes, report, moved) for at, span in spans])
         return found
 
     return extract
@@ -249,39 +261,39 @@ def installed_pipeline(model: str) -> Language:
 # --- one document ---------------------------------------------------------------------------------------------------
 
 
-def flatten(report: str, headings: re.Pattern[str]) -> tuple[str, list[int] | None, list[tuple[int, int]]]:
+def flatten(report: str, headings: Headings) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
     """The report with each run of white space and markup as one character, "\\n" before a new block or a heading, else " ", and a
     blank after each 100 characters without one.
 
     Wrapped lines and double spaces would otherwise split "pleural\\n effusion".
-    Returns the text; per character, its offset in the report (None: nothing moved); and its background sections, in characters.
+    Returns the text; where it moved, as (first character, how far from there on the report's characters are ahead); and its
+    background sections, in characters.
     """
-    folded = FOLDED_MARKUP if re.search(_TAG, report) else FOLDED_BLANKS
-    if not folded.search(report):
-        text, background = break_before(headings, report)
-        return text, None, background
-    block_starts = {match.start() for match in NEW_BLOCK.finditer(report)}
+    markup = bool(TAG.search(report))
+    block_starts = {match.start() for match in NEW_BLOCK.finditer(report)} if "\n" in report else set()
     pieces: list[str] = []
-    positions: list[int] = []
-    last = 0
-    for run in folded.finditer(report):
+    moved: list[tuple[int, int]] = []
+    last = ahead = 0
+    for run in (FOLDED_MARKUP if markup else FOLDED_BLANKS).finditer(report):
         start, end = run.span()
-        blank = run[0].isspace() or re.match(rf"\s|{_TAG}", run[0])
-        kept = start if blank else end
-        block = blank and (BLOCK_TAG.search(run[0]) or not block_starts.isdisjoint(range(start, end)))
+        if run[0][0].isspace() or TAG.match(run[0]):
+            block = not block_starts.isdisjoint(range(start, end)) or (markup and bool(BLOCK_TAG.search(run[0])))
+            kept = start
+        else:
+            block, kept = False, end
         pieces += [report[last:kept], "\n" if block else " "]
-        positions.extend(range(last, kept + 1))
+        if end - kept != 1:
+            ahead += end - kept - 1
+            moved.append((end - ahead, ahead))
         last = end
-    pieces.append(report[last:])
-    positions.extend(range(last, len(report)))
-    text, background = break_before(headings, "".join(pieces))
-    return text, positions, background
+    text, background = break_before(headings, "".join([*pieces, report[last:]]) if pieces else report)
+    return text, moved, background
 
 
-def break_before(headings: re.Pattern[str], text: str) -> tuple[str, list[tuple[int, int]]]:
+def break_before(headings: Headings, text: str) -> tuple[str, list[tuple[int, int]]]:
     """The text with "\n" for the space before a heading, as no statement reaches from one section into the next; and its
     background sections, in characters."""
-    found = list(headings.finditer(text)) if ":" in text else []
+    found = headings(text)
     if not found:
         return text, []
     starts = [heading.start() for heading in found]
@@ -290,24 +302,41 @@ def break_before(headings: re.Pattern[str], text: str) -> tuple[str, list[tuple[
     return text, background_spans(text, found)
 
 
-def sentences_of(text: str, abbreviated: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """(offset, sentence) of each sentence that is not empty; one that is too long is cut at blanks. abbreviated: " word" of those
-    whose full stop belongs to them."""
+def sentences_of(text: str, abbreviated: Set[str]) -> list[tuple[int, str]]:
+    """(offset, sentence) of each sentence, without blanks around it; one that is too long is cut at blanks. abbreviated: words
+    without the full stop that belongs to them."""
+    ends = [
+        end
+        for match in SENTENCE_END.finditer(text)
+        if text[end := match.end() - 1] == "\n" or text[text.rfind(" ", 0, end) + 1 : end - 1] not in abbreviated
+    ]
+    pieces = []
     start = 0
-    for match in SENTENCE_END.finditer(text):
-        end = match.end() - 1
-        if text[end] == "\n" or not f" {text[max(0, end - 16) : end - 1]}".endswith(abbreviated):
-            yield from _pieces(text, start, end)
-            start = end + 1
-    yield from _pieces(text, start, len(text))
+    for end in [*ends, len(text)]:
+        while end - start > LONGEST_SENTENCE and (cut := text.rfind(" ", start + 1, start + LONGEST_SENTENCE)) > 0:
+            pieces.append((start, text[start:cut]))
+            start = cut + 1
+        pieces.append((start, text[start:end]))
+        start = end + 1
+    return [(start + len(piece) - len(piece.lstrip()), piece.strip()) for start, piece in pieces if piece and not piece.isspace()]
 
 
-def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, str]]:
-    while end - start > LONGEST_SENTENCE and (cut := text.rfind(" ", start + 1, start + LONGEST_SENTENCE)) > 0:
-        yield start, text[start:cut]
-        start = cut + 1
-    if start < end:
-        yield start, text[start:end]
+def apart(sentences: Iterable[str], spans: Sequence[Marked]) -> Iterator[list[Marked]]:
+    """The spans of each sentence, in its characters. spans: of the sentences with a character between two, in order."""
+    at = row = 0
+    for sentence in sentences:
+        end, inside = at + len(sentence), []
+        while row < len(spans) and spans[row].start < end:
+            start, stop, label, term, cui, mark = spans[row]
+            inside.append(Marked(start - at, stop - at, label, term, cui, mark))
+            row += 1
+        yield inside
+        at = end + 1
+
+
+def terms_of(doc: Doc) -> list[Term]:
+    """The entities of a document."""
+    return [Term(span.start, span.end, span.label_, span.id_, span.kb_id_) for span in doc.ents]
 
 
 @contextmanager
@@ -317,6 +346,17 @@ def bounded(nlp: Language) -> Iterator[None]:
         yield
 
 
+def learn(sentences: Sequence[str], words: set[str], tokens: Language) -> None:
+    """Show each word that is not among `words` to the tokeniser alone, which remembers none that it meets behind a special case
+    ("Dr.") of the same document."""
+    if len(words) > KNOWN_WORDS:
+        words.clear()
+    new = {word for sentence in sentences for word in sentence.split()} - words
+    for word in new:
+        tokens.make_doc(word)
+    words.update(new)
+
+
 def words_of(doc: Doc, tokens: Language) -> Doc:
     """The same words in the vocabulary of `tokens`."""
     from spacy.tokens import Doc
@@ -324,17 +364,17 @@ def words_of(doc: Doc, tokens: Language) -> Doc:
     return Doc(tokens.vocab, words=[token.text for token in doc], spaces=[bool(token.whitespace_) for token in doc])
 
 
-def add_short_forms(doc: Doc, spans: Sequence[Marked], defined: Sequence[tuple[Span, Span]]) -> Doc:
-    """The document with `spans` as entities, and "RVC" everywhere if it says "retractile visceral consolidation (RVC)": `defined`
-    holds such short forms, each with its long form.
+def add_short_forms(doc: Doc, spans: Sequence[tuple[int, Marked]], defined: Sequence[tuple[Span, Span]]) -> Doc:
+    """The document with `spans`, each behind its offset, as entities, and "RVC" everywhere if it says "retractile visceral
+    consolidation (RVC)": `defined` holds such short forms, each with its long form.
 
     The short form gets label, term and concept of the last entity in its long form, the head of an English noun phrase.
     """
     from spacy.tokens import Span
 
     entities = []
-    for span in spans:
-        entity = doc.char_span(span.start, span.end, span.label, span.cui, span_id=span.term)
+    for at, span in spans:
+        entity = doc.char_span(at + span.start, at + span.end, span.label, span.cui, span_id=span.term)
         assert entity is not None, "a sentence is tokenised as it is in its report"
         entities.append(entity)
     heads = {entity.end: entity for entity in entities}
@@ -349,14 +389,15 @@ def add_short_forms(doc: Doc, spans: Sequence[Marked], defined: Sequence[tuple[S
 
 
 def entity_of(
-    span: Marked, background: list[tuple[int, int]], prefixes: tuple[str, ...], report: str, positions: list[int] | None
+    span: Marked, at: int, background: list[tuple[int, int]], prefixes: tuple[str, ...], report: str, moved: list[tuple[int, int]]
 ) -> Entity:
-    """The entity with offsets of the original report. background: sections that say nothing of the image, in characters."""
-    start, end, mark = span.start, span.end, span.mark
-    if mark != "negated" and any(low <= start < high for low, high in background):
+    """The entity of a sentence that begins at `at`, with offsets of the original report. background: sections that say nothing of
+    the image, in characters; moved: of `flatten`."""
+    start, end, mark = at + span.start, at + span.end, span.mark
+    if background and mark != "negated" and start < _last(background, start):
         mark = "background"
-    if positions is not None:
-        start, end = positions[start], positions[end - 1] + 1
+    if moved:
+        start, end = start + _last(moved, start), end + _last(moved, end - 1)
     text = report[start:end]
     if prefixes and text.lower().startswith(prefixes):
         mark = "negated"
@@ -371,3 +412,9 @@ def entity_of(
         cui=span.cui or None,
         term=span.term or None,
     )
+
+
+def _last(pairs: list[tuple[int, int]], at: int) -> int:
+    """The second of the last pair whose first is `at` or less; 0 if there is none."""
+    row = bisect_left(pairs, (at + 1,))
+    return pairs[row - 1][1] if row else 0

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 MARKS = ("negated", "background", "uncertain")
@@ -45,24 +46,40 @@ def cue_phrases(context: Mapping[str, Any]) -> dict[str, list[str]]:
 def longest(cues: Iterable[Cue]) -> list[Cue]:
     """Cues that share no token, longest first, then leftmost; in the order of the text."""
     kept: list[Cue] = []
+    group: list[Cue] = []  # that overlap, each with one before it
+    reach = 0
+    for cue in sorted(cues, key=itemgetter(1)):
+        if cue[1] >= reach:
+            kept += group if len(group) < 2 else _longest_of(group)
+            group = []
+        group.append(cue)
+        reach = max(reach, cue[2])
+    return kept + _longest_of(group)
+
+
+def _longest_of(cues: list[Cue]) -> list[Cue]:
+    kept: list[Cue] = []
     taken: set[int] = set()
     for cue in sorted(cues, key=lambda cue: (cue.start - cue.end, cue.start)):
         tokens = range(cue.start, cue.end)
         if taken.isdisjoint(tokens):
             taken.update(tokens)
             kept.append(cue)
-    return sorted(kept, key=lambda cue: cue.start)
+    return sorted(kept, key=itemgetter(1))
 
 
 def marks_of(entities: Sequence[tuple[int, int]], cues: Sequence[Cue]) -> list[str | None]:
     """The mark of each entity, None for stated. entities: token ranges; cues: as `longest` gives them. Both in order."""
     marks: list[str | None] = [None] * len(entities)
     for start, end, inside in _statements(cues):
+        marking = [cue for cue in inside if cue.kind.startswith(MARKS)]
         # All by bisection: a statement of a megabyte takes seconds, not hours.
-        rows = range(bisect_left(entities, (start,)), bisect_left(entities, (end,)))
+        rows = range(bisect_left(entities, (start,)), bisect_left(entities, (end,))) if marking else ()
+        if not rows:
+            continue
         bounds = _Bounds(start, end, inside, [entities[row][0] for row in rows])
         for mark in reversed(MARKS):  # the strongest last
-            reaches = sorted(bounds.reach(cue) for cue in inside if cue.kind.startswith(mark))
+            reaches = sorted(bounds.reach(cue) for cue in marking if cue.kind.startswith(mark))
             lows, highs = [low for low, _ in reaches], list(accumulate((high for _, high in reaches), max))
             for row in rows if reaches else ():
                 first, last = entities[row]
@@ -131,12 +148,25 @@ def _clause_follows(cues: Sequence[Cue], row: int) -> bool:
 # --- sections -------------------------------------------------------------------------------------------------------
 
 
-def heading_pattern(sections: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
-    """Finds headings ("INDICATION:"); group 1 holds those whose section is background."""
+def heading_finder(sections: Mapping[str, Sequence[str]]) -> Callable[[str], list[re.Match[str]]]:
+    """Finds headings ("INDICATION:") in a text; group 1 holds those whose section is background."""
     background, findings = (
         "|".join(map(re.escape, sorted(sections[name], key=len, reverse=True))) for name in ("background", "findings")
     )
-    return re.compile(rf"(?:(?<=\s)|^)(?:({background})|(?:{findings}))\s?:", re.IGNORECASE)
+    pattern = re.compile(rf"(?:(?<=\s)|^)(?:({background})|(?:{findings}))\s?:", re.IGNORECASE)
+    most = max(map(len, chain(sections["background"], sections["findings"]))) + 1  # characters before the colon
+
+    def find(text: str) -> list[re.Match[str]]:
+        found, end = [], 0
+        # From the colons, as all names at every word take twenty times as long.
+        while (colon := text.find(":", end)) >= 0:
+            heading = pattern.search(text, max(end, colon - most), colon + 1)
+            end = colon + 1
+            if heading:
+                found.append(heading)
+        return found
+
+    return find
 
 
 def background_spans(text: str, headings: Sequence[re.Match[str]]) -> list[tuple[int, int]]:

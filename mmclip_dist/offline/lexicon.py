@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from mmclip_shards.datasets.recipe import find_recipe, recipe_names
@@ -38,6 +38,16 @@ _STEMMED_FROM = 5  # letters: in shorter words the ending is most of the word
 _SHORT = re.compile("...[aeou]")  # a word in "i" is a stem already: "hili" of "hilio"
 NO_ENTITY = "NONE"
 """Label of the phrases in which a word is no entity: "in the right clinical setting"."""
+
+
+class Term(NamedTuple):
+    """A term at tokens [start, end)."""
+
+    start: int
+    end: int
+    label: str
+    name: str
+    cui: str = ""
 
 
 def language_of(base: str) -> str:
@@ -176,10 +186,10 @@ def phrase_finder(nlp: Language, language: str, phrases: Mapping[str, Iterable[s
     matcher = PhraseMatcher(nlp.vocab, attr=match_attribute(language))
     for kind, forms in phrases.items():
         matcher.add(kind, [nlp.make_doc(form) for form in forms])
-    strings = nlp.vocab.strings
+    kinds = {nlp.vocab.strings[kind]: kind for kind in phrases}
 
     def find(doc: Doc) -> list[Cue]:
-        return longest(Cue(strings[kind], start, end) for kind, start, end in matcher(doc))
+        return longest([Cue(kinds[kind], start, end) for kind, start, end in matcher(doc)])
 
     return find
 
@@ -189,13 +199,13 @@ def cue_finder(nlp: Language, language: str) -> Callable[[Doc], list[Cue]]:
     return phrase_finder(nlp, language, cue_forms(language))
 
 
-def term_finder(nlp: Language, language: str) -> Callable[[Doc], list[tuple[int, int, str, str]]]:
-    """Finds the lexicon's terms: (first token, token after the last, label, term). nlp: of `blank_pipeline`."""
+def term_finder(nlp: Language, language: str) -> Callable[[Doc], list[Term]]:
+    """Finds the lexicon's terms. nlp: of `blank_pipeline`."""
     forms = term_forms(language)
-    find = phrase_finder(nlp, language, {f"{label}\t{term}": forms[label, term] for label, term in forms})
+    names = {f"{label}\t{term}": (label, term) for label, term in forms}
+    find = phrase_finder(nlp, language, {name: forms[names[name]] for name in names})
 
-    def find_terms(doc: Doc) -> list[tuple[int, int, str, str]]:
-        found = ((cue.start, cue.end, *cue.kind.split("\t")) for cue in find(doc))
-        return [term for term in found if term[2] != NO_ENTITY]  # type: ignore[misc]
+    def find_terms(doc: Doc) -> list[Term]:
+        return [Term(start, end, *names[kind]) for kind, start, end in find(doc) if not kind.startswith(NO_ENTITY)]
 
     return find_terms

@@ -240,10 +240,10 @@ def test_markup_is_no_part_of_words_and_its_blocks_end_sentences(
 def test_an_endless_sentence_is_cut_at_blanks_so_that_a_model_can_read_it(extract: Extractor) -> None:
     """Models need memory by the length of a sentence, and spaCy refuses a megabyte to them."""
     report = "no effusion and edema " * 12_000
-    pieces = list(clinical_text.sentences_of(report, ()))
+    pieces = clinical_text.sentences_of(report, set())
     assert len(pieces) == 3 and max(len(text) for _, text in pieces) <= clinical_text.LONGEST_SENTENCE
     assert all(report[start : start + len(text)] == text for start, text in pieces)
-    assert " ".join(text for _, text in pieces) == report
+    assert " ".join(text for _, text in pieces) == report.strip()
     assert len(extract([report])[0]) == 24_000
 
 
@@ -316,6 +316,21 @@ def test_a_sentence_that_comes_again_is_known_and_lies_where_it_is(extract: Extr
             [("Mass", "FINDING", ""), ("nodule", "FINDING", "-")],
         ]
     assert summary(extract(["No mass as in Prof. Stone's nodule."])[0])[-1] == ("nodule", "FINDING", "-")
+
+
+def test_sentences_read_at_once_say_nothing_of_each_other() -> None:
+    """All new sentences of a batch are one document to spaCy."""
+    reports = ["There is no", " effusion", "\n\n nodule <br>Edema", "c/w", "possible", "\tmass", "history of", "Scar"]
+    together = build_extractor()(reports)
+    assert [summary(entities) for entities in together if entities] == [
+        [("effusion", "FINDING", "")],
+        [("nodule", "FINDING", ""), ("Edema", "FINDING", "")],
+        [("mass", "FINDING", "")],
+        [("Scar", "FINDING", "")],
+    ]
+    extract = build_extractor()
+    assert together == [extract([report])[0] for report in reports]
+    assert all(report[e.start : e.end] == e.text for report, entities in zip(reports, together, strict=True) for e in entities)
 
 
 def test_known_sentences_and_words_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

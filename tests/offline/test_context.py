@@ -11,7 +11,7 @@ from mmclip_dist.offline.context import (
     _statements,
     background_spans,
     cue_phrases,
-    heading_pattern,
+    heading_finder,
     longest,
     marks_of,
 )
@@ -126,7 +126,7 @@ def test_phrases_get_their_kind() -> None:
 
 
 def test_a_background_section_ends_at_the_next_heading_or_block() -> None:
-    pattern = heading_pattern({"background": ["history", "clinical history"], "findings": ["findings"]})
+    headings = heading_finder({"background": ["history", "clinical history"], "findings": ["findings"]})
     for text, background in (
         ("History: A Findings: B", "History: A "),
         ("CLINICAL HISTORY:\nA\nB", "CLINICAL HISTORY:\nA"),
@@ -134,6 +134,8 @@ def test_a_background_section_ends_at_the_next_heading_or_block() -> None:
         ("Findings: A", ""),
         ("prehistory: A", ""),
         ("history of A", ""),
+        ("A: History : B: clinical history: C", "History : B: clinical history: C"),
+        ("B:history: A", ""),
     ):
-        spans = background_spans(text, list(pattern.finditer(text)))
+        spans = background_spans(text, headings(text))
         assert "".join(text[start:end] for start, end in spans) == background
