@@ -320,11 +320,11 @@ def test_a_sentence_that_comes_again_is_known_and_lies_where_it_is(extract: Extr
 
 def test_sentences_read_at_once_say_nothing_of_each_other() -> None:
     """All new sentences of a batch are one document to spaCy."""
-    reports = ["There is no", " effusion", "\n\n nodule <br>Edema", "c/w", "possible", "\tmass", "history of", "Scar"]
+    reports = ["There is no", " effusion", "\n\n No nodule <br>Edema", "c/w", "possible", "\tmass", "history of", "Scar"]
     together = build_extractor()(reports)
     assert [summary(entities) for entities in together if entities] == [
         [("effusion", "FINDING", "")],
-        [("nodule", "FINDING", ""), ("Edema", "FINDING", "")],
+        [("nodule", "FINDING", "-"), ("Edema", "FINDING", "")],
         [("mass", "FINDING", "")],
         [("Scar", "FINDING", "")],
     ]

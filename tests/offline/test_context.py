@@ -136,6 +136,7 @@ def test_a_background_section_ends_at_the_next_heading_or_block() -> None:
         ("history of A", ""),
         ("A: History : B: clinical history: C", "History : B: clinical history: C"),
         ("B:history: A", ""),
+        ("so clinical history : A", "clinical history : A"),
     ):
         spans = background_spans(text, headings(text))
         assert "".join(text[start:end] for start, end in spans) == background
