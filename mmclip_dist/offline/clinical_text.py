@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spacy.tokens import Doc, Span
 
 LEXICON_MODEL = "lexicon"
-RULES_VERSION = 4
+RULES_VERSION = 5
 """Part of the extractor's hash. Raise it when this file changes what is extracted: old sidecars then become stale."""
 
 NLP_PACKAGES = ("spacy", "scispacy")

@@ -32,6 +32,8 @@ LEXICONS = {"en": Path(__file__).with_name("lexicon.yaml"), "es": Path(__file__)
 
 SLASH = r"(?<=[^\W\d_])/(?=[^\W\d_])"
 """scispaCy keeps "consolidation/effusion" whole (meant for chemistry); in a report a slash separates findings."""
+GLUED = r"(?<=[^\W\d_]{3})[.;](?=[^\W\d_]{2})"
+"""The end of a sentence without a blank behind it, which spaCy sees only between a small letter and a capital: "EFFUSION.NO"."""
 SLASHED_WORDS = ("w/o", "r/o", "h/o", "s/p", "c/w", "b/l")
 ALTERNATIVES = re.compile(r"\(([^()]*)\)")
 _STEMMED_FROM = 5  # letters: in shorter words the ending is most of the word
@@ -167,7 +169,8 @@ def blank_pipeline(language: str) -> Language:
     # spaCy's English keeps "Mass." as one token, for Massachusetts: a mass at the end of a sentence would be missed.
     tokenizer.rules = {word: rule for word, rule in tokenizer.rules.items() if word != "Mass."}
     infixes = tokenizer.infix_finditer.__self__.pattern
-    tokenizer.infix_finditer = re.compile(f"{infixes}|{SLASH}").finditer
+    tokenizer.infix_finditer = re.compile(f"{infixes}|{SLASH}|{GLUED}").finditer
+    tokenizer.url_match = None  # "derrame.no" is no address
     for word in SLASHED_WORDS:
         for written in (word, word.capitalize(), word.upper()):
             tokenizer.add_special_case(written, [{ORTH: written}])

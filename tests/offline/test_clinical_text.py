@@ -318,6 +318,20 @@ def test_a_sentence_that_comes_again_is_known_and_lies_where_it_is(extract: Extr
     assert summary(extract(["No mass as in Prof. Stone's nodule."])[0])[-1] == ("nodule", "FINDING", "-")
 
 
+@pytest.mark.parametrize(
+    ("language", "report", "found"),
+    [
+        ("en", "NO EFFUSION.CARDIOMEGALY.", [("EFFUSION", "-"), ("CARDIOMEGALY", "")]),
+        ("en", "no effusion.cardiomegaly;no edema", [("effusion", "-"), ("cardiomegaly", ""), ("edema", "-")]),
+        ("es", "Sin derrame.cardiomegalia.", [("derrame", "-"), ("cardiomegalia", "")]),
+        ("es", "Cardiomegalia.no derrame", [("Cardiomegalia", ""), ("derrame", "-")]),
+    ],
+)
+def test_a_sentence_ends_also_without_a_blank(language: str, report: str, found: list[tuple[str, str]]) -> None:
+    (entities,) = build_extractor(language=language)([report])
+    assert [(text, mark) for text, _, mark in summary(entities)] == found
+
+
 def test_sentences_read_at_once_say_nothing_of_each_other() -> None:
     """All new sentences of a batch are one document to spaCy."""
     reports = ["There is no", " effusion", "\n\n No nodule <br>Edema", "c/w", "possible", "\tmass", "history of", "Scar"]
