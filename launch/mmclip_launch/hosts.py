@@ -74,7 +74,8 @@ def first_hosts(hosts: tuple[Host, ...] | None, count: int | None) -> tuple[Host
         return hosts
     if count > len(hosts or (LOCAL,)):
         raise ValueError(
-            f"--nodes {count}, but {len(hosts) if hosts else 'without --hostfile only 1'} are there: name more hosts"
+            f"--nodes {count}, but the hostfile names {len(hosts)}: name more hosts"
+            if hosts else f"--nodes {count} needs a list of them: --hostfile FILE, with lines `NAME slots=GPUS`"
         )
     return hosts[:count] if hosts else None
 
