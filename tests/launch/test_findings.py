@@ -33,8 +33,8 @@ def facts() -> dict[str, Any]:
     """Of a sound host."""
     return {
         "name": "node-1", "addresses": ["10.0.0.1"], "address": "10.0.0.1", "port": 1, "taken": None, "cores": 64,
-        "python": "3.11.7", "packages": dict.fromkeys(PACKAGES, "1.0"), "code": "abc",
-        "gpus": [dict(CARD) for _ in range(8)], "nvcc": "/nvcc", "compiler": "/c++", "ninja": "/ninja", "files": [1024, 65536], "locked_memory": -1,
+        "python": "3.11.7", "packages": dict.fromkeys(PACKAGES, "1.0"), "code": "abc", "gpus": [dict(CARD) for _ in range(8)],
+        "nvcc": "/nvcc", "compiler": "/c++", "ninja": "/ninja", "files": [1024, 65536], "locked_memory": -1,
         "shared_memory": {"total": 64 * GIB, "free": 64 * GIB, "entries": 10**6},
         "temporary": {"path": "/tmp", "fault": None, "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
         "run_dir": {"path": "/runs/one", "fault": None, "seen": True, "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
