@@ -84,12 +84,12 @@ def main(arguments: list[str]) -> int:
     """0 at the end of training, `stop.EXIT_CODE` after a stop on request, else as in `mmclip_dist.errors`."""
     arguments = [word for word in arguments if not word.startswith("--local_rank")]
     stop = None
-    outlast_readers()
     try:
         if not arguments:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
         config = load_config(arguments[0], arguments[1:])
         stop = StopRequest(Path(config.run_dir))
+        outlast_readers(stop.ask)
         exit_with_launcher(stop.ask)
         exit_if_deaf(lambda: stop.heard)
         return 0 if train(config, stop) else EXIT_CODE
