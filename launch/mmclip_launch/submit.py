@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -223,6 +224,9 @@ def submit_slurm(
         return 0
     if not shutil.which("sbatch"):
         raise ValueError("sbatch is not here: submit from a login node of the cluster")
+    if not (os.access(Path(), os.W_OK) or any(re.match(r"-o|--output\b", option) for option in options)):
+        mend = "start from a folder that you can write to, or add --option=--output=FOLDER/slurm-%j.out"
+        raise ValueError(f"{Path.cwd()} cannot be written to, and Slurm starts no job that cannot write its output: {mend}")
     freeze(job.run_dir)
     command.write(job.run_dir, "slurm")
     return subprocess.run(command.words, env=command.environment, check=False).returncode

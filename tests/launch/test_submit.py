@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mmclip_launch.submit import (
     slurm_command,
     start_deepspeed,
     submit_kubernetes,
+    submit_slurm,
 )
 from mmclip_launch.unpack import unpack
 
@@ -116,6 +118,8 @@ def test_a_port_that_another_run_holds_is_named_before_anything_starts(
 ) -> None:
     """Its ranks on other hosts would join the other run's meeting, and wait there."""
     monkeypatch.setattr(os, "execvpe", lambda *_: pytest.fail("started"))
+    text = doctor.program("probe")
+    monkeypatch.setattr(doctor, "program", lambda name: text.replace("_PORT_S = 5.0", "_PORT_S = 0.0"))
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
@@ -171,6 +175,20 @@ def test_slurm_refuses_run_folders_of_the_hosts_own(tmp_path: Path) -> None:
     own = ("checkpoint.host_local=true", "checkpoint.url=s3://bucket/run")
     with pytest.raises(ValueError, match="Slurm's nodes take the code from run_dir"):
         submit.submit_slurm(job_of("quickstart", [f"run_dir={tmp_path}", *SETS, *own]), nodes=2, gpus=8, dry=True)
+
+
+def test_slurm_is_asked_for_nothing_where_its_job_could_not_write_its_output(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkout that is mounted read-only, jobs failed without a word."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != Path())
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: started.append(words) or subprocess.CompletedProcess(words, 0))
+    with pytest.raises(ValueError, match=r"cannot be written to, .*--option=--output=FOLDER/slurm-%j\.out"):
+        submit_slurm(job, nodes=1, gpus=8, dry=False)
+    assert not started and not (tmp_path / "run").exists()
+    assert submit_slurm(job, nodes=1, gpus=8, options=("--output=/logs/%j.out",), dry=False) == 0 and len(started) == 1
 
 
 def test_what_is_edited_later_does_not_reach_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
