@@ -117,6 +117,10 @@ class TextEncoder(Section):
         _divide("model.text.width", self.width, "model.text.heads", self.heads)
         return self
 
+    @property
+    def tokenizer_name(self) -> str | None:
+        return self.tokenizer or self.pretrained
+
 
 class Decoder(Section):
     depth: int = Field(4, gt=0)  # N: MAE, MRM
@@ -429,7 +433,7 @@ class Config(Section):
         return math.ceil(most / (self.optim.micro_batch or most))
 
     def check_sources(self) -> None:
-        """Raise ValueError if training lacks a set or a sidecar that its losses need."""
+        """Raise ValueError if training lacks a set, a tokenizer or a sidecar that its losses need."""
         if self.finetune is not None:
             raise ValueError(f"{self.run_dir} is a part of a fine-tuning: start `mmclip evaluate finetune` again, and it goes on")
         if not self.data.sources:
@@ -444,6 +448,11 @@ class Config(Section):
             raise ValueError(
                 f"attmim.mode=split needs attention sidecars for {', '.join(bare)}: run `mmclip attention SET/train "
                 "--checkpoint CHECKPOINT`, then set `attention` of the source, or use attmim.mode=context"
+            )
+        if not self.model.text.tokenizer_name:
+            raise ValueError(
+                "model.text.tokenizer is not set: name a transformers tokenizer (id or folder), or train one with "
+                "`mmclip tokenizer SET/train --out DIR`"
             )
 
     @property

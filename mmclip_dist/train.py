@@ -35,6 +35,7 @@ from mmclip_dist.fit import Place, Work, fit
 from mmclip_dist.launcher import first_of_machine, ranks_of_machine
 from mmclip_dist.model.build import build_model
 from mmclip_dist.run.orphans import exit_if_deaf, exit_with_launcher
+from mmclip_dist.run.output import outlast_readers
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
 from mmclip_dist.run.trackers import check_trackers
 
@@ -49,7 +50,7 @@ def train(config: Config, stop: StopRequest) -> bool:
     rank, world, device = join_ranks(config)
 
     def opened(held: ExitStack) -> Work:
-        tokenizer = load_tokenizer(config.model.text.tokenizer or config.model.text.pretrained)
+        tokenizer = load_tokenizer(str(config.model.text.tokenizer_name))
         data = held.enter_context(open_training_data(config, tokenizer, world))
         model = build_model(config, tokenizer, data.diseases)
         evaluation = EvaluationDuringTraining(config, tokenizer, data.trained_on) if config.evaluation.sets else None
@@ -88,6 +89,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
         config = load_config(arguments[0], arguments[1:])
         stop = StopRequest(Path(config.run_dir))
+        outlast_readers(stop.ask)
         exit_with_launcher(stop.ask)
         exit_if_deaf(lambda: stop.heard)
         return 0 if train(config, stop) else EXIT_CODE

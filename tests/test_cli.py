@@ -353,7 +353,8 @@ def test_too_few_samples_are_said_at_once(sets, tmp_path: Path) -> None:
 def test_training_without_launcher_says_how_to_start_it() -> None:
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
     found = subprocess.run(
-        [sys.executable, "-m", "mmclip_dist.train", "quickstart", "data.sources=[{url: a}]", "loss.entity=0"],
+        [sys.executable, "-m", "mmclip_dist.train", "quickstart", "data.sources=[{url: a}]", "loss.entity=0",
+         "model.text.tokenizer=t"],
         capture_output=True, text=True, env=env, timeout=120,
     )  # fmt: skip
     assert found.returncode == 2 and "deepspeed --module mmclip_dist.train" in found.stderr

@@ -118,10 +118,15 @@ def test_every_rank_makes_the_same_number_of_passes() -> None:
 
 def test_sidecars_that_the_losses_need() -> None:
     with pytest.raises(ValueError, match="mmclip entities"):
-        config(data__sources="[{url: a}]").check_sources()
-    config(data__sources="[{url: a}]", loss__entity=0).check_sources()
+        config(data__sources="[{url: a}]", model__text__tokenizer="t").check_sources()
+    config(data__sources="[{url: a}]", model__text__tokenizer="t", loss__entity=0).check_sources()
     with pytest.raises(ValueError, match="mmclip attention"):
-        config(data__sources="[{url: a}]", loss__entity=0, attmim__mode="split").check_sources()
+        config(
+            data__sources="[{url: a}]", model__text__tokenizer="t", loss__entity=0, attmim__mode="split"
+        ).check_sources()
+    with pytest.raises(ValueError, match="train one with `mmclip tokenizer"):
+        config(data__sources="[{url: a}]", loss__entity=0).check_sources()
+    config(data__sources="[{url: a}]", model__text__pretrained="b", loss__entity=0).check_sources()
     with pytest.raises(ValueError, match=r"data\.sources is empty"):
         config().check_sources()
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from mmclip_dist import fit, train
+from mmclip_dist.checkpoint.folder import newest_checkpoint
+from mmclip_dist.run.marks import EXIT_CODE, STOPPED
 from mmclip_dist.run.metrics import read_metrics
 from tests.conftest import LONG
-from tests.launched import Finished, final_weights
+from tests.launched import Finished, final_weights, last_step
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -69,6 +71,23 @@ def at_a_taken_port(arguments: list[str]) -> int:
         return train.main(arguments)
 
 
+def with_nobody_reading(arguments: list[str]) -> int:
+    """As where a launcher that reads the ranks by ssh is killed."""
+    set_rate, steps = fit.set_learning_rate, count(1)
+
+    def left(*of: Any) -> float:
+        if next(steps) == 3:
+            for stream in (1, 2):
+                reading, writing = os.pipe()
+                os.dup2(writing, stream)
+                os.close(writing)
+                os.close(reading)
+        return set_rate(*of)
+
+    fit.set_learning_rate = left
+    return train.main(arguments)
+
+
 def run(target: Any, overrides: list[str], folder: Path) -> Finished:
     code, outputs = run_ranks(target, ["quickstart", *overrides], ranks=2, folder=folder)
     return Finished(code, "".join(outputs))
@@ -111,3 +130,10 @@ def test_a_clock_that_jumps_by_an_hour_changes_nothing(sets, unbroken: Callable[
     for row in rows:
         assert 0 <= row["eta_s"] < 600 and row["samples_per_s"] > 0.1 and 0 <= row["data_wait"] <= 1, row
     assert final_weights(tmp_path / "odd", 12) == final_weights(unbroken(1), 12)
+
+
+def test_a_run_whose_output_nobody_reads_any_more_stops_and_saves(sets, tmp_path: Path) -> None:
+    stopped = run(with_nobody_reading, [*sets.overrides(tmp_path / "run"), *SHORT], tmp_path)
+    assert stopped.returncode == EXIT_CODE, stopped.output[-3000:]
+    assert 3 <= last_step(tmp_path / "run") < 12 and newest_checkpoint(tmp_path / "run") is not None
+    assert "nobody reads its std" in (tmp_path / "run" / STOPPED).read_text()

@@ -68,9 +68,11 @@ def test_killed_again_and_again_it_ends_in_the_same_weights(sets, unbroken: Call
     assert losses(run) == losses(whole)
 
 
-def test_two_ranks_equal_one(sets, finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_two_ranks_equal_one_and_three_with_uneven_shares(sets, finished: Path, tmp_path: Path, ranks: int) -> None:
+    """Of the 8 samples of a batch three ranks take 3, 3 and 2."""
     run = tmp_path / "run"
-    run_training([*sets.overrides(run), *TRAIN], tmp_path, ranks=1)
+    run_training([*sets.overrides(run), *TRAIN], tmp_path, ranks=ranks)
     for ours, theirs in zip(losses(run), losses(finished), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), (ours, theirs)
 

@@ -56,20 +56,24 @@ def marked(folder: Path | None) -> Iterator[str | None]:
         path.unlink(missing_ok=True)
 
 
-def probe(hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: bool) -> dict[str, Answer]:
+def probe(
+    hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: bool, meets: int | None
+) -> dict[str, Answer]:
     """Ask every host for its facts (`mmclip_launch.probe`)."""
     with marked(run_dir if shared else None) as mark:
         folder = str(run_dir.absolute()) if run_dir else None
-        request = {"packages": PACKAGES, "ours": OURS, "run_dir": folder, "mark": mark}
-        return run_everywhere(hosts, program("probe"), {host.name: request for host in hosts}, PROBE_S, by_ssh=by_ssh)
+        request = {"packages": PACKAGES, "ours": OURS, "run_dir": folder, "mark": mark, "meets": None}
+        requests = {host.name: request for host in hosts} | {hosts[0].name: request | {"meets": meets}}
+        return run_everywhere(hosts, program("probe"), requests, PROBE_S, by_ssh=by_ssh)
 
 
 def look(
-    hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: bool = True, sets: Sequence[str] = ()
+    hosts: Sequence[Host], run_dir: Path | None, *, by_ssh: bool, shared: bool = True, sets: Sequence[str] = (),
+    meets: int | None = None,
 ) -> tuple[list[Finding], dict[str, Facts]]:
     """The quick part, within half a minute: everything that the hosts say about themselves, and whether each can read these sets.
-    shared: whether the run folder has to be the same everywhere."""
-    answers = probe(hosts, run_dir, by_ssh=by_ssh, shared=shared)
+    shared: whether the run folder has to be the same everywhere. meets: the port of the first host where ranks shall meet."""
+    answers = probe(hosts, run_dir, by_ssh=by_ssh, shared=shared, meets=meets)
     known: dict[str, Facts] = {name: each.value for name, each in answers.items() if each.value is not None}
     found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
     for name, answer in answers.items():

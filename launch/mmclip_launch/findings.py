@@ -27,6 +27,7 @@ PACKAGES = (
 _NEEDED = ("torch", "deepspeed", "transformers")  # of these; others come with another store, card or command
 
 _GIB = 2**30
+_RANKS = 2  # on CPUs, at least: what runs on a machine that no hostfile names
 _DISK, _DISK_TIGHT = 1 * _GIB, 20 * _GIB
 _SHARED_MEMORY = 1 * _GIB  # of a host with several GPUs: NCCL takes some 10 MB for each pair of ranks
 _ENTRIES = 1000  # inodes
@@ -126,6 +127,7 @@ def judge_passed_variables(variables: Mapping[str, tuple[Path, str]]) -> Iterato
 def judge_host(host: Host, facts: Facts) -> Iterator[Finding]:
     """What needs no other host to see."""
     yield from judge_gpus(host, facts)
+    yield from judge_port(host.name, facts)
     yield from judge_disks(host.name, facts)
     yield from judge_limits(host.name, facts)
     yield from judge_build(host.name, facts)
@@ -144,7 +146,11 @@ def judge_name(host: str, facts: Facts) -> Iterator[Finding]:
 def judge_gpus(host: Host, facts: Facts) -> Iterator[Finding]:
     cards, version = facts["gpus"], facts["packages"]["torch"] or ""
     if not cards:
-        yield unchecked("GPUs", host.name, "no GPU: nvidia-smi is not there or its driver does not answer")
+        if host.slots > max(facts["cores"], _RANKS):
+            mend = f"write slots={facts['cores']} or fewer, or see why its cards are missing: nvidia-smi, dmesg"
+            yield error("GPUs", host.name, f"slots={host.slots}, but it has no GPU and {counted(facts['cores'], 'core')}", mend)
+        else:
+            yield unchecked("GPUs", host.name, "no GPU: nvidia-smi is not there or its driver does not answer")
         return
     yield ok("GPUs", host.name, f"{len(cards)} x {cards[0]['name']}, driver {cards[0]['driver']}")
     if len(cards) < host.slots:
@@ -164,6 +170,13 @@ def judge_gpus(host: Host, facts: Facts) -> Iterator[Finding]:
         if float(card["used"]) > _IN_USE * float(card["memory"]):
             mend = "end the other program: nvidia-smi names it"
             yield warning("GPUs", host.name, f"GPU {number}: {card['used']} of {card['memory']} MiB are in use", mend)
+
+
+def judge_port(host: str, facts: Facts) -> Iterator[Finding]:
+    """Ranks of two runs that meet at one port would wait for each other in vain."""
+    if port := facts["taken"]:
+        mend = f"wait for the run that uses it, or take another: MASTER_PORT={port + 1} before the command"
+        yield error("port", host, f"port {port}, where the ranks would meet, is in use", mend)
 
 
 def judge_disks(host: str, facts: Facts) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmclip_shards.home import home
 from mmclip_shards.textfiles import read_text
 
 LOCAL = "localhost"
@@ -74,7 +75,8 @@ def first_hosts(hosts: tuple[Host, ...] | None, count: int | None) -> tuple[Host
         return hosts
     if count > len(hosts or (LOCAL,)):
         raise ValueError(
-            f"--nodes {count}, but {len(hosts) if hosts else 'without --hostfile only 1'} are there: name more hosts"
+            f"--nodes {count}, but the hostfile names {len(hosts)}: name more hosts"
+            if hosts else f"--nodes {count} needs a list of them: --hostfile FILE, with lines `NAME slots=GPUS`"
         )
     return hosts[:count] if hosts else None
 
@@ -86,7 +88,7 @@ def hostfile_text(hosts: Iterable[Host]) -> str:
 def deepspeed_env() -> dict[str, tuple[Path, str]]:
     """Variables of `.deepspeed_env`, which DeepSpeed's launcher sets on every host -> the file and the value."""
     found = {}
-    for folder in (Path.home(), Path()):
+    for folder in (home(), Path()):
         path = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         if path.is_file():
             for number, line in enumerate(path.read_text().splitlines(), 1):

@@ -1,7 +1,7 @@
 """What one host says about itself. Sent there as text and run by the interpreter that ranks will use: the standard library alone.
 
 `request` is set by the sender: packages (names of distributions), ours (names of our packages), run_dir (a folder or None),
-mark (a file that the sender has made in it, or None).
+mark (a file that the sender has made in it, or None), meets (the port where ranks shall meet on this host, or None).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 _TOOL_S = 10.0
+_PORT_S = 5.0  # enough for a run that is ending
 _SEEN_S = 5.0  # enough for a new name, which no file system has cached as missing
 _FABRIC = Path("/sys/class/infiniband")
 _LINKS = Path("/sys/class/net")
@@ -36,6 +37,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "addresses": own_addresses(),
         "address": first_address(),
         "port": free_port(),
+        "taken": request["meets"] if request["meets"] and taken(request["meets"]) else None,
         "python": platform.python_version(),
         "packages": {name: package_version(name) for name in request["packages"]},
         "code": code_hash(request["ours"]),
@@ -44,6 +46,7 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
         "ninja": shutil.which("ninja")
         or existing(str(Path(os.path.realpath(shutil.which("python3") or "")).parent / "ninja")),
+        "cores": len(os.sched_getaffinity(0)),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "shared_memory": space("/dev/shm"),
@@ -85,6 +88,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def taken(port: int) -> bool:
+    """Whether another process listens on a port, and does not end soon."""
+    deadline = time.monotonic() + _PORT_S
+    while True:
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of ended connections does not count
+            with suppress(OSError):
+                tried.bind(("", port))
+                return False
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.2)
 
 
 def package_version(name: str) -> str | None:

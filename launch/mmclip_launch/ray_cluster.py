@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from mmclip_shards.home import home
 from mmclip_shards.textfiles import read_text
 
 from mmclip_dist.errors import SECRET
@@ -30,7 +31,8 @@ def token() -> str | None:
     OSError if it cannot be read, or is no token."""
     if told := os.environ.get("RAY_AUTH_TOKEN"):
         return told.strip()
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser() if named else home() / ".ray" / "auth_token"
     if not path.is_file():
         return None
     found = read_text(path, _TOKEN).strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
+from mmclip_dist.run.folder import wait_for_others
 from mmclip_launch.doctor import local_hosts, look, program
 from mmclip_launch.findings import counted, errors, judge_passed_variables
 from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
@@ -98,7 +100,7 @@ class Command:
 
 def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
     """DeepSpeed's launcher on these hosts, by pdsh over ssh; without ssh if the only one is this machine."""
-    words = ["deepspeed", "--hostfile", str(job.run_dir / _SUBMITTED / "hostfile")]
+    words = ["deepspeed", "--hostfile", str(job.run_dir / _SUBMITTED / "hostfile"), "--master_port", str(meeting_port())]
     files = {job.run_dir / _SUBMITTED / "hostfile": hostfile_text(hosts)}
     asked = [job.recipe, *job.overrides]
     if not over_ssh(hosts):
@@ -117,6 +119,14 @@ def deepspeed_command(job: Job, hosts: Sequence[Host], code: Path) -> Command:
     return Command([*words, "--module", "mmclip_dist.train", *asked], added, files)
 
 
+def meeting_port() -> int:
+    """The port of the first host where the ranks meet: MASTER_PORT, else that of DeepSpeed. ValueError if it is none."""
+    port = os.environ.get("MASTER_PORT", "29500")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        raise ValueError(f"MASTER_PORT={port} is no port: set a number from 1 to 65535, or unset it")
+    return int(port)
+
+
 def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> None:
     """Look at the hosts, then become DeepSpeed's launcher: its exit code is the run's. hosts: this machine by default.
 
@@ -130,7 +140,8 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     if dry:
         show(job, deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=job.sets)
+    wait_for_others(job.run_dir)
+    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=job.sets, meets=meeting_port())
     for finding in found:
         if finding.level in ("error", "warning"):
             print(finding, file=sys.stderr, flush=True)
@@ -213,6 +224,9 @@ def submit_slurm(
         return 0
     if not shutil.which("sbatch"):
         raise ValueError("sbatch is not here: submit from a login node of the cluster")
+    if not (os.access(Path(), os.W_OK) or any(re.match(r"-o|--output\b", option) for option in options)):
+        mend = "start from a folder that you can write to, or add --option=--output=FOLDER/slurm-%j.out"
+        raise ValueError(f"{Path.cwd()} cannot be written to, and Slurm starts no job that cannot write its output: {mend}")
     freeze(job.run_dir)
     command.write(job.run_dir, "slurm")
     return subprocess.run(command.words, env=command.environment, check=False).returncode

@@ -26,13 +26,8 @@ _SPECIAL = {
 }
 
 
-def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer by hub id or folder. ValueError if it lacks what EntMLM needs: offsets, a mask and a padding token."""
-    if name is None:
-        raise ValueError(
-            "model.text.tokenizer is not set: name a transformers tokenizer (id or folder), "
-            "or train one with `mmclip tokenizer SET/train --out DIR`"
-        )
     # Reports are tokenised one at a time, so a pool of threads would only add overhead.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

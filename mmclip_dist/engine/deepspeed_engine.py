@@ -31,6 +31,7 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     optim, offload = config.optim, config.offload
     share = optim.global_batch // world
     micro = min(optim.micro_batch or share, share)
+    passes = config.passes(world)
     if config.precision == "fp16" and not (gpu or deepspeed_inside.multiplies_fp16()):
         raise ValueError(
             "precision=fp16 on a CPU needs AVX512-FP16 (oneDNN multiplies float16 with nothing less, and DeepSpeed refuses "
@@ -42,9 +43,10 @@ def deepspeed_json(config: Config, world: int, *, gpu: bool) -> dict[str, Any]:
     if offload.parameters != "none":
         zero["offload_param"] = {"device": offload.parameters, "pin_memory": gpu}
     derived: dict[str, Any] = {
-        "train_batch_size": optim.global_batch,
+        # DeepSpeed refuses any number but this product: optim.global_batch where shares are even. It only counts by it.
+        "train_batch_size": micro * passes * world,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": share // micro,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": optim.clip,
         "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},

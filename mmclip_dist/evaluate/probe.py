@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from mmclip_shards.home import home
 from mmclip_shards.manifest import manifest_hash
 from mmclip_shards.reader import ShardReader
 from mmclip_shards.schema import canonical_json
@@ -99,7 +100,7 @@ def _decide(model: object | None, features: np.ndarray) -> np.ndarray:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmclip" / "features"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "mmclip" / "features"
 
 
 def featured(

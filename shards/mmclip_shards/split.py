@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mmclip_shards.home import home
 from mmclip_shards.schema import KEY_PATTERN
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def patient_key() -> bytes:
     text = os.environ.get(KEY_VARIABLE)
     if text is not None:
         return _key_from_text(text, f"${KEY_VARIABLE}")
-    path = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mmclip" / "patient.key"
+    path = Path(os.environ.get("XDG_CONFIG_HOME") or home() / ".config") / "mmclip" / "patient.key"
     if not path.exists():
         _make_key_file(path)
     if path.stat().st_mode & 0o077:

@@ -11,9 +11,12 @@ from mmclip_shards.storage import Url
 
 
 def read_text(url: Url, mend: str) -> str:
-    """The text of a UTF-8 file. ValueError when it is not UTF-8, FileNotFoundError when it is missing."""
+    """The text of a UTF-8 file, without the mark that Windows' editors put first.
+
+    ValueError when it is not UTF-8, FileNotFoundError when it is missing.
+    """
     try:
-        return storage.read_bytes(url).decode("utf-8")
+        return storage.read_bytes(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{url} is not UTF-8 text (byte {error.start}): {mend}") from error
 

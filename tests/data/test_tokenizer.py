@@ -58,9 +58,7 @@ def test_no_report_is_an_error() -> None:
         train_tokenizer([])
 
 
-def test_a_missing_tokenizer_says_how_to_make_one() -> None:
-    with pytest.raises(ValueError, match="mmclip tokenizer"):
-        load_tokenizer(None)
+def test_a_missing_tokenizer_is_named() -> None:
     with pytest.raises(ValueError, match="no tokenizer at"):
         load_tokenizer("/nowhere/at/all")
 

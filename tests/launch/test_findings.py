@@ -32,9 +32,9 @@ CARD = {"name": "NVIDIA H100 80GB HBM3", "driver": "570.86", "memory": "81559", 
 def facts() -> dict[str, Any]:
     """Of a sound host."""
     return {
-        "name": "node-1", "addresses": ["10.0.0.1"], "address": "10.0.0.1", "port": 1, "python": "3.11.7",
-        "packages": dict.fromkeys(PACKAGES, "1.0"), "code": "abc", "gpus": [dict(CARD) for _ in range(8)], "nvcc": "/nvcc",
-        "compiler": "/c++", "ninja": "/ninja", "files": [1024, 65536], "locked_memory": -1,
+        "name": "node-1", "addresses": ["10.0.0.1"], "address": "10.0.0.1", "port": 1, "taken": None, "cores": 64,
+        "python": "3.11.7", "packages": dict.fromkeys(PACKAGES, "1.0"), "code": "abc", "gpus": [dict(CARD) for _ in range(8)],
+        "nvcc": "/nvcc", "compiler": "/c++", "ninja": "/ninja", "files": [1024, 65536], "locked_memory": -1,
         "shared_memory": {"total": 64 * GIB, "free": 64 * GIB, "entries": 10**6},
         "temporary": {"path": "/tmp", "fault": None, "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
         "run_dir": {"path": "/runs/one", "fault": None, "seen": True, "total": 100 * GIB, "free": 50 * GIB, "entries": 10**6},
@@ -75,6 +75,8 @@ def test_nothing_is_wrong_with_a_sound_host() -> None:
         ({"gpus": [CARD] * 7}, "error", "slots=8, but it has 7 GPUs: write slots=7"),
         ({"gpus": [CARD] * 9}, "warning", "1 of 9 GPUs are not used: write slots=9"),
         ({"gpus": None}, "not checked", "no GPU: nvidia-smi is not there"),
+        ({"gpus": None, "cores": 4}, "error", "slots=8, but it has no GPU and 4 cores: write slots=4 or fewer, or see why"),
+        ({"taken": 29500}, "error", "port 29500, where the ranks would meet, is in use: wait for the run that uses it, or"),
         ({"gpus__3__ecc": "2"}, "error", "GPU 3 has 2 uncorrected memory errors"),
         ({"gpus__3__used": "70000"}, "warning", "GPU 3: 70000 of 81559 MiB are in use"),
         ({"gpus__3__name": "NVIDIA A100-SXM4-80GB"}, "warning", "cards differ"),

@@ -44,6 +44,8 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("# two nodes\n\nnode-1 slots=8\n  node-2   slots=8 # the new one\n")
     assert read_hostfile(tmp_path / "hosts") == (A, B)
     assert hostfile_text((A, B)) == "node-1 slots=8\nnode-2 slots=8\n"
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfnode-1 slots=8\r\nnode-2 slots=8\r\n")  # of an editor on Windows
+    assert read_hostfile(tmp_path / "hosts") == (A, B)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +68,10 @@ def test_a_wrong_line_of_a_hostfile_is_named(tmp_path: Path, text: str, told: st
 
 def test_more_nodes_than_hosts_are_refused() -> None:
     assert first_hosts((A, B), 1) == (A,) and first_hosts((A, B), None) == (A, B) and first_hosts(None, 1) is None
-    with pytest.raises(ValueError, match="--nodes 3, but 2 are there"):
+    with pytest.raises(ValueError, match="--nodes 3, but the hostfile names 2: name more hosts"):
         first_hosts((A, B), 3)
+    with pytest.raises(ValueError, match="--nodes 2 needs a list of them: --hostfile FILE"):
+        first_hosts(None, 2)
 
 
 def test_the_variables_that_are_passed_on_are_those_of_deepspeeds_launcher() -> None:

@@ -18,7 +18,7 @@ from mmclip_launch.processes import environment
 from mmclip_launch.submit import Job, deepspeed_command, job_of, slurm_command, start_deepspeed, submit_kubernetes
 from mmclip_launch.templates import template
 
-SETS = ("loss.entity=0", "data.sources=[{url: s3://bucket/set/train}]")
+SETS = ("loss.entity=0", "model.text.tokenizer=tokenizer", "data.sources=[{url: s3://bucket/set/train}]")
 ODD = (
     "a=[{url:s3://bucket/x;y}]",
     "a=$(touch injected)",

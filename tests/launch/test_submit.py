@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from mmclip_launch import frozen, submit
+from mmclip_launch import doctor, frozen, submit
 from mmclip_launch.findings import Finding
 from mmclip_launch.frozen import archive, freeze, frozen_at, variables
 from mmclip_launch.hosts import LOCAL, Host
@@ -22,13 +25,15 @@ from mmclip_launch.submit import (
     slurm_command,
     start_deepspeed,
     submit_kubernetes,
+    submit_slurm,
 )
 from mmclip_launch.unpack import unpack
 
 from mmclip_dist.errors import Mendable
+from mmclip_dist.run.folder import locked, wait_for_others
 
 HOSTS = (Host("node-1", 8), Host("node-2", 8))
-SETS = ("loss.entity=0", "data.sources=[{url: s3://bucket/set/train}]")
+SETS = ("loss.entity=0", "model.text.tokenizer=tokenizer", "data.sources=[{url: s3://bucket/set/train}]")
 SECRETS = {"AWS_SECRET_ACCESS_KEY": "planted-1", "RAY_AUTH_TOKEN": "planted-2", "WANDB_API_KEY": "planted-3"}
 
 
@@ -53,7 +58,8 @@ def test_deepspeed_over_ssh_imports_the_frozen_code_and_gives_silent_hosts_up(jo
     command = deepspeed_command(job, HOSTS, Path("/code"))
     run = tmp_path / "run"
     assert command.words == [
-        "deepspeed", "--hostfile", f"{run}/launch/hostfile", "--force_multi", "--module", "mmclip_dist.train", "quickstart",
+        "deepspeed", "--hostfile", f"{run}/launch/hostfile", "--master_port", "29500", "--force_multi", "--module",
+        "mmclip_dist.train", "quickstart",
         f"run_dir={run}", *SETS,
     ]  # fmt: skip
     assert command.files[run / "launch" / "hostfile"] == "node-1 slots=8\nnode-2 slots=8\n"
@@ -107,6 +113,35 @@ def test_nothing_is_started_on_hosts_with_faults(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_port_that_another_run_holds_is_named_before_anything_starts(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ranks on other hosts would join the other run's meeting, and wait there."""
+    monkeypatch.setattr(os, "execvpe", lambda *_: pytest.fail("started"))
+    text = doctor.program("probe")
+    monkeypatch.setattr(doctor, "program", lambda name: text.replace("_PORT_S = 5.0", "_PORT_S = 0.0"))
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr(doctor, "read", lambda *_, **__: {})
+        with pytest.raises(Mendable, match="nothing was started"):
+            start_deepspeed(job, (Host(LOCAL, 2),), dry=False)
+    assert f"error: port: localhost: port {port}, where the ranks would meet, is in use" in capsys.readouterr().err
+    assert ["--master_port", str(port)] == deepspeed_command(job, HOSTS, Path("/code")).words[3:5]
+    monkeypatch.setenv("MASTER_PORT", "many")
+    with pytest.raises(ValueError, match="MASTER_PORT=many is no port"):
+        start_deepspeed(job, HOSTS, dry=True)
+
+
+def test_a_folder_where_another_run_works_is_named_before_anything_starts(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "wait_for_others", partial(wait_for_others, wait_s=0.3))
+    monkeypatch.setattr(submit, "look", lambda *_, **__: pytest.fail("looked"))
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match=f"another run is working in {tmp_path / 'run'}"):
+        start_deepspeed(job, HOSTS, dry=False)
+
+
 def test_what_is_started_is_recorded(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "look", lambda *_, **__: ([], {}))
     started: list = []
@@ -140,6 +175,20 @@ def test_slurm_refuses_run_folders_of_the_hosts_own(tmp_path: Path) -> None:
     own = ("checkpoint.host_local=true", "checkpoint.url=s3://bucket/run")
     with pytest.raises(ValueError, match="Slurm's nodes take the code from run_dir"):
         submit.submit_slurm(job_of("quickstart", [f"run_dir={tmp_path}", *SETS, *own]), nodes=2, gpus=8, dry=True)
+
+
+def test_slurm_is_asked_for_nothing_where_its_job_could_not_write_its_output(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a checkout that is mounted read-only, jobs failed without a word."""
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK or Path(path) != Path())
+    started: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: started.append(words) or subprocess.CompletedProcess(words, 0))
+    with pytest.raises(ValueError, match=r"cannot be written to, .*--option=--output=FOLDER/slurm-%j\.out"):
+        submit_slurm(job, nodes=1, gpus=8, dry=False)
+    assert not started and not (tmp_path / "run").exists()
+    assert submit_slurm(job, nodes=1, gpus=8, options=("--output=/logs/%j.out",), dry=False) == 0 and len(started) == 1
 
 
 def test_what_is_edited_later_does_not_reach_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     tools.mkdir()
     for name, text in {
         "srun": f'while [[ $1 == --* ]]; do echo "$1" >>"{tmp_path}/flags"; shift; done; exec "$@"',
-        "scontrol": f'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else echo "$@" >>"{tmp_path}/asked"; fi',
+        "scontrol": 'case "$1 $2" in "show hostnames") printf "node1\\nnode2\\n";; '
+        f'"show job") echo "JobId=7 JobState=${{STATE:-RUNNING}} Reason=None";; *) echo "$@" >>"{tmp_path}/asked";; esac',
         "deepspeed": f'echo "$@" >>"{tmp_path}/started"',
     }.items():
         (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -64,6 +65,14 @@ def test_only_a_run_that_stopped_on_request_is_queued_again(
 ) -> None:
     assert run(slurm, command) == code
     assert asked(tmp_path) == ("requeue 7\n" if requeued else "")
+
+
+def test_a_job_that_is_cancelled_is_not_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
+    """scancel NUMBER alone ends the ranks, which save, before the shell: Slurm would take the cancelled job back."""
+    saved = f"touch $RUN_DIR/{STOPPED}; exit 1;"
+    assert run(slurm | {"STATE": "CANCELLED"}, saved) == EXIT_CODE and asked(tmp_path) == ""
+    (tmp_path / "run" / STOPPED).unlink()
+    assert run(slurm, saved) == 0 and asked(tmp_path) == "requeue 7\n"
 
 
 def checkpoint(run: Path, step: int) -> Path:
