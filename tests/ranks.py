@@ -21,6 +21,10 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([
     "deepspeed", "mmclip_dist.train", "mmclip_dist.checkpoint.store", "mmclip_dist.evaluate.zeroshot", "transformers.models.vit",
     "transformers.models.bert", "tests.ranks", "tests.faulty_train",
+    # What engines, evaluations and decoders import when they are first used.
+    "deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.ops.op_builder.all_ops", "sklearn.metrics", "PIL.GifImagePlugin", "PIL.JpegImagePlugin", "PIL.PngImagePlugin",
+    "torch.utils.serialization.config",
 ])  # fmt: skip
 _LAUNCHER_WAITS_S = 10.0  # for the other ranks, after one has failed
 

@@ -40,6 +40,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert "pydantic" in imported_by("from mmclip_dist import Config")
 
 
+def test_starting_a_stage_loads_no_model() -> None:
+    """On a cluster, the process that starts a stage only hands it to the workers."""
+    for stage in ("entities", "attention"):
+        assert imported_by(f"import mmclip_dist.offline.{stage}") == {"pydantic", "ray"}
+
+
 def test_every_name_resolves_to_its_home() -> None:
     assert set(dir(mmclip_dist)) == set(mmclip_dist.__all__) == {*mmclip_dist._HOMES, "__version__"}
     for name, home in mmclip_dist._HOMES.items():

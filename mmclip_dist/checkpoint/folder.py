@@ -24,6 +24,7 @@ from mmclip_dist.config import Checkpoint
 
 _NAME = re.compile(r"step-(\d{8})")
 WEIGHTS, AVERAGED_WEIGHTS, CONFIG, META = "model.safetensors", "ema.safetensors", "config.yaml", "meta.json"
+TOKENIZER, PROMPTS = "tokenizer", "prompts.yaml"
 MANIFEST = "checkpoint.json"
 """Sizes and hashes of all other files, written last. A checkpoint without it, or that differs from it, is torn."""
 _BLOCK = 1 << 22

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,14 +9,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, WEIGHTS, Meta, read_meta
-from mmclip_dist.config import Config, config_hash, dump_config, load_config
+from mmclip_dist.checkpoint.folder import AVERAGED_WEIGHTS, CONFIG, META, PROMPTS, TOKENIZER, WEIGHTS, Meta, read_meta
+from mmclip_dist.checkpoint.identity import stored_config
+from mmclip_dist.config import Config, dump_config
 from mmclip_dist.data.prompts import prompts_text
 from mmclip_dist.data.tokenizer import load_tokenizer
 from mmclip_dist.model.build import Trainable, build_model
 from mmclip_dist.model.mmclip import MMCLIP
-
-_TOKENIZER, _PROMPTS = "tokenizer", "prompts.yaml"
 
 
 def write_model(
@@ -34,32 +32,10 @@ def write_model(
     if averages is not None:
         save_file(averages, folder / AVERAGED_WEIGHTS)
     (folder / CONFIG).write_text(dump_config(config))
-    tokenizer.save_pretrained(str(folder / _TOKENIZER))
+    tokenizer.save_pretrained(str(folder / TOKENIZER))
     model.save_shapes(folder)
-    (folder / _PROMPTS).write_text(prompts_text(config.prompts.file), encoding="utf-8")
+    (folder / PROMPTS).write_text(prompts_text(config.prompts.file), encoding="utf-8")
     (folder / META).write_text(json.dumps(vars(meta)))
-
-
-def model_hash(checkpoint: Path, weights: str) -> str:
-    """sha256 of all that `load_model` builds its model from; moving a checkpoint does not change it.
-
-    That is the weights (given by their `weights_hash`), the encoders' shapes, the configuration of the model and of its masks,
-    diseases, prompts and tokenizer.
-    """
-    config, meta = stored_config(checkpoint), read_meta(checkpoint)
-    shape = config.model_dump(mode="json", include={"model": True, "attmim": True, "entmlm": True})
-    for part, name in (("image", "pretrained"), ("text", "pretrained"), ("text", "tokenizer")):
-        del shape["model"][part][name]  # only where they came from; the checkpoint has copies
-    files = [checkpoint / _PROMPTS, *(path for part in ("image", "text", _TOKENIZER) for path in (checkpoint / part).rglob("*"))]
-    hashes = {
-        str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()
-    }
-    return config_hash("model", weights, hashes, shape, meta.diseases)
-
-
-def stored_config(checkpoint: Path) -> Config:
-    """The configuration that a checkpoint was trained with; the prompts are those that lie in it."""
-    return load_config(str(checkpoint / CONFIG), [f"prompts.file={checkpoint / _PROMPTS}"])
 
 
 def load_model(
@@ -75,7 +51,7 @@ def load_model(
     config, meta = stored_config(checkpoint), read_meta(checkpoint)
     if config.finetune is not None:
         raise ValueError(f"{checkpoint} holds a fine-tuned classifier, no whole model: name the run that it was made from")
-    tokenizer = load_tokenizer(str(checkpoint / _TOKENIZER))
+    tokenizer = load_tokenizer(str(checkpoint / TOKENIZER))
     model = build_model(config, tokenizer, meta.diseases, stored=checkpoint)
     model.load_state_dict(load_file(weights))
     return model.eval(), tokenizer, config, meta

@@ -121,6 +121,7 @@ def build_engine(model: Trainable, config: Config, json: dict[str, Any]) -> Any:
             refuse_stale_locks()
         else:
             ours = build_optimizer(groups, optim, sharded=config.zero_stage > 0)
+            deepspeed_inside.leave_muon_uncompiled()
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=ours, model_parameters=groups if ours is None else None, config=json
     )

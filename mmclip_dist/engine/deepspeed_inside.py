@@ -51,6 +51,21 @@ def silence_old_names() -> None:
     warnings.filterwarnings("ignore", message=old, category=FutureWarning)
 
 
+def leave_muon_uncompiled() -> None:
+    """Load DeepSpeed's Muon without `torch.compile`. Call this before an engine is built around an optimizer of ours.
+
+    Every engine loads Muon, to ask whether its optimizer is one. Muon asks for compiled functions as it is loaded, which loads
+    all of Inductor: 2 s of processor time at the start of each rank, for functions that only Muon calls.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401 (to load it)
+    finally:
+        compiler.compile = compile_
+
+
 def multiplies_fp16() -> bool:
     """What DeepSpeed asks of a CPU before it accepts fp16 (cpu_accelerator.py, is_fp16_supported)."""
     return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

@@ -12,11 +12,12 @@ from mmclip_shards.manifest import load_manifest, manifest_hash
 from mmclip_shards.storage import join, local_path
 
 from mmclip_dist.checkpoint.folder import step_of, weights_hash
+from mmclip_dist.checkpoint.identity import model_hash, stored_config
 from mmclip_dist.checkpoint.mirror import local_checkpoint
-from mmclip_dist.checkpoint.model_files import model_hash, stored_config
 from mmclip_dist.config import Precision, config_hash
-from mmclip_dist.offline.scorer import BATCH, Scorer
 from mmclip_dist.offline.stage import Maker, Stage
+
+BATCH = 64  # images at once
 
 
 def attention_stage(
@@ -46,5 +47,8 @@ def attention_stage(
 
 
 def _build(checkpoint: str, precision: Precision, batch: int, threads: int) -> Maker:
+    # Imported here: who starts the stage needs neither torch nor the model.
+    from mmclip_dist.offline.scorer import Scorer
+
     with local_checkpoint(checkpoint) as folder:
         return Scorer(str(folder), precision, batch, threads)

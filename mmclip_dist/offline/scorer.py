@@ -19,9 +19,9 @@ from mmclip_dist.config import Precision
 from mmclip_dist.data.batch import Example, collate_into
 from mmclip_dist.data.example import ExampleMaker
 from mmclip_dist.model.inputs import PlannedBatch, moved
+from mmclip_dist.offline.attention import BATCH
 from mmclip_dist.offline.stage import Members, Sample, Unreadable
 
-BATCH = 64
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

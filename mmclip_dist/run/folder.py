@@ -180,7 +180,8 @@ def _devices() -> dict[str, Any]:
 
 
 def _packages() -> str:
-    found = {f"{item.metadata['Name']}=={item.version}" for item in distributions() if item.metadata["Name"]}
+    told = [item.metadata for item in distributions()]  # each access reads and parses the file anew
+    found = {f"{each['Name']}=={each['Version']}" for each in told if each["Name"]}
     return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
 
 

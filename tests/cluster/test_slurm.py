@@ -36,6 +36,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
+SchedulerParameters=sched_interval=1,bf_interval=1
 MpiDefault=none
 GresTypes=gpu
 NodeName=host-a,host-b CPUs=2 RealMemory=1000 Gres=gpu:1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -25,3 +27,13 @@ def test_the_package_asks_for_the_tested_versions() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     (asked,) = (found for text in project["dependencies"] if (found := Requirement(text)).name == "deepspeed")
     assert asked.specifier == SpecifierSet(TESTED)
+
+
+def test_an_engine_loads_no_compiler_to_learn_that_its_optimizer_is_not_muon() -> None:
+    program = (
+        "import sys; from mmclip_dist.engine import deepspeed_inside; deepspeed_inside.leave_muon_uncompiled();"
+        "from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam; from deepspeed.runtime import compiler;"
+        "import torch; print('compiles', compiler.compile() is torch.compile, 'torch._inductor.lowering' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1:] == ["compiles True False"], ran.stdout + ran.stderr
