@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from mmclip_launch import all_reduce, doctor
-from mmclip_launch.cli import app
+from mmclip_launch.commands import app
 from mmclip_launch.findings import Finding, judge_all_reduce
 from mmclip_launch.hosts import LOCAL, Answer, Host
 from mmclip_launch.probe import free_port
