@@ -65,14 +65,14 @@ def rank(request: dict[str, Any], local: int, out: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from mmclip_dist.engine.rendezvous import meet as meet_ranks
+
     number, backend, timeout = request["first"] + local, request["backend"], datetime.timedelta(seconds=JOIN_S)
     os.environ |= {
         "RANK": str(number), "WORLD_SIZE": str(request["world"]), "LOCAL_WORLD_SIZE": str(request["ranks"]),
         "MASTER_ADDR": request["address"], "MASTER_PORT": str(request["port"]),
     }  # fmt: skip
     try:
-        from mmclip_dist.engine.rendezvous import meet as meet_ranks
-
         device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
         if backend == "nccl":
             torch.cuda.set_device(device)
@@ -105,6 +105,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Start the ranks of this host -> the first fault, or what they have measured."""
     if fault := meet(request):
         return {"fault": fault}
+    try:
+        import mmclip_dist.engine.rendezvous  # noqa: F401 (once, with torch, instead of in each rank)
+    except ImportError as error:
+        return {"fault": str(error)}
     context, pipes = multiprocessing.get_context("fork"), []
     for local in range(request["ranks"]):
         receive, send = context.Pipe(duplex=False)
@@ -122,3 +126,4 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     print("MMCLIP-ANSWER " + json.dumps(main(request)), flush=True)  # type: ignore[name-defined]  # noqa: F821 (the sender's)
+    os._exit(0)  # an interpreter with torch takes its time to end

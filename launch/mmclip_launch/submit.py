@@ -15,6 +15,7 @@ from mmclip_shards.storage import write_atomic
 
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
+from mmclip_dist.run.mounts import check_answering
 from mmclip_launch.doctor import local_hosts, look, program
 from mmclip_launch.findings import counted, errors, judge_passed_variables
 from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
@@ -50,12 +51,6 @@ class Job:
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir).absolute()
-
-    @property
-    def sets(self) -> list[str]:
-        """What the run reads: sets and their sidecars."""
-        found = [url for each in self.config.data.sources for url in (each.url, each.entities, each.attention) if url]
-        return list(dict.fromkeys(found))
 
     @property
     def without_run_dir(self) -> tuple[str, ...]:
@@ -130,7 +125,7 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     if dry:
         show(job, deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=job.sets)
+    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=job.config.sets)
     for finding in found:
         if finding.level in ("error", "warning"):
             print(finding, file=sys.stderr, flush=True)
@@ -213,6 +208,7 @@ def submit_slurm(
         return 0
     if not shutil.which("sbatch"):
         raise ValueError("sbatch is not here: submit from a login node of the cluster")
+    check_answering([str(job.run_dir)])
     freeze(job.run_dir)
     command.write(job.run_dir, "slurm")
     return subprocess.run(command.words, env=command.environment, check=False).returncode

@@ -92,7 +92,7 @@ def _own_address(host: str, port: int, kind: socket.SocketKind) -> tuple[Any, ..
         found = [address for *_, address in socket.getaddrinfo(host, port, type=kind)]
     except OSError:  # no address yet: other machines may learn one
         return None
-    return next((each for each in found if _loopback(str(each[0])) or _source(str(each[0])) == each[0]), None)
+    return next((each for each in found if _loopback(str(each[0])) or source_towards(str(each[0])) == each[0]), None)
 
 
 def _here_alone(host: str, address: str) -> bool:
@@ -106,7 +106,7 @@ def _choose_interface_of_gloo(host: str) -> None:
     if _GLOO in os.environ:
         return
     try:
-        source = _source(str(socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0][4][0]))
+        source = source_towards(str(socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)[0][4][0]))
     except OSError:
         return
     if source and not _here_alone(host, source) and (name := _interface_of(source)):
@@ -122,7 +122,7 @@ def _interface_of(address: str) -> str | None:
     return None
 
 
-def _source(address: str) -> str | None:
+def source_towards(address: str) -> str | None:
     """The address of this machine from which it reaches another one; the same if that is its own; None without a route."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
