@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            if ctx.obj:
+                ctx.obj()
             return super().invoke(ctx)
         except KeyboardInterrupt:  # here, since Typer would end without a word
             print("stopped; run the same command again to go on", file=sys.stderr)
@@ -68,10 +71,11 @@ def options(
     """What `mmclip` takes before a command."""
 
 
-def run(application: typer.Typer) -> int:
-    """Run the command line. The exit code is as in `mmclip_dist.errors`, and 130 after Ctrl-C."""
+def run(application: typer.Typer, begins: Callable[[], object] = lambda: None) -> int:
+    """Run the command line. The exit code is as in `mmclip_dist.errors`, and 130 after Ctrl-C. begins: called before the command,
+    once the command line is read."""
     try:
-        application()
+        application(obj=begins)
     except Exception as error:
         code = errors.exit_code(error)
         if code is None or "MMCLIP_DEBUG" in os.environ:

@@ -456,6 +456,19 @@ class Config(Section):
             )
 
     @property
+    def sets(self) -> list[str]:
+        """What training reads: sets and their sidecars."""
+        found = [url for each in self.data.sources for url in (each.url, each.entities, each.attention) if url]
+        return list(dict.fromkeys(found))
+
+    @property
+    def places(self) -> list[str]:
+        """All folders and URLs that a run reads or writes; a hub id among them looks like a folder that is not there."""
+        image, text, kept = self.model.image, self.model.text, self.checkpoint
+        others = image.pretrained, text.pretrained, text.tokenizer, self.data.reading.cache, kept.url, kept.start_from
+        return list(dict.fromkeys([self.run_dir, *self.sets, *filter(None, others), *self.evaluation.sets]))
+
+    @property
     def shares(self) -> tuple[float, float]:
         """Shares of the samples whose images, and whose reports, are masked and rebuilt."""
         return self.attmim.share if self.attmim.mode == "context" else 1.0, self.entmlm.share

@@ -35,6 +35,7 @@ from mmclip_dist.evaluate.during_training import EvaluationDuringTraining
 from mmclip_dist.fit import Place, Work, fit
 from mmclip_dist.launcher import first_of_machine, ranks_of_machine
 from mmclip_dist.model.build import build_model
+from mmclip_dist.run.mounts import check_answering
 from mmclip_dist.run.orphans import exit_if_deaf, exit_with_launcher
 from mmclip_dist.run.output import outlast_readers
 from mmclip_dist.run.stop import EXIT_CODE, StopRequest
@@ -78,6 +79,8 @@ def join_ranks(config: Config) -> tuple[int, int, torch.device]:
     """Join the process group -> rank, world size, device. ValueError for faults that need no other rank to see."""
     config.check_sources()
     check_trackers(config.track)
+    if first_of_machine():
+        check_answering(config.places)
     return start_distributed(config.threads, config.health.timeout_s)
 
 
@@ -99,7 +102,7 @@ def main(arguments: list[str]) -> int:
         end_loader_processes()
         if "MMCLIP_DEBUG" in os.environ:
             raise
-        return tell(error, ending=stop is not None and stop.wanted())
+        return tell(error, ending=stop is not None and stop.asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

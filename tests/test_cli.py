@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmclip_launch.cli import app
+from mmclip_launch.commands import app
 from mmclip_launch.quickstart import Job, check
 from mmclip_shards.document import read_document
 from mmclip_shards.manifest import load_manifest
@@ -119,6 +119,21 @@ def test_ctrl_c_is_one_line_and_code_130(tmp_path: Path) -> None:
             os.killpg(running.pid, signal.SIGKILL)
     assert running.returncode == 130, told
     assert [line for line in told.splitlines() if line.strip()] == ["stopped; run the same command again to go on"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_before_a_command_begins_says_nothing(late: bool, tmp_path: Path) -> None:
+    """It comes while modules are imported (of which this test puts one before the real one), or in the last moment before."""
+    struck = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('goes on')"
+    if late:
+        code = f"import mmclip_launch.commands, typer.main as m\nm.get_command = lambda _: exec({struck!r})\n"
+        words = ["-c", f"{code}from mmclip_launch.cli import main; import sys; sys.exit(main())"]
+    else:
+        (tmp_path / "typer.py").write_text(struck)
+        words = ["-m", "mmclip_launch.cli", "--version"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    assert (found.returncode, found.stdout, found.stderr) == (130, "", "")
 
 
 def test_pack_writes_splits_by_patient(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def test_a_choice_that_is_named_twice_is_the_same() -> None:
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
     assert imported_by("import mmclip_dist; dir(mmclip_dist); mmclip_dist.__version__") == set()
-    assert imported_by("import mmclip_launch.cli") == set()
+    assert imported_by("import mmclip_launch.commands") == set()
     assert "pydantic" in imported_by("from mmclip_dist import Config")
 
 

@@ -1,4 +1,4 @@
-"""How fast the ranks add up their gradients. Sent to every host as text: Python and torch, nothing of ours.
+"""How fast the ranks add up their gradients. Sent to every host as text; they meet by what training meets by, mmclip_dist.
 
 `request` is set by the sender: backend (nccl or gloo), first (number of this host's first rank), ranks (here), world, hosts (how
 many), address and port of the first host. The first rank answers with bandwidth and latency, a host that fails with the reason.
@@ -29,7 +29,7 @@ def meet(request: dict[str, Any]) -> str:
     address, port, others = request["address"], request["port"], request["hosts"] - 1
     deadline = time.monotonic() + REACH_S
     if request["first"] == 0:
-        return gather(port, others, deadline) if others else ""
+        return gather(address, port, others, deadline) if others else ""
     while True:
         try:
             with socket.create_connection((address, port), timeout=3) as caller:
@@ -41,11 +41,12 @@ def meet(request: dict[str, Any]) -> str:
             time.sleep(0.2)
 
 
-def gather(port: int, others: int, deadline: float) -> str:
+def gather(address: str, port: int, others: int, deadline: float) -> str:
     """The first host's part of `meet`."""
     with ExitStack() as held:
         callers: list[socket.socket] = []
-        server = held.enter_context(socket.create_server(("", port)))
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        server = held.enter_context(socket.create_server((address, port), family=family))
         try:
             while len(callers) < others:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -64,15 +65,19 @@ def rank(request: dict[str, Any], local: int, out: Any) -> None:
     import torch
     import torch.distributed as dist
 
-    number, backend = request["first"] + local, request["backend"]
+    from mmclip_dist.engine.rendezvous import meet as meet_ranks
+
+    number, backend, timeout = request["first"] + local, request["backend"], datetime.timedelta(seconds=JOIN_S)
+    os.environ |= {
+        "RANK": str(number), "WORLD_SIZE": str(request["world"]), "LOCAL_WORLD_SIZE": str(request["ranks"]),
+        "MASTER_ADDR": request["address"], "MASTER_PORT": str(request["port"]),
+    }  # fmt: skip
     try:
         device = torch.device("cuda", local) if backend == "nccl" else torch.device("cpu")
         if backend == "nccl":
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            backend, init_method=f"tcp://{request['address']}:{request['port']}", rank=number, world_size=request["world"],
-            timeout=datetime.timedelta(seconds=JOIN_S),
-        )  # fmt: skip
+        store, number, world = meet_ranks(timeout)
+        dist.init_process_group(backend, store=store, rank=number, world_size=world, timeout=timeout)
 
         def seconds(floats: int, times: int) -> list[float]:
             values, found = torch.ones(floats, device=device), []
@@ -100,6 +105,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     """Start the ranks of this host -> the first fault, or what they have measured."""
     if fault := meet(request):
         return {"fault": fault}
+    try:
+        import mmclip_dist.engine.rendezvous  # noqa: F401 (once, with torch, instead of in each rank)
+    except ImportError as error:
+        return {"fault": str(error)}
     context, pipes = multiprocessing.get_context("fork"), []
     for local in range(request["ranks"]):
         receive, send = context.Pipe(duplex=False)
@@ -117,3 +126,4 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     print("MMCLIP-ANSWER " + json.dumps(main(request)), flush=True)  # type: ignore[name-defined]  # noqa: F821 (the sender's)
+    os._exit(0)  # an interpreter with torch takes its time to end

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
+from mmclip_dist.run.mounts import MEND, first_silent
 from mmclip_launch.findings import (
     PACKAGES,
     Facts,
     Finding,
+    error,
     judge_access,
     judge_agreement,
     judge_all_reduce,
     judge_answers,
     judge_clock,
     judge_host,
-    judge_name,
     judge_passed_variables,
     judge_reading,
     unchecked,
@@ -27,7 +29,7 @@ from mmclip_launch.frozen import OURS
 from mmclip_launch.hosts import LOCAL, Answer, Host, deepspeed_env, run_everywhere
 from mmclip_launch.probe import gpus
 
-PROBE_S, READ_S, ALL_REDUCE_S = 20.0, 25.0, 100.0
+MARK_S, PROBE_S, READ_S, ALL_REDUCE_S = 6.0, 20.0, 25.0, 100.0
 _READING_S = 3.0
 _CPU_RANKS = 2
 
@@ -73,23 +75,32 @@ def look(
 ) -> tuple[list[Finding], dict[str, Facts]]:
     """The quick part, within half a minute: everything that the hosts say about themselves, and whether each can read these sets.
     shared: whether the run folder has to be the same everywhere. meets: the port of the first host where ranks shall meet."""
-    answers = probe(hosts, run_dir, by_ssh=by_ssh, shared=shared, meets=meets)
-    known: dict[str, Facts] = {name: each.value for name, each in answers.items() if each.value is not None}
-    found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
-    for name, answer in answers.items():
-        if answer.value is not None:
-            found += [*judge_host(answer.host, answer.value), *judge_clock(name, answer.value["time"], *answer.times)]
-            found += judge_name(name, answer.value) if by_ssh else ()
-    found += judge_agreement(hosts, known) if known else ()
-    if known and sets:
-        found += judge_access(read(sets, 0, [host for host in hosts if host.name in known], by_ssh=by_ssh))
+    with reading(sets, 0, hosts, by_ssh=by_ssh) as readings:
+        silent = run_dir is not None and first_silent([str(run_dir)], MARK_S) is not None
+        answers = probe(hosts, run_dir, by_ssh=by_ssh, shared=shared and not silent, meets=meets)
+        known: dict[str, Facts] = {name: each.value for name, each in answers.items() if each.value is not None}
+        found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
+        for name, answer in answers.items():
+            if answer.value is not None:
+                found += [*judge_host(answer.host, answer.value), *judge_clock(name, answer.value["time"], *answer.times)]
+        found += judge_agreement(hosts, known) if known else ()
+        if silent and "run_dir" not in [finding.check for finding in found]:  # this machine may be none of the hosts
+            found.append(error("run_dir", LOCAL, f"{run_dir}: its file system does not answer within {MARK_S:g} s", MEND))
+        if known:
+            found += judge_access({name: answer for name, answer in readings().items() if name in known})
     return found, known
 
 
-def read(urls: Sequence[str], seconds: float, hosts: Sequence[Host], *, by_ssh: bool) -> dict[str, Answer]:
-    """Let every host read these sets for so long (`mmclip_launch.reading`)."""
+@contextmanager
+def reading(
+    urls: Sequence[str], seconds: float, hosts: Sequence[Host], *, by_ssh: bool
+) -> Iterator[Callable[[], dict[str, Answer]]]:
+    """Meanwhile let every host read these sets for so long (`mmclip_launch.reading`) -> what to call for the answers."""
     request = {"urls": list(urls), "seconds": seconds}
-    return run_everywhere(hosts, program("reading"), {host.name: request for host in hosts}, READ_S, by_ssh=by_ssh)
+    with ThreadPoolExecutor(1) as aside:
+        requests = {host.name: request for host in hosts if urls}
+        answers = aside.submit(run_everywhere, hosts, program("reading"), requests, READ_S, by_ssh=by_ssh) if urls else None
+        yield lambda: answers.result() if answers else {}
 
 
 def local_hosts() -> tuple[Host, ...]:
@@ -100,13 +111,13 @@ def local_hosts() -> tuple[Host, ...]:
 def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by_ssh: bool) -> Iterator[Finding]:
     """Everything, as it is found: what the hosts say, how fast each reads `data` (SET/train), how fast they add up gradients
     together."""
-    found, known = look(hosts, run_dir, by_ssh=by_ssh)
-    yield from found
+    with reading([data] if data else [], _READING_S, hosts, by_ssh=by_ssh) as readings:
+        found, known = look(hosts, run_dir, by_ssh=by_ssh)
+        yield from found
+        if data is None:
+            yield unchecked("storage", "", "no set was named", "name one: --data SET/train")
+        yield from judge_reading({name: answer for name, answer in readings().items() if name in known})
     here = [host for host in hosts if host.name in known]
-    if data is None:
-        yield unchecked("storage", "", "no set was named", "name one: --data SET/train")
-    elif here:
-        yield from judge_reading(read([data], _READING_S, here, by_ssh=by_ssh))
     versions = {facts["packages"]["torch"] for facts in known.values()}
     if len(here) < len(hosts) or len(versions) > 1 or None in versions:
         yield unchecked("all-reduce", "", "not all hosts can take part", "mend the errors first")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mmclip_dist.errors import masked
 from mmclip_dist.plan.cards import card_of_device
+from mmclip_dist.run.mounts import MEND
 from mmclip_launch.hosts import Answer, Host
 
 Level = Literal["ok", "warning", "error", "not checked"]
@@ -133,16 +134,6 @@ def judge_host(host: Host, facts: Facts) -> Iterator[Finding]:
     yield from judge_build(host.name, facts)
 
 
-def judge_name(host: str, facts: Facts) -> Iterator[Finding]:
-    """Of one of several hosts: gloo tells the others the address that the host's own name means to it."""
-    addresses = facts["addresses"]
-    local = all(address.startswith("127.") or address == "::1" for address in addresses)
-    if local and "GLOO_SOCKET_IFNAME" not in facts["variables"]:
-        means = ", ".join(addresses) or "nothing"
-        mend = "give it its real address in /etc/hosts, or put GLOO_SOCKET_IFNAME=INTERFACE into .deepspeed_env"
-        yield error("name", host, f"its name {facts['name']} means {means} to it, and gloo tells the others so", mend)
-
-
 def judge_gpus(host: Host, facts: Facts) -> Iterator[Finding]:
     cards, version = facts["gpus"], facts["packages"]["torch"] or ""
     if not cards:
@@ -189,6 +180,7 @@ def judge_disks(host: str, facts: Facts) -> Iterator[Finding]:
             yield error("run_dir", host, f"{run['path']} is not the folder that this machine sees", mend)
         elif run["fault"]:
             mend = "mend its rights or free some disk, or name another folder"
+            mend = MEND if "does not answer" in run["fault"] else mend
             yield error("run_dir", host, f"{run['path']} cannot be written to: {run['fault']}", mend)
     if temporary["fault"]:
         told = f"temporary files: {temporary['path']} cannot be written to: {temporary['fault']}"
@@ -320,14 +312,14 @@ def differing(
 def judge_access(answers: Mapping[str, Answer]) -> Iterator[Finding]:
     """Of hosts that were asked to read sets (`mmclip_launch.reading`)."""
     for name, answer in answers.items():
-        if fault := answer.fault if answer.value is None else answer.value.get("fault"):
+        for fault in [answer.fault] if answer.value is None else answer.value.get("faults", ()):
             yield error("storage", name, fault, "mend credentials, address or network of this host")
 
 
 def judge_reading(answers: Mapping[str, Answer]) -> Iterator[Finding]:
     """The same, and how fast."""
     yield from judge_access(answers)
-    told = {name: answer.value for name, answer in answers.items() if answer.value and "fault" not in answer.value}
+    told = {name: answer.value for name, answer in answers.items() if answer.value and "faults" not in answer.value}
     rates = {name: each["bytes"] / each["seconds"] for name, each in told.items()}
     for name, rate in rates.items():
         if rate < _SLOW_READER * median(rates.values()):

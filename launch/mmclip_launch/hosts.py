@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ _LINE = re.compile(r"([\w.][\w.:@-]*)\s+slots=(\d+)\s*(#.*)?")  # a name never l
 # EXPORT_ENVS, and export_envs of the accelerator). tests/launch/test_hosts.py compares.
 PASSED_ON = ("PYTHON", "MV2", "UCX", "NCCL")
 CONNECT_S = 8
+_LEAVE_S = 2.0  # for a program that has answered
 # A host that is cut off answers no more; without these the launcher would wait for the kernel's time-out, a quarter of an hour.
 ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 
@@ -185,36 +189,48 @@ def ask(host: Host, command: Sequence[str], text: str, timeout_s: float) -> Answ
         answer.fault = f"{command[0]} is not installed here"
         return answer
     errors: list[str] = []
-    listening = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
-    listening.start()
-    late = threading.Event()
-    timer = threading.Timer(timeout_s, _end(process, late))
-    timer.start()
-    assert process.stdin and process.stdout
-    sent = time.time()
+    lines: queue.Queue[str | None] = queue.Queue()
+    # Threads, because any of the three pipes can be stuck, and stay open for as long as a process cannot be killed.
+    works = (partial(_send, process, text), partial(_listen, process, lines), partial(errors.extend, process.stderr or ()))
+    threads = [threading.Thread(target=work, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    sent, deadline, late = time.time(), time.monotonic() + timeout_s, False
     try:
-        process.stdin.write(text)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass  # the command has ended: its messages say why
-    for line in process.stdout:
-        if line.startswith(ANSWER):
-            answer.value, answer.times = json.loads(line.removeprefix(ANSWER)), (sent, time.time())
-        else:
+        while (line := lines.get(timeout=max(0.0, deadline - time.monotonic()))) is not None:
+            if line.startswith(ANSWER):
+                answer.value, answer.times = json.loads(line.removeprefix(ANSWER)), (sent, time.time())
+                break
             answer.printed.append(line.rstrip())
-    code = process.wait()
-    timer.cancel()
-    listening.join(1)
+    except queue.Empty:
+        late = True
+    code = _end(process, 0.0 if late else _LEAVE_S if answer.value is not None else max(_LEAVE_S, deadline - time.monotonic()))
+    threads[-1].join(1)
     answer.printed += [line.rstrip() for line in errors]
     if answer.value is None:
         last = next((line for line in reversed(answer.printed) if line.strip()), "it said nothing")
-        answer.fault = f"no answer within {timeout_s:g} s" if late.is_set() else f"code {code}: {last}"
+        answer.fault = f"no answer within {timeout_s:g} s" if late else f"code {code}: {last}"
     return answer
 
 
-def _end(process: subprocess.Popen[str], late: threading.Event) -> Callable[[], None]:
-    def end() -> None:
-        late.set()
-        process.kill()
+def _send(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdin
+    with suppress(BrokenPipeError):  # the command has ended: its messages say why
+        process.stdin.write(text)
+        process.stdin.close()
 
-    return end
+
+def _listen(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    for line in process.stdout or ():
+        lines.put(line)
+    lines.put(None)
+
+
+def _end(process: subprocess.Popen[str], patience_s: float) -> int | None:
+    """The exit code; None of a process that cannot be killed, as it waits for a dead disk: it is left behind."""
+    for wait_s in (patience_s, _LEAVE_S):
+        try:
+            return process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.poll()

@@ -12,18 +12,22 @@ import importlib.util
 import json
 import os
 import platform
+import queue
 import resource
 import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 _TOOL_S = 10.0
 _PORT_S = 5.0  # enough for a run that is ending
+_FOLDER_S = 10.0  # a network file system whose server is gone never answers
 _SEEN_S = 5.0  # enough for a new name, which no file system has cached as missing
 _FABRIC = Path("/sys/class/infiniband")
 _LINKS = Path("/sys/class/net")
@@ -32,6 +36,7 @@ _TELLING = ("NCCL_", "UCX_", "GLOO_", "TORCH_NCCL_")  # they have to agree, and 
 
 def facts(request: dict[str, Any]) -> dict[str, Any]:
     """Everything, as JSON. What cannot be found out is None."""
+    folders = look_at_folders(request["run_dir"], request["mark"])
     return {
         "name": socket.gethostname(),
         "addresses": own_addresses(),
@@ -50,8 +55,8 @@ def facts(request: dict[str, Any]) -> dict[str, Any]:
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "locked_memory": resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         "shared_memory": space("/dev/shm"),
-        "temporary": temporary(),
-        "run_dir": run_folder(request["run_dir"], request["mark"]) if request["run_dir"] else None,
+        "temporary": folders["temporary"](),
+        "run_dir": folders["run_dir"](),
         "fabric": fabric(),
         "links": links(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_TELLING)},
@@ -147,6 +152,32 @@ def space(folder: str) -> dict[str, int | None] | None:
     return {"total": found.f_blocks * found.f_frsize, "free": found.f_bavail * found.f_frsize, "entries": entries}
 
 
+def look_at_folders(run_dir: str | None, mark: str | None) -> dict[str, Callable[[], dict[str, Any] | None]]:
+    """Begin to look at the folders of a run, each in a thread -> what to call for its state, some seconds from now at the latest.
+
+    A thread that waits for a dead disk is left behind: end this process by os._exit.
+    """
+    silent = {"fault": f"its file system does not answer within {_FOLDER_S:g} s", "seen": None}
+    deadline = time.monotonic() + _FOLDER_S
+
+    def begun(folder: str, look: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        told: queue.Queue[dict[str, Any]] = queue.Queue()
+        threading.Thread(target=lambda: told.put(look()), daemon=True).start()
+
+        def state() -> dict[str, Any]:
+            try:
+                return told.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return {"path": folder, **silent}
+
+        return state
+
+    return {
+        "temporary": begun(temporary_folder(), temporary),
+        "run_dir": begun(run_dir, lambda: run_folder(run_dir, mark)) if run_dir else lambda: None,
+    }
+
+
 def run_folder(folder: str, mark: str | None) -> dict[str, Any]:
     """Whether the run can write there, and whether it is the sender's folder: its file `mark` shows up."""
     answer: dict[str, Any] = {"path": folder, "fault": None, "seen": None}
@@ -164,9 +195,13 @@ def run_folder(folder: str, mark: str | None) -> dict[str, Any]:
     return answer | (space(folder) or {})
 
 
+def temporary_folder() -> str:
+    """That of the variables. Python itself passes over one that is full and takes another."""
+    return next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "/tmp")
+
+
 def temporary() -> dict[str, Any]:
-    """The folder of temporary files that the variables name. Python itself passes over one that is full and takes another."""
-    folder = next(filter(None, map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))), "/tmp")
+    folder = temporary_folder()
     return {"path": folder, "fault": fault_of_writing(folder), **(space(folder) or {})}
 
 
@@ -208,3 +243,4 @@ def links() -> dict[str, float]:
 
 if __name__ == "__main__":
     print("MMCLIP-ANSWER " + json.dumps(facts(request)), flush=True)  # type: ignore[name-defined]  # noqa: F821 (the sender's)
+    os._exit(0)

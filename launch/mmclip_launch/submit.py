@@ -17,7 +17,8 @@ from mmclip_shards.storage import write_atomic
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.errors import Mendable
 from mmclip_dist.run.folder import wait_for_others
-from mmclip_launch.doctor import local_hosts, look, program
+from mmclip_dist.run.mounts import check_answering, first_silent
+from mmclip_launch.doctor import MARK_S, local_hosts, look, program
 from mmclip_launch.findings import counted, errors, judge_passed_variables
 from mmclip_launch.frozen import archive, freeze, frozen_at, record, shown, variables
 from mmclip_launch.hosts import (
@@ -52,12 +53,6 @@ class Job:
     @property
     def run_dir(self) -> Path:
         return Path(self.config.run_dir).absolute()
-
-    @property
-    def sets(self) -> list[str]:
-        """What the run reads: sets and their sidecars."""
-        found = [url for each in self.config.data.sources for url in (each.url, each.entities, each.attention) if url]
-        return list(dict.fromkeys(found))
 
     @property
     def without_run_dir(self) -> tuple[str, ...]:
@@ -140,8 +135,10 @@ def start_deepspeed(job: Job, hosts: Sequence[Host] | None, *, dry: bool) -> Non
     if dry:
         show(job, deepspeed_command(job, hosts, frozen_at(job.run_dir)))
         return
-    wait_for_others(job.run_dir)
-    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=job.sets, meets=meeting_port())
+    if first_silent([str(job.run_dir)], MARK_S) is None:  # else `look` names it, beside whatever else is wrong
+        wait_for_others(job.run_dir)
+    sets = job.config.sets
+    found, _ = look(hosts, job.run_dir, by_ssh=by_ssh, shared=not own_disks, sets=sets, meets=meeting_port())
     for finding in found:
         if finding.level in ("error", "warning"):
             print(finding, file=sys.stderr, flush=True)
@@ -227,6 +224,7 @@ def submit_slurm(
     if not (os.access(Path(), os.W_OK) or any(re.match(r"-o|--output\b", option) for option in options)):
         mend = "start from a folder that you can write to, or add --option=--output=FOLDER/slurm-%j.out"
         raise ValueError(f"{Path.cwd()} cannot be written to, and Slurm starts no job that cannot write its output: {mend}")
+    check_answering([str(job.run_dir)])
     freeze(job.run_dir)
     command.write(job.run_dir, "slurm")
     return subprocess.run(command.words, env=command.environment, check=False).returncode

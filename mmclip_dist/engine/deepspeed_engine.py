@@ -14,9 +14,9 @@ from mmclip_dist.engine.collective import AgreedError, agreed
 from mmclip_dist.engine.finite import skip_non_finite
 from mmclip_dist.engine.layer_execution import checkpoint_activations, compile_encoders
 from mmclip_dist.engine.optimizer import build_optimizer, layer_scales, parameter_groups
+from mmclip_dist.engine.rendezvous import meet
 from mmclip_dist.engine.schedule import learning_rate
 from mmclip_dist.engine.stale_locks import refuse_stale_locks
-from mmclip_dist.errors import Mendable
 from mmclip_dist.launcher import ranks_of_machine
 from mmclip_dist.model.build import Trainable
 
@@ -90,16 +90,12 @@ def start_distributed(threads: int | None, timeout_s: float) -> tuple[int, int, 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_s + _AFTER_WATCHDOG_S)
-    try:
-        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False, timeout=timeout)
-    except torch.distributed.DistNetworkError as error:
-        if "EADDRINUSE" in str(error):
-            mend = "choose another one with `deepspeed --master_port`, or MASTER_PORT"
-            raise Mendable(f"port {os.environ['MASTER_PORT']}, where the ranks meet, is in use: {mend}") from error
-        raise OSError(f"the ranks could not meet at {os.environ['MASTER_ADDR']}: {error}") from error
-    watchdog.start(torch.distributed.get_rank(), timeout_s)
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
+    timeout, backend = timedelta(seconds=timeout_s + _AFTER_WATCHDOG_S), "nccl" if gpu else "gloo"
+    store, rank, world = meet(timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)  # takes the group that is there
+    watchdog.start(rank, timeout_s)
+    return rank, world, device
 
 
 def build_engine(model: Trainable, config: Config, json: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mmclip_dist.engine import watchdog
+from mmclip_dist.engine.rendezvous import address_to_listen_on, source_towards
 from mmclip_dist.launcher import ranks_of_machine
 
 _BEATS = 9  # within the time after which a machine counts as lost
@@ -31,9 +32,14 @@ class Heartbeat:
         self.first, self.token, self.lost_s = first, token, lost_s
         family, _, _, _, found = socket.getaddrinfo(*address, type=socket.SOCK_DGRAM)[0]
         self.address: tuple[Any, ...] = found
-        self.socket = socket.socket(family, socket.SOCK_DGRAM)
         if first == 0:
-            self.socket.bind(("", address[1]))
+            here = address_to_listen_on(*address, socket.SOCK_DGRAM) or ("", address[1])
+        else:
+            here = source_towards(str(found[0])) or "", 0
+        if here[0]:
+            family = socket.AF_INET6 if ":" in here[0] else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_DGRAM)
+        self.socket.bind(here)
         self.socket.settimeout(lost_s / _BEATS)
         self._heard: dict[str, float] = {}  # host of a machine, or of the watching one -> when
         self._thread = threading.Thread(target=self._watch if first == 0 else self._send, name="heartbeat", daemon=True)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from mmclip_dist import errors
 from mmclip_dist.engine.collective import broken, first_rank_does, gathered
+from mmclip_dist.engine.rendezvous import meet
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # one rank's share may take much longer than another's; a launcher ends the rest of a broken job
@@ -39,7 +40,7 @@ def joined() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    store, rank, world = meet(_PATIENCE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     try:
         yield

@@ -43,6 +43,11 @@ class StopRequest:
         """Ask for a stop, from any thread."""
         self._reason = self._reason or reason
 
+    @property
+    def asked(self) -> bool:
+        """Whether a stop was asked for as far as is known, without a look for the file, whose disk may be dead."""
+        return self._reason is not None
+
     def wanted(self) -> bool:
         """Whether this process was asked to stop. Not a collective call."""
         if self._looks and self._reason is None and time.monotonic() - self._looked > _LOOK_S:

@@ -50,6 +50,12 @@ class Cluster:
     def run(self, *words: str, timeout: float = 240) -> Finished:
         return ended(self.start(*words), timeout)
 
+    def listening(self, host: str) -> list[tuple[str, str]]:
+        """Address and port of all sockets on a host that wait for others, without sshd's."""
+        told = subprocess.run([*self.made.enter(host), "ss", "-Htuln"], capture_output=True, text=True, check=True).stdout
+        found = [line.split()[4].rpartition(":") for line in told.splitlines()]
+        return [(address, port) for address, _, port in found if port != "22"]
+
 
 def ended(process: subprocess.Popen[str], timeout: float = 240) -> Finished:
     output, _ = process.communicate(timeout=timeout)

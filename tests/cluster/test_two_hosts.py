@@ -16,6 +16,7 @@ from mmclip_dist.checkpoint.folder import checkpoint_path
 from mmclip_dist.run.marks import EXIT_CODE
 from mmclip_dist.run.metrics import read_metrics
 from tests.cluster.conftest import COMMON, LOST_S, Cluster, ended
+from tests.cluster.machines import NET
 from tests.conftest import STEPS, Sets, wait_for
 from tests.launched import final_weights, last_step, run_training
 
@@ -34,6 +35,10 @@ def test_a_host_cut_off_ends_the_run_soon_and_the_same_command_goes_on_bit_for_b
     wait_for(lambda: broken.poll() is not None or last_step(run) >= 6)
     if broken.poll() is not None:
         raise AssertionError(broken.communicate()[0])
+    for number, host in enumerate(("host-a", "host-b"), 1):
+        listening = cluster.listening(host)
+        assert listening and {address for address, _ in listening} == {f"{NET}.{number}"}, listening
+    assert len(cluster.listening("host-a")) >= 3  # the store, gloo, the beats
     cluster.made.cut("host-b")
     began = time.monotonic()
     output, _ = broken.communicate(timeout=LOST_S + ALIVE_S + 30)
@@ -123,15 +128,29 @@ def test_hosts_with_disks_of_their_own_go_on_after_one_is_lost_bit_for_bit_at_ze
     assert final_weights(run, steps) == final_weights(unbroken(3), steps)
 
 
-def test_doctor_looks_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
-    words = ("doctor", "--hostfile", "hosts", "--data", f"{cluster.url}/paired/train", "--run-dir", str(tmp_path / "run"))
+def test_doctor_looks_at_both_hosts_though_their_names_mean_loopback_to_them(cluster: Cluster, tmp_path: Path) -> None:
+    """As Debian's /etc/hosts has it: gloo would tell the others this address."""
+    debian = tmp_path / "hosts"
+    debian.write_text("127.0.0.1 localhost\n127.0.1.1 host-a host-b\n")
+    for host in ("host-a", "host-b"):
+        subprocess.run([*cluster.made.enter(host), "mount", "--bind", str(debian), "/etc/hosts"], check=True)
+    try:
+        look_at_both_hosts(cluster, tmp_path)
+    finally:
+        for host in ("host-a", "host-b"):
+            subprocess.run([*cluster.made.enter(host), "umount", "/etc/hosts"], check=True)
+
+
+def look_at_both_hosts(cluster: Cluster, tmp_path: Path) -> None:
+    (cluster.folder / "addresses").write_text(f"{NET}.1 slots=1\n{NET}.2 slots=1\n")
+    words = ("doctor", "--hostfile", "addresses", "--data", f"{cluster.url}/paired/train", "--run-dir", str(tmp_path / "run"))
     found = cluster.run(*words, "--json")
     findings = json.loads(found.output)
     assert found.returncode == 0, found.output
     print(*findings, sep="\n")
     assert {(each["host"]) for each in findings if each["check"] == "storage" and each["level"] == "ok"} == {
-        "host-a",
-        "host-b",
+        f"{NET}.1",
+        f"{NET}.2",
     }
     assert [each["level"] for each in findings if each["check"] == "all-reduce"] in (["ok"], ["warning"])
 

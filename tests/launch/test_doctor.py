@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 from mmclip_launch import all_reduce, doctor
-from mmclip_launch.cli import app
+from mmclip_launch.commands import app
 from mmclip_launch.findings import Finding, judge_all_reduce
 from mmclip_launch.hosts import LOCAL, Answer, Host
 from mmclip_launch.probe import free_port
 from mmclip_launch.ray_cluster import judge_cluster
 from typer.testing import CliRunner
+
+from tests.conftest import wait_for
 
 HERE = (Host(LOCAL, 2),)
 
@@ -188,8 +190,8 @@ def test_findings_are_told_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(doctor, "look", lambda *_, **__: ([dead], {"b": {"packages": {"torch": "1"}}}))
 
     def read(*_: Any, **__: Any) -> Any:
-        assert str(dead) in capsys.readouterr().out
-        return {"b": Answer(Host("b", 1), {"fault": "/set/train cannot be read: slow"})}
+        wait_for(lambda: str(dead) in capsys.readouterr().out, 20)
+        return {"b": Answer(Host("b", 1), {"faults": ["/set/train cannot be read: slow"]})}
 
     monkeypatch.setattr(doctor, "run_everywhere", read)
     monkeypatch.setattr("mmclip_launch.hosts.read_hostfile", lambda _: (Host("a", 1), Host("b", 1)))

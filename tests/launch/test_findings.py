@@ -18,7 +18,6 @@ from mmclip_launch.findings import (
     judge_all_reduce,
     judge_clock,
     judge_host,
-    judge_name,
     judge_passed_variables,
     judge_reading,
 )
@@ -66,7 +65,7 @@ def wrong(findings: Any) -> list[Finding]:
 
 def test_nothing_is_wrong_with_a_sound_host() -> None:
     found = judge_agreement(HOSTS, known("node-1", "node-2", "node-3"))
-    assert not wrong([*judge_host(HOSTS[0], facts()), *judge_name("node-1", facts()), *found])
+    assert not wrong([*judge_host(HOSTS[0], facts()), *found])
 
 
 @pytest.mark.parametrize(
@@ -135,12 +134,6 @@ def test_a_package_that_no_host_has_is_told(package: str) -> None:
     assert finding.level == "error" and f"{package} is not installed" in finding.text and "constraints.txt" in finding.mend
 
 
-def test_a_name_that_means_loopback_is_told_where_gloo_would_use_it() -> None:
-    (finding,) = judge_name("node-2", changed(addresses=["127.0.1.1"]))
-    assert finding.level == "error" and "means 127.0.1.1 to it" in finding.text and "GLOO_SOCKET_IFNAME" in finding.mend
-    assert not [*judge_name("node-2", changed(addresses=["127.0.1.1"], variables={"GLOO_SOCKET_IFNAME": "eth0"}))]
-
-
 @pytest.mark.parametrize(
     ("there", "told"),
     [(100.5, None), (99.0, None), (104.9, None), (90.0, "warning: clock: node-1: 10 s behind this machine"),
@@ -176,7 +169,7 @@ def answers(values: dict[str, Any]) -> dict[str, Answer]:
 
 def test_a_host_that_may_not_read_or_reads_slowly_is_named() -> None:
     told = {"a": {"bytes": 3e9, "seconds": 3}, "b": {"bytes": 3e8, "seconds": 3},
-            "c": {"fault": "s3://set/train cannot be read: the token has expired"},
+            "c": {"faults": ["s3://set/train cannot be read: the token has expired"]},
             "d": {"bytes": 2.7e9, "seconds": 3}}  # fmt: skip
     found = [(finding.level, finding.host, finding.text) for finding in judge_reading(answers(told))]
     assert found == [

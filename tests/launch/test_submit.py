@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_a_port_that_another_run_holds_is_named_before_anything_starts(
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
-        monkeypatch.setattr(doctor, "read", lambda *_, **__: {})
+        monkeypatch.setattr(doctor, "reading", lambda *_, **__: nullcontext(dict))
         with pytest.raises(Mendable, match="nothing was started"):
             start_deepspeed(job, (Host(LOCAL, 2),), dry=False)
     assert f"error: port: localhost: port {port}, where the ranks would meet, is in use" in capsys.readouterr().err
