@@ -94,6 +94,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError("usage: deepspeed --module mmclip_dist.train RECIPE [key=value ...]")
         config = load_config(arguments[0], arguments[1:])
         stop = StopRequest(Path(config.run_dir))
+        signal.signal(signal.SIGINT, lambda *_: stop.ask("SIGINT"))  # Ctrl-C reaches all ranks of a terminal, and the launcher
         outlast_readers(stop.ask)
         exit_with_launcher(stop.ask)
         exit_if_deaf(lambda: stop.heard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -88,6 +89,19 @@ def with_nobody_reading(arguments: list[str]) -> int:
     return train.main(arguments)
 
 
+def with_ctrl_c(arguments: list[str]) -> int:
+    """A terminal sends SIGINT to the launcher and to the ranks alike."""
+    set_rate, steps = fit.set_learning_rate, count(1)
+
+    def pressed(*of: Any) -> float:
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return set_rate(*of)
+
+    fit.set_learning_rate = pressed
+    return train.main(arguments)
+
+
 def run(target: Any, overrides: list[str], folder: Path) -> Finished:
     code, outputs = run_ranks(target, ["quickstart", *overrides], ranks=2, folder=folder)
     return Finished(code, "".join(outputs))
@@ -132,8 +146,9 @@ def test_a_clock_that_jumps_by_an_hour_changes_nothing(sets, unbroken: Callable[
     assert final_weights(tmp_path / "odd", 12) == final_weights(unbroken(1), 12)
 
 
-def test_a_run_whose_output_nobody_reads_any_more_stops_and_saves(sets, tmp_path: Path) -> None:
-    stopped = run(with_nobody_reading, [*sets.overrides(tmp_path / "run"), *SHORT], tmp_path)
+@pytest.mark.parametrize(("target", "why"), [(with_nobody_reading, "nobody reads its std"), (with_ctrl_c, "SIGINT")])
+def test_a_run_whose_terminal_is_left_stops_and_saves(sets, tmp_path: Path, target: Any, why: str) -> None:
+    stopped = run(target, [*sets.overrides(tmp_path / "run"), *SHORT], tmp_path)
     assert stopped.returncode == EXIT_CODE, stopped.output[-3000:]
     assert 3 <= last_step(tmp_path / "run") < 12 and newest_checkpoint(tmp_path / "run") is not None
-    assert "nobody reads its std" in (tmp_path / "run" / STOPPED).read_text()
+    assert why in (tmp_path / "run" / STOPPED).read_text()

@@ -70,7 +70,7 @@ def test_only_a_run_that_stopped_on_request_is_queued_again(
 def test_a_job_that_is_cancelled_is_not_queued_again(slurm: dict[str, str], tmp_path: Path) -> None:
     """scancel NUMBER alone ends the ranks, which save, before the shell: Slurm would take the cancelled job back."""
     saved = f"touch $RUN_DIR/{STOPPED}; exit 1;"
-    assert run(slurm | {"STATE": "CANCELLED"}, saved) == EXIT_CODE and asked(tmp_path) == ""
+    assert run(slurm | {"STATE": "COMPLETING"}, saved) == EXIT_CODE and asked(tmp_path) == ""
     (tmp_path / "run" / STOPPED).unlink()
     assert run(slurm, saved) == 0 and asked(tmp_path) == "requeue 7\n"
 
