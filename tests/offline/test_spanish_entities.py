@@ -53,6 +53,21 @@ def test_a_word_is_read_in_every_way_that_it_is_published(extract: Extractor) ->
     assert norm("más") != norm("masa") == norm("masas") and norm("seno") == norm("senos") == norm("sen")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[Infiltrado|F] en [LII|A], ¿[neumonía|F?]?",
+        "Contacto con [tuberculosis|F~]. [Masa|F] en contacto con la [pleura|A].",
+        "Antecedentes: [neumonía|F~] en 2017. Hoy: [infiltrado|F] [basal|L] [der|L].",
+        "[Cardiomegalia|F] [grado II|S], [adenomegalias hiliares|F] y [trama broncovascular acentuada|F].",
+        "[Enfermedad de membrana hialina|F], [catéter umbilical venoso|D].",
+        "[Cavidad|F] en [LSD|A], [crecimiento|F] de [cavidades izquierdas|A], [tapón mucoso|F].",
+    ],
+)
+def test_hand_labelled_sentence(extract: Extractor, line: str) -> None:
+    assert tally(extract, [line]).failures == []
+
+
 def test_every_form_and_phrase_has_one_meaning() -> None:
     assert len(term_forms("es")) > 100  # a form of two terms is refused there
     assert len(cue_forms("es")) > 10  # and so is a phrase of two kinds
