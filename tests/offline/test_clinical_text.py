@@ -82,6 +82,8 @@ Without evidence for [tuberculosis|F-] or [lymphadenopathy|F-].
 [Mild|S] [interstitial prominence|F] w/o [pulmonary vascular congestion|F-].
 [Calcified granuloma|F] in the [right|L] [hilum|A] and an old [rib fracture|F].
 Can't exclude [pneumonia|F?].
+[Raised|F] [left|L] [hemidiaphragm|A], possibly due to [phrenic nerve palsy|F?].
+PA and lateral views of the [chest|A] show no [recurrence|F-].
 Nil [pneumothorax|F-]. Neg for [consol|F-].
 [Subcutaneous emphysema|F] limits evaluation of the [lungs|A].
 CT for further evaluation of the [nodule|F]. Repeat film to ensure resolution of the [opacity|F].
