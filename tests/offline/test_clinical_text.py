@@ -81,6 +81,17 @@ Without evidence for [tuberculosis|F-] or [lymphadenopathy|F-].
 [Effusion|F]: [small|S], unchanged.
 [Mild|S] [interstitial prominence|F] w/o [pulmonary vascular congestion|F-].
 [Calcified granuloma|F] in the [right|L] [hilum|A] and an old [rib fracture|F].
+Can't exclude [pneumonia|F?].
+[Raised|F] [left|L] [hemidiaphragm|A], possibly due to [phrenic nerve palsy|F?].
+PA and lateral views of the [chest|A] show no [recurrence|F-].
+Nil [pneumothorax|F-]. Neg for [consol|F-].
+[Subcutaneous emphysema|F] limits evaluation of the [lungs|A].
+CT for further evaluation of the [nodule|F]. Repeat film to ensure resolution of the [opacity|F].
+[Swan-Ganz catheter|D] has been withdrawn into the [main pulmonary artery|A].
+[Right|L] [pleural eff|F], s/o [infection|F?].
+Known case of [TB|F~]. [Fibrocavitary lesions|F] in [RUZ|A].
+[Respiratory distress syndrome|F], [UVC|D] and [UAC|D].
+No [mottling|F-] or [miliary mottling|F-]. [Lung hypoplasia|F], [coils|D].
 """
 
 

@@ -35,6 +35,14 @@ def test_gold_sentences(extract: Extractor, part: str, f1: float) -> None:
     assert found.f1 >= f1 >= 0.95 and found.negation >= 0.97 and found.marked >= 0.95, "\n".join(found.failures)
 
 
+@pytest.mark.parametrize(("name", "f1"), [("gold_blind3", 0.86), ("gold_blind3_after", 0.97)])
+def test_gold_sentences_of_another_author(extract: Extractor, name: str, f1: float) -> None:
+    """That author chose other conventions for `gold_blind3`, which cost F1: whether "apex" is a place, symptoms are findings."""
+    (parts,) = read_gold(GOLD.with_name(f"{name}.yaml")).values()
+    found = tally(extract, [line for lines in parts.values() for line in lines])
+    assert found.f1 >= f1 and found.negation >= 0.98 and found.marked >= 0.95, "\n".join(found.failures)
+
+
 def test_gold_is_large_enough_and_covers_what_it_claims() -> None:
     gold = read_gold(GOLD)
     assert sum(map(len, gold["tuned"].values())) >= 110 and sum(map(len, gold["held_out"].values())) >= 40
