@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from mmclip_launch.quickstart import Job, Synthetic, quickstart
+from mmclip_launch.quickstart import Job, Synthetic, control_steps, quickstart
 
 from mmclip_dist.checkpoint.folder import checkpoint_path, newest_checkpoint
 from mmclip_dist.config import load_config
@@ -127,6 +127,7 @@ def test_killed_in_training_it_ends_the_same(whole_job: Path, tmp_path: Path) ->
     shutil.rmtree(out / "train")
     killed_when(out, lambda done: len(read_metrics(out / "train")) > 0)
     assert numbers(out) == numbers(whole_job)
+    assert control_steps(Job(out, overrides=QUICK, synthetic=SMALL)) > 6  # by the time of both parts of the training
 
 
 def test_another_configuration_is_refused(whole_job: Path) -> None:
