@@ -83,9 +83,9 @@ Without evidence for [tuberculosis|F-] or [lymphadenopathy|F-].
 [Calcified granuloma|F] in the [right|L] [hilum|A] and an old [rib fracture|F].
 Can't exclude [pneumonia|F?].
 [Raised|F] [left|L] [hemidiaphragm|A], possibly due to [phrenic nerve palsy|F?].
-PA and lateral views of the [chest|A] show no [recurrence|F-].
+PA and lateral views of the [chest|A] show no [local recurrence|F-]. Recurrence of the [pneumothorax|F].
 Nil [pneumothorax|F-]. Neg for [consol|F-].
-[Subcutaneous emphysema|F] limits evaluation of the [lungs|A].
+[Subcutaneous emphysema|F] limits evaluation of the [lungs|A]. This limits evaluation for an [effusion|F?].
 CT for further evaluation of the [nodule|F]. Repeat film to ensure resolution of the [opacity|F].
 [Swan-Ganz catheter|D] has been withdrawn into the [main pulmonary artery|A].
 [Right|L] [pleural eff|F], s/o [infection|F?].
