@@ -80,10 +80,10 @@ def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
         yield
 
 
-def wait_for_others(folder: Path, wait_s: float = ORPHAN_S + 5) -> None:
+def wait_for_others(folder: Path) -> None:
     """Wait for a run that owns the folder to end, as `locked` does, and own nothing afterwards."""
     if (folder / ".lock").exists():
-        with locked(folder, wait_s):
+        with locked(folder):
             pass
 
 
