@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmclip_dist.run.mounts import MEND, first_silent
 from mmclip_launch.findings import (
+    CPU_RANKS,
     PACKAGES,
     Facts,
     Finding,
@@ -31,7 +32,6 @@ from mmclip_launch.probe import gpus
 
 MARK_S, PROBE_S, READ_S, ALL_REDUCE_S = 6.0, 20.0, 25.0, 100.0
 _READING_S = 3.0
-_CPU_RANKS = 2
 
 
 def program(name: str) -> str:
@@ -105,7 +105,7 @@ def reading(
 
 def local_hosts() -> tuple[Host, ...]:
     """This machine, with a rank for each of its GPUs, or two on CPUs."""
-    return (Host(LOCAL, len(gpus() or ()) or _CPU_RANKS),)
+    return (Host(LOCAL, len(gpus() or ()) or CPU_RANKS),)
 
 
 def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by_ssh: bool) -> Iterator[Finding]:
@@ -128,7 +128,7 @@ def examine(hosts: Sequence[Host], run_dir: Path | None, data: str | None, *, by
 def measure_all_reduce(hosts: Sequence[Host], known: Mapping[str, Facts], *, by_ssh: bool) -> list[Finding]:
     """One rank a GPU with NCCL; without GPUs one rank a host, or two on a single one, with gloo."""
     backend = "nccl" if all(known[host.name]["gpus"] for host in hosts) else "gloo"
-    cpu_ranks = _CPU_RANKS if len(hosts) == 1 else 1
+    cpu_ranks = CPU_RANKS if len(hosts) == 1 else 1
     ranks = [min(host.slots, len(known[host.name]["gpus"])) if backend == "nccl" else cpu_ranks for host in hosts]
     if sum(ranks) < 2:
         return [unchecked("all-reduce", "", "one rank has nothing to add up")]

@@ -28,7 +28,8 @@ PACKAGES = (
 _NEEDED = ("torch", "deepspeed", "transformers")  # of these; others come with another store, card or command
 
 _GIB = 2**30
-_RANKS = 2  # on CPUs, at least: what runs on a machine that no hostfile names
+CPU_RANKS = 2
+"""Of a machine without GPUs that no hostfile names."""
 _DISK, _DISK_TIGHT = 1 * _GIB, 20 * _GIB
 _SHARED_MEMORY = 1 * _GIB  # of a host with several GPUs: NCCL takes some 10 MB for each pair of ranks
 _ENTRIES = 1000  # inodes
@@ -137,7 +138,7 @@ def judge_host(host: Host, facts: Facts) -> Iterator[Finding]:
 def judge_gpus(host: Host, facts: Facts) -> Iterator[Finding]:
     cards, version = facts["gpus"], facts["packages"]["torch"] or ""
     if not cards:
-        if host.slots > max(facts["cores"], _RANKS):
+        if host.slots > max(facts["cores"], CPU_RANKS):
             mend = f"write slots={facts['cores']} or fewer, or see why its cards are missing: nvidia-smi, dmesg"
             yield error("GPUs", host.name, f"slots={host.slots}, but it has no GPU and {counted(facts['cores'], 'core')}", mend)
         else:

@@ -54,12 +54,8 @@ Training started again with the same configuration goes on from the newest check
 """
 
 
-WAIT_S = ORPHAN_S + 5
-"""What is left of a killed run ends before."""
-
-
 @contextmanager
-def locked(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+def locked(folder: Path, wait_s: float = ORPHAN_S + 5) -> Iterator[None]:
     """Own a run folder. ValueError if another run still owns it after `wait_s`; an orphaned run saves and ends within that."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +80,10 @@ def locked(folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
         yield
 
 
-def wait_for_others(folder: Path, wait_s: float = WAIT_S) -> None:
+def wait_for_others(folder: Path) -> None:
     """Wait for a run that owns the folder to end, as `locked` does, and own nothing afterwards."""
     if (folder / ".lock").exists():
-        with locked(folder, wait_s):
+        with locked(folder):
             pass
 
 

@@ -31,7 +31,8 @@ from mmclip_launch.submit import (
 from mmclip_launch.unpack import unpack
 
 from mmclip_dist.errors import Mendable
-from mmclip_dist.run.folder import locked, wait_for_others
+from mmclip_dist.run import folder
+from mmclip_dist.run.folder import locked
 
 HOSTS = (Host("node-1", 8), Host("node-2", 8))
 SETS = ("loss.entity=0", "model.text.tokenizer=tokenizer", "data.sources=[{url: s3://bucket/set/train}]")
@@ -137,7 +138,7 @@ def test_a_port_that_another_run_holds_is_named_before_anything_starts(
 def test_a_folder_where_another_run_works_is_named_before_anything_starts(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "wait_for_others", partial(wait_for_others, wait_s=0.3))
+    monkeypatch.setattr(folder, "locked", partial(locked, wait_s=0.3))
     monkeypatch.setattr(submit, "look", lambda *_, **__: pytest.fail("looked"))
     with locked(tmp_path / "run"), pytest.raises(ValueError, match=f"another run is working in {tmp_path / 'run'}"):
         start_deepspeed(job, HOSTS, dry=False)
