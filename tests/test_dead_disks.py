@@ -34,7 +34,9 @@ def dead(tmp_path: Path) -> Iterator[Path]:
 
 
 def mmclip(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mmclip_launch.cli", *words], capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        [sys.executable, "-m", "mmclip_launch.cli", *words], capture_output=True, text=True, timeout=200
+    )
 
 
 def test_the_place_that_is_silent_is_named(dead: Path, tmp_path: Path) -> None:
@@ -57,18 +59,26 @@ def test_doctor_names_a_dead_run_folder_and_a_dead_set_and_all_else_it_finds(dea
 def test_a_run_folder_that_is_dead_here_alone_is_told(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine starts the run, and is none of its hosts, of which each has that folder."""
     monkeypatch.setattr(doctor, "MARK_S", 1.0)
-    facts = probe.facts({"packages": [], "ours": [], "run_dir": "/tmp", "mark": None}) | {"packages": dict.fromkeys(PACKAGES)}
-    monkeypatch.setattr(doctor, "run_everywhere", lambda hosts, *_, **__: {host.name: Answer(host, facts) for host in hosts})
+    facts = probe.facts({"packages": [], "ours": [], "run_dir": "/tmp", "mark": None}) | {
+        "packages": dict.fromkeys(PACKAGES)
+    }
+    monkeypatch.setattr(
+        doctor, "run_everywhere", lambda hosts, *_, **__: {host.name: Answer(host, facts) for host in hosts}
+    )
     found, _ = doctor.look([Host("a", 1)], dead / "run", by_ssh=True)
     (fault,) = [str(finding) for finding in found if finding.check == "run_dir"]
-    assert fault.startswith(f"error: run_dir: {LOCAL}: {dead / 'run'}: its file system does not answer within 1 s: "), fault
+    assert fault.startswith(f"error: run_dir: {LOCAL}: {dead / 'run'}: its file system does not answer within 1 s: "), (
+        fault
+    )
 
 
 def test_launch_starts_nothing_on_a_dead_run_folder(dead: Path, sets: Any) -> None:
     words = [word for word in sets.overrides("unused") if not word.startswith("run_dir=")]
     ran = mmclip("launch", "deepspeed", "quickstart", f"run_dir={dead / 'run'}", *words)
     assert ran.returncode == 2 and "nothing was started: 1 fault" in ran.stderr, ran
-    assert f"error: run_dir: {LOCAL}: {dead / 'run'} cannot be written to: its file system does not answer" in ran.stderr
+    assert (
+        f"error: run_dir: {LOCAL}: {dead / 'run'} cannot be written to: its file system does not answer" in ran.stderr
+    )
 
 
 def test_slurm_gets_no_run_on_it(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,13 +89,19 @@ def test_slurm_gets_no_run_on_it(dead: Path, monkeypatch: pytest.MonkeyPatch) ->
         submit_slurm(job_of("mmclip_vit_b16", words), nodes=1, gpus=1, dry=False)
 
 
-def test_a_folder_of_temporary_files_on_it_hides_nothing(dead: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_temporary_files_on_it_hides_nothing(
+    dead: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(probe, "_FOLDER_S", 1.0)
     monkeypatch.setenv("TMPDIR", str(dead))
     folders = probe.look_at_folders(str(tmp_path), None)
     seen = folders["run_dir"]()
     assert seen and seen["path"] == str(tmp_path) and seen["fault"] is None and seen["free"] > 0
-    assert folders["temporary"]() == {"path": str(dead), "fault": "its file system does not answer within 1 s", "seen": None}
+    assert folders["temporary"]() == {
+        "path": str(dead),
+        "fault": "its file system does not answer within 1 s",
+        "seen": None,
+    }
 
 
 def training_soon(arguments: list[str]) -> int:
@@ -94,7 +110,10 @@ def training_soon(arguments: list[str]) -> int:
 
 
 def test_ranks_name_it_before_they_meet(dead: Path, sets: Any, tmp_path: Path) -> None:
-    for words in ([*sets.overrides(dead / "run")], [*sets.overrides(tmp_path / "run"), f"evaluation.sets=[{dead / 'set'}]"]):
+    for words in (
+        [*sets.overrides(dead / "run")],
+        [*sets.overrides(tmp_path / "run"), f"evaluation.sets=[{dead / 'set'}]"],
+    ):
         code, outputs = run_ranks(training_soon, ["quickstart", *words], ranks=2, folder=tmp_path, timeout=120)
         told = [line for line in "".join(outputs).splitlines() if line.startswith(("error:", "failed:"))]
         assert code == 2 and len(told) == 1 and "Traceback" not in "".join(outputs), outputs

@@ -82,10 +82,15 @@ def look(
         found = [*judge_answers(answers), *judge_passed_variables(deepspeed_env() if by_ssh else {})]
         for name, answer in answers.items():
             if answer.value is not None:
-                found += [*judge_host(answer.host, answer.value), *judge_clock(name, answer.value["time"], *answer.times)]
+                found += [
+                    *judge_host(answer.host, answer.value),
+                    *judge_clock(name, answer.value["time"], *answer.times),
+                ]
         found += judge_agreement(hosts, known) if known else ()
         if silent and "run_dir" not in [finding.check for finding in found]:  # this machine may be none of the hosts
-            found.append(error("run_dir", LOCAL, f"{run_dir}: its file system does not answer within {MARK_S:g} s", MEND))
+            found.append(
+                error("run_dir", LOCAL, f"{run_dir}: its file system does not answer within {MARK_S:g} s", MEND)
+            )
         if known:
             found += judge_access({name: answer for name, answer in readings().items() if name in known})
     return found, known
@@ -99,7 +104,9 @@ def reading(
     request = {"urls": list(urls), "seconds": seconds}
     with ThreadPoolExecutor(1) as aside:
         requests = {host.name: request for host in hosts if urls}
-        answers = aside.submit(run_everywhere, hosts, program("reading"), requests, READ_S, by_ssh=by_ssh) if urls else None
+        answers = (
+            aside.submit(run_everywhere, hosts, program("reading"), requests, READ_S, by_ssh=by_ssh) if urls else None
+        )
         yield lambda: answers.result() if answers else {}
 
 

@@ -191,7 +191,11 @@ def ask(host: Host, command: Sequence[str], text: str, timeout_s: float) -> Answ
     errors: list[str] = []
     lines: queue.Queue[str | None] = queue.Queue()
     # Threads, because any of the three pipes can be stuck, and stay open for as long as a process cannot be killed.
-    works = (partial(_send, process, text), partial(_listen, process, lines), partial(errors.extend, process.stderr or ()))
+    works = (
+        partial(_send, process, text),
+        partial(_listen, process, lines),
+        partial(errors.extend, process.stderr or ()),
+    )
     threads = [threading.Thread(target=work, daemon=True) for work in works]
     for thread in threads:
         thread.start()
@@ -204,7 +208,8 @@ def ask(host: Host, command: Sequence[str], text: str, timeout_s: float) -> Answ
             answer.printed.append(line.rstrip())
     except queue.Empty:
         late = True
-    code = _end(process, 0.0 if late else _LEAVE_S if answer.value is not None else max(_LEAVE_S, deadline - time.monotonic()))
+    patience_s = _LEAVE_S if answer.value is not None else max(_LEAVE_S, deadline - time.monotonic())
+    code = _end(process, 0.0 if late else patience_s)
     threads[-1].join(1)
     answer.printed += [line.rstrip() for line in errors]
     if answer.value is None:

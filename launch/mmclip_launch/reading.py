@@ -44,7 +44,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         try:
             found.append(look.result(timeout=0))
         except TimeoutError:
-            faults.append(f"{url} cannot be read: it does not answer within {_ANSWER_S:g} s: is its disk or its store gone?")
+            faults.append(
+                f"{url} cannot be read: it does not answer within {_ANSWER_S:g} s: is its disk or its store gone?"
+            )
         except ValueError as error:
             faults.append(str(error))
     if faults:

@@ -39,7 +39,10 @@ def first_silent(places: Iterable[str], seconds: float) -> str | None:
     """
     paths = [str(path.absolute()) for path in map(local_path, dict.fromkeys(places)) if path is not None]
     asking = subprocess.Popen(
-        [sys.executable, "-IS", "-c", _ASK, *paths], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-IS", "-c", _ASK, *paths],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     answered: list[bytes] = []
     listening = threading.Thread(target=lambda: answered.extend(asking.stdout or ()), daemon=True)
