@@ -82,6 +82,7 @@ Without evidence for [tuberculosis|F-] or [lymphadenopathy|F-].
 [Mild|S] [interstitial prominence|F] w/o [pulmonary vascular congestion|F-].
 [Calcified granuloma|F] in the [right|L] [hilum|A] and an old [rib fracture|F].
 Can't exclude [pneumonia|F?].
+[Edema|F] improved, [effusion|F-] resolved. [CHF|F] worse, [pneumothorax|F-] resolved.
 [Raised|F] [left|L] [hemidiaphragm|A], possibly due to [phrenic nerve palsy|F?].
 PA and lateral views of the [chest|A] show no [local recurrence|F-]. Recurrence of the [pneumothorax|F].
 Nil [pneumothorax|F-]. Neg for [consol|F-].
