@@ -5,7 +5,6 @@ Joins the ranks, opens the sets, builds the model and runs `fit.py`'s loop; tell
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import signal
@@ -86,7 +85,6 @@ def join_ranks(config: Config) -> tuple[int, int, torch.device]:
 
 def main(arguments: list[str]) -> int:
     """0 at the end of training, `stop.EXIT_CODE` after a stop on request, else as in `mmclip_dist.errors`."""
-    gc.freeze()  # what was imported stays: else each full collection, of which DeepSpeed asks for some, looks at it for 0.1 s
     arguments = [word for word in arguments if not word.startswith("--local_rank")]
     stop = None
     try:

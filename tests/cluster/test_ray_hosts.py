@@ -4,7 +4,6 @@ off."""
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -29,13 +28,6 @@ SHARDS = 80
 SET = ("synthetic", "--count", f"{SHARDS}", "--seed", "1", "--size", "32", "--splits", "train=1", "--samples-per-shard", "1")
 # Ray gives a silent host up after 5 tries of 10 s, 3 s apart; here sooner, and still later than a busy machine answers.
 SOON = {"period_ms": "1000", "timeout_ms": "3000", "failure_threshold": "4", "initial_delay_ms": "1000"}
-
-_ALIVE = f"""
-import json, sys, urllib.request
-url = "http://{HEAD}:8265/api/v0/nodes?filter_keys=state&filter_predicates=%3D&filter_values=ALIVE"
-asked = urllib.request.Request(url, headers={{"Authorization": f"Bearer {{sys.stdin.read()}}"}})
-print(len(json.load(urllib.request.urlopen(asked, timeout=10))["data"]["result"]["result"]))
-"""
 
 
 @dataclass
@@ -65,12 +57,11 @@ class RayHosts:
         wait_for(lambda: self.nodes() == 2)
 
     def nodes(self) -> int:
-        """Asked of the dashboard: `ray list nodes` is a second of imports, on a machine where a node is starting."""
-        asked = subprocess.run(
-            [*self.cluster.made.enter("host-a"), sys.executable, "-c", _ALIVE], input=self.variables["RAY_AUTH_TOKEN"],
-            capture_output=True, text=True, check=False,
+        found = subprocess.run(
+            [*self.cluster.made.enter("host-a"), "ray", "list", "nodes", "--filter", "state=ALIVE", "--format", "json",
+             "--address", f"http://{HEAD}:8265"], env=environment(self.variables), capture_output=True, text=True, check=False,
         )  # fmt: skip
-        return int(asked.stdout or 0)  # nothing: the dashboard is not up yet
+        return found.stdout.count('"node_id"')
 
     def submit(self, *words: str) -> subprocess.Popen[str]:
         told = self.variables | {"RAY_ADDRESS": f"http://{HEAD}:8265"}
