@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,6 +32,9 @@ from transformers import PreTrainedTokenizerBase
 from mmclip_dist.config import Config, load_config
 from mmclip_dist.data.tokenizer import save_tokenizer, tokenizer_of_sets
 from tests.object_store import faulty, s3  # noqa: F401 (fixtures)
+
+# A shell that runs tests in the background has them ignore Ctrl-C, and all that they start with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REAL_DATA = Path(os.environ.get("MMCLIP_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

@@ -59,7 +59,7 @@ def test_doctor_names_a_dead_run_folder_and_a_dead_set_and_all_else_it_finds(dea
 def test_a_run_folder_that_is_dead_here_alone_is_told(dead: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine starts the run, and is none of its hosts, of which each has that folder."""
     monkeypatch.setattr(doctor, "MARK_S", 1.0)
-    facts = probe.facts({"packages": [], "ours": [], "run_dir": "/tmp", "mark": None}) | {
+    facts = probe.facts({"packages": [], "ours": [], "run_dir": "/tmp", "mark": None, "meets": None}) | {
         "packages": dict.fromkeys(PACKAGES)
     }
     monkeypatch.setattr(
